@@ -1,0 +1,99 @@
+// kernels/device.cu: the Cuda context (see device.h).
+#include <nvtx3/nvToolsExt.h>
+
+#include "kernels/common.cuh"
+
+namespace fiedler {
+
+void device_failed(const char* what, const char* statement, const char* file, int line) {
+    throw DeviceError(std::string(what) + " in " + statement + " (" + file + ":" + std::to_string(line) + ")");
+}
+
+int cuda_device_count(std::string* why) {
+    int n = 0;
+    const cudaError_t e = cudaGetDeviceCount(&n);
+    if (e == cudaSuccess && n > 0) return n;
+    if (why) *why = e == cudaSuccess ? "the driver reports no device" : cudaGetErrorString(e);
+    (void)cudaGetLastError();
+    return 0;
+}
+
+CudaDeviceInfo cuda_device_info(int ordinal) {
+    cudaDeviceProp prop{};
+    CUDA_CHECK(cudaGetDeviceProperties(&prop, ordinal));
+    CudaDeviceInfo info;
+    info.name = prop.name;
+    info.arch = prop.major * 10 + prop.minor;
+    info.sm_count = prop.multiProcessorCount;
+    info.memory_bytes = prop.totalGlobalMem;
+    CUDA_CHECK(cudaDriverGetVersion(&info.driver_version));
+    CUDA_CHECK(cudaRuntimeGetVersion(&info.runtime_version));
+    return info;
+}
+
+Cuda::Cuda(int ordinal) : state(new CudaState) {
+    try {
+        const CudaDeviceInfo info = cuda_device_info(ordinal);
+        sm_count = info.sm_count;
+        arch = info.arch;
+        state->ordinal = ordinal;
+        CUDA_CHECK(cudaSetDevice(ordinal));
+        CUDA_CHECK(cudaStreamCreateWithFlags(&state->stream, cudaStreamNonBlocking));
+        CUDA_CHECK(cudaEventCreate(&state->start));
+        CUDA_CHECK(cudaEventCreate(&state->stop));
+        CUBLAS_CHECK(cublasLtCreate(&state->blas));
+    } catch (...) {
+        delete state;
+        throw;
+    }
+}
+
+Cuda::~Cuda() {  // nothing to be done about a failure here: the process is letting go of the device
+    if (state->plans && state->destroy_plans) state->destroy_plans(state->plans);
+    if (state->blas) (void)cublasLtDestroy(state->blas);
+    if (state->start) (void)cudaEventDestroy(state->start);
+    if (state->stop) (void)cudaEventDestroy(state->stop);
+    if (state->stream) (void)cudaStreamDestroy(state->stream);
+    delete state;
+}
+
+void memory_info(const Cuda&, std::size_t& free_bytes, std::size_t& total_bytes) {
+    CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
+}
+
+void* device_alloc(const Cuda&, std::size_t bytes) {
+    void* p = nullptr;
+    CUDA_CHECK(cudaMalloc(&p, bytes));
+    return p;
+}
+void device_free(const Cuda&, void* p) noexcept { (void)cudaFree(p); }
+
+void copy_to_device(const Cuda& d, void* dst, const void* src, std::size_t bytes) {
+    // Pageable memory: the call returns once src has been staged, so src may be reused at once.
+    CUDA_CHECK(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyHostToDevice, stream_of(d)));
+}
+void copy_to_host(const Cuda& d, void* dst, const void* src, std::size_t bytes) {
+    CUDA_CHECK(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToHost, stream_of(d)));
+    CUDA_CHECK(cudaStreamSynchronize(stream_of(d)));
+}
+void copy_on_device(const Cuda& d, void* dst, const void* src, std::size_t bytes) {
+    CUDA_CHECK(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToDevice, stream_of(d)));
+}
+void fill_bytes(const Cuda& d, void* dst, int value, std::size_t bytes) {
+    CUDA_CHECK(cudaMemsetAsync(dst, value, bytes, stream_of(d)));
+}
+void synchronize(const Cuda& d) { CUDA_CHECK(cudaStreamSynchronize(stream_of(d))); }
+
+void timer_start(const Cuda& d) { CUDA_CHECK(cudaEventRecord(d.state->start, stream_of(d))); }
+double timer_stop_seconds(const Cuda& d) {
+    CUDA_CHECK(cudaEventRecord(d.state->stop, stream_of(d)));
+    CUDA_CHECK(cudaEventSynchronize(d.state->stop));
+    float ms = 0;
+    CUDA_CHECK(cudaEventElapsedTime(&ms, d.state->start, d.state->stop));
+    return double(ms) * 1e-3;
+}
+
+void range_push(const char* word) { nvtxRangePushA(word); }
+void range_pop() { nvtxRangePop(); }
+
+}  // namespace fiedler

@@ -1,0 +1,91 @@
+// kernels/device.h: where work runs. Two execution contexts with the same overloads; CUDA-free.
+//
+//   Cpu    threads OpenMP threads (0: all). Every operation is synchronous and, for a given number of threads,
+//   bit-equal
+//          from run to run.
+//   Cuda   one stream of one device; every operation is asynchronous on that stream, in order. Move-only, owns its
+//   stream,
+//          its cuBLASLt handle and nothing else; `workspace` is memory lent by the caller (the arena) for cuBLASLt.
+//
+// Errors: DeviceError (std::runtime_error) with statement, file, line and the library's own words.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace fiedler {
+
+struct DeviceError : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+struct Cpu {
+    int threads = 0;
+};
+
+struct CudaState;  // stream, handles, properties: kernels/device.cu
+
+struct Cuda {
+    explicit Cuda(int ordinal = 0);
+    ~Cuda();
+    Cuda(const Cuda&) = delete;
+    Cuda& operator=(const Cuda&) = delete;
+
+    CudaState* state = nullptr;
+    void* workspace = nullptr;
+    std::size_t workspace_bytes = 0;
+    int sm_count = 0;
+    int arch = 0;  // 89 for sm_89
+};
+
+struct CudaDeviceInfo {
+    std::string name;
+    int arch = 0;
+    int sm_count = 0;
+    std::size_t memory_bytes = 0;
+    int driver_version = 0;  // as CUDA counts: 13000 is 13.0
+    int runtime_version = 0;
+};
+
+// Number of usable CUDA devices; 0 when the driver is absent or fails (why then holds one line). Defined in every
+// build.
+int cuda_device_count(std::string* why = nullptr);
+CudaDeviceInfo cuda_device_info(int ordinal);
+// Free and total bytes of the device as the driver sees them.
+void memory_info(const Cuda&, std::size_t& free_bytes, std::size_t& total_bytes);
+
+// Memory: 256-byte aligned. device_alloc throws DeviceError when there is not enough. Sizes in bytes.
+void* device_alloc(const Cpu&, std::size_t bytes);
+void device_free(const Cpu&, void* p) noexcept;
+void copy_to_device(const Cpu&, void* dst, const void* src, std::size_t bytes);
+void copy_to_host(const Cpu&, void* dst, const void* src, std::size_t bytes);
+void copy_on_device(const Cpu&, void* dst, const void* src, std::size_t bytes);  // ranges must not overlap
+void fill_bytes(const Cpu&, void* dst, int value, std::size_t bytes);
+inline void synchronize(const Cpu&) {}
+
+// On Cuda, copy_to_device returns once src may be reused; copy_to_host once dst is filled.
+void* device_alloc(const Cuda&, std::size_t bytes);
+void device_free(const Cuda&, void* p) noexcept;
+void copy_to_device(const Cuda&, void* dst, const void* src, std::size_t bytes);
+void copy_to_host(const Cuda&, void* dst, const void* src, std::size_t bytes);
+void copy_on_device(const Cuda&, void* dst, const void* src, std::size_t bytes);
+void fill_bytes(const Cuda&, void* dst, int value, std::size_t bytes);
+void synchronize(const Cuda&);
+
+// Seconds between two marks on the device's own clock (CUDA events; steady clock on the CPU). One pending pair per
+// context.
+void timer_start(const Cuda&);
+double timer_stop_seconds(const Cuda&);  // waits for the stream
+
+// Profiler ranges (NVTX on CUDA builds, nothing otherwise). The word is the kernel family or stage.
+void range_push(const char* word);
+void range_pop();
+struct Range {
+    explicit Range(const char* word) { range_push(word); }
+    ~Range() { range_pop(); }
+    Range(const Range&) = delete;
+    Range& operator=(const Range&) = delete;
+};
+
+}  // namespace fiedler

@@ -1,0 +1,30 @@
+// kernels/device_cpu.cpp: the Cpu context (see device.h), and what a build without CUDA answers about devices.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels/device.h"
+
+namespace fiedler {
+
+void* device_alloc(const Cpu&, std::size_t bytes) {
+    void* p = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+    if (!p) throw DeviceError("not enough memory for " + std::to_string(bytes) + " bytes");
+    return p;
+}
+void device_free(const Cpu&, void* p) noexcept { std::free(p); }
+void copy_to_device(const Cpu&, void* dst, const void* src, std::size_t bytes) { std::memcpy(dst, src, bytes); }
+void copy_to_host(const Cpu&, void* dst, const void* src, std::size_t bytes) { std::memcpy(dst, src, bytes); }
+void copy_on_device(const Cpu&, void* dst, const void* src, std::size_t bytes) { std::memcpy(dst, src, bytes); }
+void fill_bytes(const Cpu&, void* dst, int value, std::size_t bytes) { std::memset(dst, value, bytes); }
+
+#if !FIEDLER_CUDA
+int cuda_device_count(std::string* why) {
+    if (why) *why = "this binary was built without CUDA (make cuda)";
+    return 0;
+}
+CudaDeviceInfo cuda_device_info(int) { throw DeviceError("this binary was built without CUDA"); }
+void range_push(const char*) {}
+void range_pop() {}
+#endif
+
+}  // namespace fiedler

@@ -1,0 +1,120 @@
+// kernels/energy.h: bounded Rayleigh quotients of head vectors on a feature-space Laplacian Lf (D x D), and the
+// temperature.
+//
+//   R = 1   E = x'Lf x / (x'x + eps)                                                       Lf as CSR
+//   R > 1   E_r = sum_{m in band r} mu_m (u_m'x)^2 / (x'x + eps)                            Lf's eigenpairs, ascending
+//           band r holds eigenpairs [r D / R, (r + 1) D / R): D % R == 0; the R energies sum to E
+//   lambda_r = E_r / (E_r + tau_r),  tau_r = exp(log_tau_r)        a_r = lambda_r exp(-log_temp_h)
+//
+//   backward, with g_r = da_r exp(-log_temp_h) tau_r / (E_r + tau_r)^2:
+//     dx = sum_r g_r 2 (L_r x - E_r x) / (x'x + eps),  L_r = sum_{m in band r} mu_m u_m u_m' (R = 1: Lf itself)
+//     dlog_tau_r += sum over tokens and heads of - da_r exp(-log_temp_h) E_r tau_r / (E_r + tau_r)^2
+//     dlog_temp_h += sum over tokens and r of - da_r a_r
+//
+// One call treats one side (queries or keys); parameters are shared by both sides, so their gradients accumulate.
+// Shapes     x, dx: [tokens, heads D] T, any ld (16-byte aligned rows on Cuda); a, da: [tokens, heads R] acc_t<T>
+//            log_tau, dlog_tau: [R]; log_temp, dlog_temp: [heads]; D in {16, 32, 64, 128} on Cuda, any on the CPU
+//            FeatureLaplacian (device memory): CSR offsets [D + 1] int32, columns [nnz] int32, values [nnz];
+//            eigenvectors [D, D], row m = u_m; eigenvalues [D]. R = 1 uses only the CSR, R > 1 only the eigenpairs. Lf
+//            symmetric, positive semi-definite (not checked).
+// Scratch    backward on Cuda: energy_scratch_elements(tokens, heads, R) floats
+// Writes     a, dx overwritten; dlog_tau, dlog_temp accumulated (+=), absent: not computed. raw = true writes E_r
+// itself to a
+//            (no tau, no temperature): used once, to set tau to the median energy of the data.
+// Numerics   everything in acc_t<T>, recomputed in backward; fixed order, no atomics: bit-equal from run to run.
+// Source     tauformer's published form; derivative checked against finite differences in
+// tests/kernels/energy_test.cpp.
+#pragma once
+#include "kernels/contract.h"
+#include "kernels/device.h"
+#include "kernels/dtype.h"
+#include "kernels/traffic.h"
+
+namespace fiedler {
+
+template <class A>
+struct FeatureLaplacian {
+    std::int32_t dim = 0;
+    Vec<const std::int32_t> offsets, columns;
+    Vec<const A> values;
+    Mat<const A> eigenvectors;
+    Vec<const A> eigenvalues;
+};
+
+template <class T>
+struct EnergyForward {
+    Mat<acc_t<T>> a;
+    Mat<const T> x;
+    FeatureLaplacian<acc_t<T>> lap;
+    Vec<const acc_t<T>> log_tau, log_temp;
+    std::int32_t heads = 1, scalars = 1;
+    acc_t<T> eps = acc_t<T>(1e-6);
+    bool raw = false;
+};
+
+template <class T>
+struct EnergyBackward {
+    Mat<T> dx;
+    Vec<acc_t<T>> dlog_tau, dlog_temp;  // each optional
+    Mat<const acc_t<T>> da;
+    Mat<const T> x;
+    FeatureLaplacian<acc_t<T>> lap;
+    Vec<const acc_t<T>> log_tau, log_temp;
+    std::int32_t heads = 1, scalars = 1;
+    acc_t<T> eps = acc_t<T>(1e-6);
+    Vec<acc_t<T>> scratch;  // Cuda only
+};
+
+template <class A>
+void check(const FeatureLaplacian<A>& l, std::int32_t scalars) {
+    FIEDLER_REQUIRE("energy", l.dim > 0 && scalars >= 1 && scalars <= 16 && l.dim % scalars == 0);
+    FIEDLER_REQUIRE("energy", scalars > 1 || (is_shape(l.offsets, l.dim + 1) && l.columns.size == l.values.size));
+    FIEDLER_REQUIRE("energy", scalars == 1 || (is_shape(l.eigenvectors, l.dim, l.dim) && l.eigenvectors.ld == l.dim));
+    FIEDLER_REQUIRE("energy", scalars == 1 || is_shape(l.eigenvalues, l.dim));
+}
+template <class T>
+void check(const EnergyForward<T>& p) {
+    check(p.lap, p.scalars);
+    FIEDLER_REQUIRE("energy", is_shape(p.x, p.x.rows, std::int64_t(p.heads) * p.lap.dim));
+    FIEDLER_REQUIRE("energy", is_shape(p.a, p.x.rows, std::int64_t(p.heads) * p.scalars));
+    FIEDLER_REQUIRE("energy", p.raw || (is_shape(p.log_tau, p.scalars) && is_shape(p.log_temp, p.heads)));
+}
+template <class T>
+void check(const EnergyBackward<T>& p) {
+    check(p.lap, p.scalars);
+    FIEDLER_REQUIRE("energy", is_shape(p.x, p.x.rows, std::int64_t(p.heads) * p.lap.dim));
+    FIEDLER_REQUIRE("energy", is_shape(p.dx, p.x.rows, p.x.cols));
+    FIEDLER_REQUIRE("energy", is_shape(p.da, p.x.rows, std::int64_t(p.heads) * p.scalars));
+    FIEDLER_REQUIRE("energy", is_shape(p.log_tau, p.scalars) && is_shape(p.log_temp, p.heads));
+    FIEDLER_REQUIRE("energy", !p.dlog_tau || p.dlog_tau.size == p.scalars);
+    FIEDLER_REQUIRE("energy", !p.dlog_temp || p.dlog_temp.size == p.heads);
+}
+
+template <class A>
+double energy_flops_per_vector(const FeatureLaplacian<A>& l, std::int32_t scalars) {
+    const double d = l.dim;
+    return (scalars == 1 ? 2.0 * double(l.values.size) : 2 * d * d) + 4 * d;
+}
+template <class T>
+Traffic traffic(const EnergyForward<T>& p) {
+    const double n = double(p.x.rows) * p.heads;
+    return {n * (p.lap.dim * sizeof(T) + p.scalars * sizeof(acc_t<T>)), n * energy_flops_per_vector(p.lap, p.scalars)};
+}
+template <class T>
+Traffic traffic(const EnergyBackward<T>& p) {
+    const double n = double(p.x.rows) * p.heads;
+    return {n * (2.0 * p.lap.dim * sizeof(T) + p.scalars * sizeof(acc_t<T>)),
+            2 * n * energy_flops_per_vector(p.lap, p.scalars)};
+}
+
+std::int64_t energy_scratch_elements(std::int64_t tokens, std::int64_t heads,
+                                     std::int64_t scalars);  // Cuda builds only
+
+template <class T>  // float, double
+void energy_forward(const Cpu&, const EnergyForward<T>&);
+template <class T>
+void energy_backward(const Cpu&, const EnergyBackward<T>&);
+void energy_forward(const Cuda&, const EnergyForward<bf16>&);
+void energy_backward(const Cuda&, const EnergyBackward<bf16>&);
+
+}  // namespace fiedler

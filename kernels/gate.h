@@ -1,0 +1,76 @@
+// kernels/gate.h: the forget gate (Forgetting Transformer, Lin et al. 2025): log-sigmoid and its cumulative sum over
+// time.
+//
+//   forward    f_ih = logsigmoid(z_ih + bias_h)        F_ih = carry_h + sum_{j = begin(i)..i} f_jh
+//   backward   g_ih = sum_{j = i..end(i)-1} dF_jh       dz_ih = g_ih sigmoid(-(z_ih + bias_h))     dbias_h += sum_i
+//   dz_ih
+//
+// A is float or double. logsigmoid(u) = min(u, 0) - log1p(exp(-|u|)): no overflow for any finite u.
+// Shapes     z, F, dF: [tokens, heads] A (z with its own ld, F and dF contiguous or not); bias, dbias, carry: [heads] A
+//            dz: [tokens, heads] T, any ld: T is the storage type of the gradient of n Wf (bf16 on Cuda)
+// Writes     F, dz overwritten; dbias accumulated (+=). carry (optional, one sequence only) is read, then replaced by
+// the
+//            last token's F, so that decoding token by token continues a sequence.
+// Scratch    backward on Cuda: gate_scratch_elements(seq.count, heads) floats
+// Numerics   sums restart in each sequence; fixed order, bit-equal from run to run.
+#pragma once
+#include "kernels/contract.h"
+#include "kernels/device.h"
+#include "kernels/dtype.h"
+#include "kernels/traffic.h"
+
+namespace fiedler {
+
+template <class A>
+struct GateForward {
+    Mat<A> F;
+    Mat<const A> z;
+    Vec<const A> bias;
+    Packed seq;
+    Vec<A> carry;  // optional
+};
+
+template <class T>
+struct GateBackward {
+    Mat<T> dz;
+    Vec<acc_t<T>> dbias;
+    Mat<const acc_t<T>> dF, z;
+    Vec<const acc_t<T>> bias;
+    Packed seq;
+    Vec<acc_t<T>> scratch;  // Cuda only
+};
+
+template <class A>
+void check(const GateForward<A>& p) {
+    FIEDLER_REQUIRE("gate", is_shape(p.z, p.z.rows, p.bias.size) && is_shape(p.F, p.z.rows, p.bias.size));
+    FIEDLER_REQUIRE("gate", is_packing(p.seq, p.z.rows));
+    FIEDLER_REQUIRE("gate", !p.carry || (p.carry.size == p.bias.size && p.seq.count == 1));
+}
+template <class T>
+void check(const GateBackward<T>& p) {
+    FIEDLER_REQUIRE("gate", is_shape(p.z, p.z.rows, p.bias.size) && is_shape(p.dF, p.z.rows, p.bias.size));
+    FIEDLER_REQUIRE("gate", is_shape(p.dz, p.z.rows, p.bias.size) && is_shape(p.dbias, p.bias.size));
+    FIEDLER_REQUIRE("gate", is_packing(p.seq, p.z.rows));
+}
+
+template <class A>
+Traffic traffic(const GateForward<A>& p) {
+    const double n = double(p.z.rows) * double(p.z.cols);
+    return {2 * n * sizeof(A), 6 * n};
+}
+template <class T>
+Traffic traffic(const GateBackward<T>& p) {
+    const double n = double(p.z.rows) * double(p.z.cols);
+    return {n * (2 * sizeof(acc_t<T>) + sizeof(T)), 6 * n};
+}
+
+std::int64_t gate_scratch_elements(std::int64_t sequences, std::int64_t heads);  // Cuda builds only
+
+template <class A>  // float, double
+void gate_forward(const Cpu&, const GateForward<A>&);
+template <class T>
+void gate_backward(const Cpu&, const GateBackward<T>&);
+void gate_forward(const Cuda&, const GateForward<float>&);
+void gate_backward(const Cuda&, const GateBackward<bf16>&);
+
+}  // namespace fiedler

@@ -1,0 +1,54 @@
+// kernels/gradnorm.h: the global gradient norm and what follows from it, left on the device for adamw to read.
+//
+//   norm  = sqrt(sum_i (unscale g_i)^2)
+//   skip  = norm is not finite, or norm > skip_above
+//   scale = unscale * min(1, max_norm / norm)          (max_norm <= 0: no clipping)
+//
+// Shapes     grads: [n] A; control: one StepControl<A>; partials: gradnorm_partials() A (Cuda only)
+// Writes     control->norm, scale, skip overwritten; control->loss untouched.
+// Numerics   fixed-size blocks summed in fixed order (f64 in the last stage): bit-equal from run to run.
+#pragma once
+#include <limits>
+
+#include "kernels/contract.h"
+#include "kernels/device.h"
+#include "kernels/dtype.h"
+#include "kernels/traffic.h"
+
+namespace fiedler {
+
+// One small block of device memory per step: the only thing the host reads back.
+template <class A>
+struct StepControl {
+    A loss = 0;  // mean loss, accumulated by loss_sum over micro-batches (the caller divides)
+    A norm = 0;
+    A scale = 1;  // gradients are multiplied by this in adamw
+    A skip = 0;   // not 0: adamw leaves weights and moments as they are
+};
+
+template <class A>
+struct Gradnorm {
+    StepControl<A>* control = nullptr;
+    Vec<const A> grads;
+    Vec<A> partials;  // Cuda only
+    A unscale = 1;
+    A max_norm = 0;
+    A skip_above = std::numeric_limits<A>::infinity();
+};
+
+template <class A>
+void check(const Gradnorm<A>& p) {
+    FIEDLER_REQUIRE("gradnorm", p.control != nullptr && is_shape(p.grads, p.grads.size));
+}
+template <class A>
+Traffic traffic(const Gradnorm<A>& p) {
+    return {double(p.grads.size) * sizeof(A), 2.0 * double(p.grads.size)};
+}
+
+std::int64_t gradnorm_partials();  // Cuda builds only
+
+template <class A>  // float, double
+void gradnorm(const Cpu&, const Gradnorm<A>&);
+void gradnorm(const Cuda&, const Gradnorm<float>&);
+
+}  // namespace fiedler

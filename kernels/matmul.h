@@ -1,0 +1,84 @@
+// kernels/matmul.h: the three matrix products of a linear layer y = x W'. The only family that knows cuBLASLt.
+//
+//   forward    y  = [y +] x W'        optionally max(., 0) on the result (relu)
+//   dx         dx = [dx +] dy W
+//   dw         dW += dy' x
+//
+// Shapes     x, dx: [rows, in] T; W: [out, in] T; y, dy: [rows, out]; dW: [out, in] acc_t<T>. Row-major, any ld;
+//            on Cuda data and row strides 16-byte aligned. y is of type O: T, or acc_t<T> (scalars, gates).
+// Writes     y, dx overwritten, or accumulated when `accumulate` (the residual path); dW always accumulated (+=).
+//            dx must not alias dy. y with accumulate is the residual itself, updated in place.
+// Numerics   products of T, sums in acc_t<T>, one rounding to the output type after the epilogue.
+//            Cuda: cuBLASLt, algorithm chosen once per shape by heuristic and kept: bit-equal from run to run.
+//            Cuda's workspace is used; without one (0 bytes) only algorithms that need none.
+#pragma once
+#include "kernels/contract.h"
+#include "kernels/device.h"
+#include "kernels/dtype.h"
+#include "kernels/traffic.h"
+
+namespace fiedler {
+
+template <class T, class O = T>
+struct MatmulForward {
+    Mat<O> y;
+    Mat<const T> x, w;
+    bool accumulate = false;
+    bool relu = false;
+};
+template <class T>
+struct MatmulDx {
+    Mat<T> dx;
+    Mat<const T> dy, w;
+    bool accumulate = false;
+};
+template <class T>
+struct MatmulDw {
+    Mat<acc_t<T>> dw;
+    Mat<const T> dy, x;
+};
+
+template <class T, class O>
+void check(const MatmulForward<T, O>& p) {
+    FIEDLER_REQUIRE("matmul", is_shape(p.x, p.x.rows, p.w.cols) && is_shape(p.w, p.w.rows, p.w.cols));
+    FIEDLER_REQUIRE("matmul", is_shape(p.y, p.x.rows, p.w.rows));
+}
+template <class T>
+void check(const MatmulDx<T>& p) {
+    FIEDLER_REQUIRE("matmul", is_shape(p.dy, p.dy.rows, p.w.rows) && is_shape(p.w, p.w.rows, p.w.cols));
+    FIEDLER_REQUIRE("matmul", is_shape(p.dx, p.dy.rows, p.w.cols));
+}
+template <class T>
+void check(const MatmulDw<T>& p) {
+    FIEDLER_REQUIRE("matmul", is_shape(p.dy, p.dy.rows, p.dw.rows) && is_shape(p.x, p.dy.rows, p.dw.cols));
+    FIEDLER_REQUIRE("matmul", is_shape(p.dw, p.dw.rows, p.dw.cols));
+}
+
+template <class T, class O>
+Traffic traffic(const MatmulForward<T, O>& p) {
+    const double m = double(p.x.rows), k = double(p.x.cols), n = double(p.w.rows);
+    return {(m * k + n * k) * sizeof(T) + (p.accumulate ? 2 : 1) * m * n * sizeof(O), 2 * m * n * k};
+}
+template <class T>
+Traffic traffic(const MatmulDx<T>& p) {
+    const double m = double(p.dy.rows), n = double(p.dy.cols), k = double(p.w.cols);
+    return {(m * n + n * k + (p.accumulate ? 2 : 1) * m * k) * sizeof(T), 2 * m * n * k};
+}
+template <class T>
+Traffic traffic(const MatmulDw<T>& p) {
+    const double m = double(p.dy.rows), n = double(p.dy.cols), k = double(p.x.cols);
+    return {(m * n + m * k) * sizeof(T) + 2 * n * k * sizeof(acc_t<T>), 2 * m * n * k};
+}
+
+template <class T>  // float, double
+void matmul_forward(const Cpu&, const MatmulForward<T, T>&);
+template <class T>
+void matmul_dx(const Cpu&, const MatmulDx<T>&);
+template <class T>
+void matmul_dw(const Cpu&, const MatmulDw<T>&);
+void matmul_forward(const Cuda&, const MatmulForward<bf16, bf16>&);
+void matmul_forward(const Cuda&, const MatmulForward<bf16, float>&);
+void matmul_dx(const Cuda&, const MatmulDx<bf16>&);
+void matmul_dw(const Cuda&, const MatmulDw<bf16>&);
+
+}  // namespace fiedler

@@ -1,0 +1,73 @@
+// tests/bench/harness.h: benchmarks of kernel families. One file per family adds cases; the harness times and reports
+// them.
+//
+// A family's file, tests/bench/<family>_bench.cpp, is one function:
+//     FIEDLER_BENCH(norm) {
+//         auto x = suite.random<Storage>(rows * cols);                 // device memory, normal values, freed by the
+//         suite NormForward<Storage> p{...}; suite.add("forward 32768x384", traffic(p), [=, &suite] {
+//         norm_forward(suite.device, p); });
+//     }
+// Device is Cuda with Storage bf16 where a GPU is used, Cpu with Storage float otherwise (suite.small: take small
+// shapes). Timing (Cuda): each sample is one run after the L2 cache has been flushed; median of the samples, noise =
+// (p90 - p10) / median.
+#pragma once
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "kernels/device.h"
+#include "kernels/dtype.h"
+#include "kernels/traffic.h"
+
+namespace fiedler::bench {
+
+#if FIEDLER_CUDA
+using Device = Cuda;
+using Storage = bf16;
+#else
+using Device = Cpu;
+using Storage = float;
+#endif
+using Accum = acc_t<Storage>;
+
+struct Case {
+    std::string family, name;
+    Traffic traffic;
+    std::function<void()> run;
+    bool tensor_cores = false;  // share of peak: of the measured GEMM rate if true, else of the measured copy rate
+};
+
+class Suite {
+  public:
+    explicit Suite(const Device& d, bool small_shapes) : device(d), small(small_shapes) {}
+    ~Suite();
+    Suite(const Suite&) = delete;
+    Suite& operator=(const Suite&) = delete;
+
+    const Device& device;
+    const bool small;
+    std::string family;
+    std::vector<Case> cases;
+
+    template <class T>
+    T* random(std::int64_t n, double scale = 1.0);  // Storage, float, or int32 in [0, scale)
+    template <class T>
+    T* zeros(std::int64_t n);
+    void add(std::string name, Traffic t, std::function<void()> run, bool tensor_cores = false) {
+        cases.push_back({family, std::move(name), t, std::move(run), tensor_cores});
+    }
+    void release();  // frees all buffers and cases of the family at hand
+
+  private:
+    void* allocate(std::size_t bytes);
+    std::vector<void*> blocks_;
+};
+
+using FamilyBench = void (*)(Suite&);
+bool register_bench(const char* family, FamilyBench);
+#define FIEDLER_BENCH(word)                                                                                       \
+    static void word##_bench(::fiedler::bench::Suite& suite);                                                     \
+    [[maybe_unused]] static const bool word##_registered = ::fiedler::bench::register_bench(#word, word##_bench); \
+    static void word##_bench([[maybe_unused]] ::fiedler::bench::Suite& suite)
+
+}  // namespace fiedler::bench
