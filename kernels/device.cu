@@ -57,6 +57,7 @@ Cuda::~Cuda() {  // nothing to be done about a failure here: the process is lett
     delete state;
 }
 
+void* native_stream(const Cuda& d) { return stream_of(d); }
 void memory_info(const Cuda&, std::size_t& free_bytes, std::size_t& total_bytes) {
     CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
 }
@@ -81,6 +82,11 @@ void copy_on_device(const Cuda& d, void* dst, const void* src, std::size_t bytes
 }
 void fill_bytes(const Cuda& d, void* dst, int value, std::size_t bytes) {
     CUDA_CHECK(cudaMemsetAsync(dst, value, bytes, stream_of(d)));
+}
+void copy_rows_on_device(const Cuda& d, void* dst, std::size_t dst_pitch, const void* src, std::size_t src_pitch,
+                         std::size_t width, std::size_t rows) {
+    CUDA_CHECK(
+        cudaMemcpy2DAsync(dst, dst_pitch, src, src_pitch, width, rows, cudaMemcpyDeviceToDevice, stream_of(d)));
 }
 void synchronize(const Cuda& d) { CUDA_CHECK(cudaStreamSynchronize(stream_of(d))); }
 

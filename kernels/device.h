@@ -52,6 +52,8 @@ struct CudaDeviceInfo {
 // build.
 int cuda_device_count(std::string* why = nullptr);
 CudaDeviceInfo cuda_device_info(int ordinal);
+// The cudaStream_t itself, for other libraries (NCCL).
+void* native_stream(const Cuda&);
 // Free and total bytes of the device as the driver sees them.
 void memory_info(const Cuda&, std::size_t& free_bytes, std::size_t& total_bytes);
 
@@ -62,6 +64,9 @@ void copy_to_device(const Cpu&, void* dst, const void* src, std::size_t bytes);
 void copy_to_host(const Cpu&, void* dst, const void* src, std::size_t bytes);
 void copy_on_device(const Cpu&, void* dst, const void* src, std::size_t bytes);  // ranges must not overlap
 void fill_bytes(const Cpu&, void* dst, int value, std::size_t bytes);
+// rows pieces of width bytes, from every src_pitch bytes to every dst_pitch bytes; ranges must not overlap.
+void copy_rows_on_device(const Cpu&, void* dst, std::size_t dst_pitch, const void* src, std::size_t src_pitch,
+                         std::size_t width, std::size_t rows);
 inline void synchronize(const Cpu&) {}
 
 // On Cuda, copy_to_device returns once src may be reused; copy_to_host once dst is filled.
@@ -71,6 +76,8 @@ void copy_to_device(const Cuda&, void* dst, const void* src, std::size_t bytes);
 void copy_to_host(const Cuda&, void* dst, const void* src, std::size_t bytes);
 void copy_on_device(const Cuda&, void* dst, const void* src, std::size_t bytes);
 void fill_bytes(const Cuda&, void* dst, int value, std::size_t bytes);
+void copy_rows_on_device(const Cuda&, void* dst, std::size_t dst_pitch, const void* src, std::size_t src_pitch,
+                         std::size_t width, std::size_t rows);
 void synchronize(const Cuda&);
 
 // Seconds between two marks on the device's own clock (CUDA events; steady clock on the CPU). One pending pair per

@@ -16,6 +16,11 @@ void copy_to_device(const Cpu&, void* dst, const void* src, std::size_t bytes) {
 void copy_to_host(const Cpu&, void* dst, const void* src, std::size_t bytes) { std::memcpy(dst, src, bytes); }
 void copy_on_device(const Cpu&, void* dst, const void* src, std::size_t bytes) { std::memcpy(dst, src, bytes); }
 void fill_bytes(const Cpu&, void* dst, int value, std::size_t bytes) { std::memset(dst, value, bytes); }
+void copy_rows_on_device(const Cpu&, void* dst, std::size_t dst_pitch, const void* src, std::size_t src_pitch,
+                         std::size_t width, std::size_t rows) {
+    for (std::size_t i = 0; i < rows; ++i)
+        std::memcpy(static_cast<char*>(dst) + i * dst_pitch, static_cast<const char*>(src) + i * src_pitch, width);
+}
 
 #if !FIEDLER_CUDA
 int cuda_device_count(std::string* why) {

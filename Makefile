@@ -1,0 +1,64 @@
+# The front door. `make` builds for the GPU that is present, for the CPU alone where there is none.
+#   make setup | build | train | test | bench | gpu-check | format | cuda ARCHS="89 90" | release | clean
+
+SHELL := /bin/bash
+JOBS ?= $(shell nproc)
+GENERATOR := $(shell command -v ninja >/dev/null 2>&1 && echo Ninja || echo "Unix Makefiles")
+NVCC := $(shell command -v nvcc 2>/dev/null || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
+# Compute capability of the GPUs that are present, e.g. 89; empty without a driver.
+GPU_ARCHS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d '. ' | sort -u | tr '\n' ' ')
+ARCHS ?= 89 90
+RELEASE_ARCHS := 80 86 89 90 100 120
+space := $(subst ,, )
+list = $(subst $(space),;,$(strip $(1)))
+
+ifneq ($(and $(NVCC),$(GPU_ARCHS)),)
+HERE_FLAGS := -DFIEDLER_CUDA=ON -DFIEDLER_ARCHS="$(call list,$(GPU_ARCHS))" -DCMAKE_CUDA_COMPILER=$(NVCC)
+else
+HERE_FLAGS := -DFIEDLER_CUDA=OFF
+endif
+
+PACKAGES := build-essential cmake ninja-build pkg-config clang-format python3 libcli11-dev libfmt-dev libgtest-dev \
+            nlohmann-json3-dev libeigen3-dev libsentencepiece-dev libxxhash-dev
+
+.PHONY: all setup build cuda release train test bench gpu-check format format-check clean
+all: build
+
+setup:
+	@tools/setup $(PACKAGES)
+
+build: setup
+	@cmake -S . -B build -G "$(GENERATOR)" $(HERE_FLAGS) > build.log 2>&1 || { cat build.log; rm -f build.log; exit 1; }; rm -f build.log
+	@cmake --build build -j $(JOBS)
+
+cuda: setup
+	@cmake -S . -B build/cuda -G "$(GENERATOR)" -DFIEDLER_CUDA=ON -DFIEDLER_ARCHS="$(call list,$(ARCHS))" -DCMAKE_CUDA_COMPILER=$(NVCC)
+	@cmake --build build/cuda -j $(JOBS)
+
+release: setup
+	@cmake -S . -B build/release -G "$(GENERATOR)" -DFIEDLER_CUDA=ON -DFIEDLER_ARCHS="$(call list,$(RELEASE_ARCHS))" -DCMAKE_CUDA_COMPILER=$(NVCC)
+	@cmake --build build/release -j $(JOBS)
+
+# A model from this machine's own C and C++ headers: no download, a few minutes without a GPU.
+TRAIN_FLAGS ?=
+train: build
+	@build/bin/fiedler train --data /usr/include $(TRAIN_FLAGS)
+
+test: build
+	@ctest --test-dir build --output-on-failure -j $(JOBS)
+
+# make bench K=attention
+bench: build
+	@build/bin/kernel_bench $(K)
+
+gpu-check: build
+	@tools/gpu_check --bin build/bin
+
+FORMATTED := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
+format:
+	@clang-format -i $(FORMATTED)
+format-check:
+	@clang-format --dry-run -Werror $(FORMATTED)
+
+clean:
+	@rm -rf build

@@ -1,0 +1,219 @@
+#include "engine/activations.h"
+
+#include <algorithm>
+#include <functional>
+#include <map>
+
+#include "kernels/conv.h"
+#include "kernels/coordinate.h"
+#include "kernels/embedding.h"
+#include "kernels/energy.h"
+#include "kernels/gate.h"
+
+namespace fiedler {
+
+namespace {
+
+std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
+
+// One row of the table: a view to be filled, its width, and who shares its memory.
+struct Slot {
+    std::string name;
+    std::int64_t cols = 0;
+    enum class Kept { input, mlp, other } kept = Kept::other;
+    std::function<void*(Arena&, const std::string& name, const std::vector<std::int64_t>& shape, Lifetime)> take;
+    std::function<void(void*, std::int64_t rows)> fill;
+};
+
+template <class U>
+void* take_typed(Arena& arena, const std::string& name, const std::vector<std::int64_t>& shape, Lifetime lifetime) {
+    return arena.take<U>(name, shape, lifetime);
+}
+
+template <class T>
+std::vector<Slot> slots_of(LayerActivations<T>& a, const ModelSpec& m, const LayerSpec& l) {
+    using A = acc_t<T>;
+    std::vector<Slot> slots;
+    const auto matrix = [&]<class U>(Mat<U>& view, const char* name, std::int64_t cols,
+                                     Slot::Kept kept = Slot::Kept::other) {
+        slots.push_back({name, cols, kept, take_typed<U>,
+                         [&view, cols](void* p, std::int64_t rows) { view = Mat<U>(static_cast<U*>(p), rows, cols); }});
+    };
+    const auto column = [&](Vec<A>& view, const char* name) {
+        slots.push_back({name, 1, Slot::Kept::other, take_typed<A>,
+                         [&view](void* p, std::int64_t rows) { view = Vec<A>(static_cast<A*>(p), rows); }});
+    };
+    const std::int64_t c = m.channels, h = m.heads;
+    matrix(a.x, "x", c, Slot::Kept::input);
+    matrix(a.n1, "n1", c);
+    column(a.rstd1, "rstd1");
+    matrix(a.projected, "projected", m.projected_columns(l));
+    if (m.conv) matrix(a.mixed, "mixed", m.projected_columns(l));
+    if (m.rotates(l) || m.normalises(l)) matrix(a.rotated, "rotated", 2 * c);
+    if (m.aux_columns(l) > 0) matrix(a.aux, "aux", round_up(m.aux_columns(l), 8));
+    if (l.kind != LayerKind::dot) {
+        matrix(a.a, "a", h * l.scalars);
+        matrix(a.b, "b", h * l.scalars);
+    }
+    if (m.has_gate(l)) matrix(a.F, "F", h);
+    matrix(a.o, "o", c);
+    matrix(a.lse, "lse", h);
+    matrix(a.mid, "mid", c);
+    matrix(a.n2, "n2", c);
+    column(a.rstd2, "rstd2");
+    matrix(a.u, "u", m.hidden, Slot::Kept::mlp);
+    matrix(a.h, "h", m.hidden, Slot::Kept::mlp);
+    return slots;
+}
+
+bool is_shared(const Slot& s, const ActivationPlan& plan) {
+    if (!plan.keep_layers) return true;
+    if (plan.recompute == Recompute::layer) return s.kept != Slot::Kept::input;
+    return plan.recompute == Recompute::mlp && s.kept == Slot::Kept::mlp;
+}
+
+}  // namespace
+
+const char* name_of(Recompute r) {
+    switch (r) {
+        case Recompute::none:
+            return "none";
+        case Recompute::mlp:
+            return "mlp";
+        case Recompute::layer:
+            return "layer";
+    }
+    return "?";
+}
+
+template <class T>
+Activations<T>::Activations(Arena& arena, const ModelSpec& spec, const ActivationPlan& plan)
+    : spec_(spec), layers_(static_cast<std::size_t>(spec.layers())), tokens_(plan.tokens) {
+    place_layers(arena, plan);
+    place_scratch(arena, plan);
+}
+
+template <class T>
+void Activations<T>::place_layers(Arena& arena, const ActivationPlan& plan) {
+    struct Shared {
+        std::int64_t cols = 0;
+        const Slot* widest = nullptr;
+        void* memory = nullptr;
+    };
+    std::map<std::string, Shared> shared;
+    std::vector<std::vector<Slot>> slots;
+    for (std::size_t l = 0; l < layers_.size(); ++l) slots.push_back(slots_of(layers_[l], spec_, spec_.layer[l]));
+    for (const auto& of_layer : slots)
+        for (const Slot& s : of_layer)
+            if (Shared& common = shared[s.name]; is_shared(s, plan) && s.cols > common.cols) {
+                common.cols = s.cols;
+                common.widest = &s;
+            }
+    const Lifetime lifetime = plan.keep_layers ? Lifetime::recomputed : Lifetime::scratch;
+    for (auto& [name, s] : shared)
+        if (s.widest) s.memory = s.widest->take(arena, name, {plan.tokens, s.cols}, lifetime);
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+        for (const Slot& s : slots[l]) {
+            void* p = is_shared(s, plan) ? shared[s.name].memory
+                                         : s.take(arena, "layers." + std::to_string(l) + "." + s.name,
+                                                  {plan.tokens, s.cols}, Lifetime::saved);
+            fills_.push_back([fill = s.fill, p](std::int64_t rows) { fill(p, rows); });
+        }
+        if (!spec_.conv) fills_.push_back([a = &layers_[l]](std::int64_t) { a->mixed = a->projected; });
+    }
+    bind(plan.tokens);
+}
+
+template <class T>
+void Activations<T>::place_scratch(Arena& arena, const ActivationPlan& plan) {
+    const std::int64_t n = plan.tokens, c = spec_.channels;
+    const auto matrix = [&]<class U>(Mat<U>& view, const char* name, std::int64_t cols) {
+        if (cols == 0) return;
+        void* p = arena.take<U>(name, {n, cols}, Lifetime::scratch);
+        fills_.push_back([&view, p, cols](std::int64_t rows) { view = Mat<U>(static_cast<U*>(p), rows, cols); });
+    };
+    const auto vector = [&](Vec<A>& view, const char* name) {
+        void* p = arena.take<A>(name, {n}, Lifetime::scratch);
+        fills_.push_back([&view, p](std::int64_t rows) { view = Vec<A>(static_cast<A*>(p), rows); });
+    };
+    matrix(scratch_.x_last, "x_last", c);
+    matrix(scratch_.n_last, "n_last", c);
+    vector(scratch_.rstd_last, "rstd_last");
+    vector(scratch_.losses, "losses");
+    if (plan.training) {
+        matrix(scratch_.dx, "dx", c);
+        matrix(scratch_.dn, "dn", c);
+    }
+    {  // logits are dead before the first layer's gradients are made
+        auto scope = arena.scope();
+        const std::int64_t padded = round_up(spec_.vocab, 8);
+        scratch_.logits = Mat<T>(arena.take<T>("logits", {plan.logits_rows, padded}, Lifetime::scratch),
+                                 plan.logits_rows, spec_.vocab, padded);
+        scope.close();
+    }
+    if (plan.training) place_gradients(arena, plan);
+    bind(plan.tokens);
+}
+
+template <class T>
+void Activations<T>::place_gradients(Arena& arena, const ActivationPlan& plan) {
+    const std::int64_t n = plan.tokens, c = spec_.channels, h = spec_.heads;
+    const auto matrix = [&]<class U>(Mat<U>& view, const char* name, std::int64_t cols) {
+        if (cols == 0) return;
+        void* p = arena.take<U>(name, {n, cols}, Lifetime::scratch);
+        fills_.push_back([&view, p, cols](std::int64_t rows) { view = Mat<U>(static_cast<U*>(p), rows, cols); });
+    };
+    std::int64_t columns = 0, rotated = 0, aux = 0, hr = 0, gated = 0;
+    for (const LayerSpec& l : spec_.layer) {
+        columns = std::max<std::int64_t>(columns, spec_.projected_columns(l));
+        if (spec_.rotates(l) || spec_.normalises(l)) rotated = 2 * c;
+        aux = std::max(aux, round_up(spec_.aux_columns(l), 8));
+        hr = std::max<std::int64_t>(hr, h * l.scalars);
+        if (spec_.has_gate(l)) gated = h;
+    }
+    auto scope = arena.scope();
+    matrix(scratch_.dh, "dh", spec_.hidden);
+    matrix(scratch_.do_, "do", c);
+    matrix(scratch_.dmixed, "dmixed", columns);
+    if (spec_.conv) matrix(scratch_.dprojected, "dprojected", columns);
+    matrix(scratch_.drotated, "drotated", rotated);
+    matrix(scratch_.daux, "daux", aux);
+    matrix(scratch_.da, "da", hr);
+    matrix(scratch_.db, "db", hr);
+    matrix(scratch_.dF, "dF", gated);
+    matrix(scratch_.delta, "delta", h);
+    if constexpr (std::is_same_v<T, bf16>) place_partials(arena, plan);
+    scope.close();
+}
+
+// Partial sums of the kernels that reduce over tokens without atomics, and the embedding's sort: on the GPU only.
+template <class T>
+void Activations<T>::place_partials(Arena& arena, const ActivationPlan& plan) {
+    std::int64_t elements = 1;
+    for (const LayerSpec& l : spec_.layer) {
+        const std::int64_t n = plan.tokens;
+        if (spec_.conv) elements = std::max(elements, conv_scratch_elements(n, spec_.projected_columns(l)));
+        if (l.kind == LayerKind::coordinate)
+            elements = std::max(elements, coordinate_scratch_elements(n, spec_.scalar_columns(l)));
+        if (l.kind == LayerKind::energy)
+            elements = std::max(elements, energy_scratch_elements(n, spec_.heads, l.scalars));
+        if (spec_.has_gate(l)) elements = std::max(elements, gate_scratch_elements(plan.sequences, spec_.heads));
+    }
+    scratch_.partials = {arena.take<A>("partials", {elements}, Lifetime::scratch), elements};
+    const auto bytes = static_cast<std::int64_t>(embedding_scratch_bytes(plan.tokens, spec_.vocab));
+    scratch_.sort = {arena.take<std::byte>("sort", {bytes}, Lifetime::scratch), bytes};
+}
+
+template <class T>
+void Activations<T>::bind(std::int64_t tokens) {
+    tokens_ = tokens;
+    for (const auto& fill : fills_) fill(tokens);
+}
+
+template class Activations<float>;
+template class Activations<double>;
+#if FIEDLER_CUDA
+template class Activations<bf16>;
+#endif
+
+}  // namespace fiedler

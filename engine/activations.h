@@ -1,0 +1,82 @@
+// engine/activations.h: ONE table of activations: name, shape, type, lifetime. The arena places what it lists, the
+// model reads the views, `fiedler plan` prints it.
+//
+// N tokens of a micro-batch, C channels, H heads, R scalars, M hidden, S = columns of the f32 product (scalars and gate
+// logits). Lifetimes under a recomputation level:
+//   none    everything the backward pass reads is saved, per layer
+//   mlp     u and h (the MLP's hidden values) are recomputed from n2: one buffer for all layers
+//   layer   only x, the layer's input, is saved; the rest is recomputed in one set of buffers
+#pragma once
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "engine/arena.h"
+#include "engine/model_spec.h"
+#include "kernels/dtype.h"
+#include "kernels/view.h"
+
+namespace fiedler {
+
+enum class Recompute { none, mlp, layer };
+const char* name_of(Recompute);
+
+struct ActivationPlan {
+    std::int64_t tokens = 0;       // N, the most a micro-batch may hold
+    std::int64_t sequences = 0;    // the most sequences it may hold (documents count when masked)
+    std::int64_t logits_rows = 0;  // rows of one chunk of logits
+    bool training = true;          // false: no gradients, no backward scratch
+    bool keep_layers = true;       // false (evaluation): one set of buffers for all layers
+    Recompute recompute = Recompute::none;
+};
+
+template <class T>
+struct LayerActivations {
+    using A = acc_t<T>;
+    Mat<T> x, n1, projected, mixed, rotated, o, mid, n2, u, h;
+    Vec<A> rstd1, rstd2;
+    Mat<A> aux, a, b, F, lse;
+    // mixed is `projected` after the convolution (the same view without one); the queries, keys and values of this
+    // layer:
+    Mat<T> q(std::int64_t c) const { return rotated ? rotated.columns(0, c) : mixed.columns(0, c); }
+    Mat<T> k(std::int64_t c) const { return rotated ? rotated.columns(c, c) : mixed.columns(c, c); }
+    Mat<T> v(std::int64_t c) const { return mixed.columns(mixed.cols - c, c); }
+};
+
+template <class T>
+struct ScratchActivations {  // shared by all layers
+    using A = acc_t<T>;
+    Mat<T> x_last, n_last, dx, dn, dh, do_, dmixed, drotated, dprojected, daux, logits;
+    Vec<A> rstd_last, losses;
+    Mat<A> da, db, dF, delta;
+    Vec<A> partials;      // scratch of conv, coordinate, gate, energy
+    Vec<std::byte> sort;  // scratch of the embedding's gradient
+};
+
+template <class T>
+class Activations {
+  public:
+    using A = acc_t<T>;
+    // Asks the arena for every block, in a fixed order: the same calls in the dry run and in the real one.
+    Activations(Arena&, const ModelSpec&, const ActivationPlan&);
+    Activations(const Activations&) = delete;
+    Activations& operator=(const Activations&) = delete;
+    // Sets the number of rows of every view to tokens <= plan.tokens.
+    void bind(std::int64_t tokens);
+    LayerActivations<T>& layer(int l) { return layers_[static_cast<std::size_t>(l)]; }
+    ScratchActivations<T>& scratch() { return scratch_; }
+
+  private:
+    void place_layers(Arena&, const ActivationPlan&);
+    void place_scratch(Arena&, const ActivationPlan&);
+    void place_gradients(Arena&, const ActivationPlan&);
+    void place_partials(Arena&, const ActivationPlan&);
+
+    const ModelSpec& spec_;
+    std::vector<LayerActivations<T>> layers_;
+    ScratchActivations<T> scratch_;
+    std::vector<std::function<void(std::int64_t rows)>> fills_;
+    std::int64_t tokens_ = 0;
+};
+
+}  // namespace fiedler

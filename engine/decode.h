@@ -1,0 +1,69 @@
+// engine/decode.h: incremental decoding of one sequence, O(length) per token.
+//
+// Cache per layer and token: values [C] T; scalars of keys [H R] and the gate's sum [H] as acc_t<T>. Keys are kept by
+// dot layers only. With it, the last three rows before the convolution, so that it goes on across tokens.
+#pragma once
+#include "engine/engine.h"
+#include "engine/model.h"
+
+namespace fiedler {
+
+template <class T>
+struct LayerCache {
+    using A = acc_t<T>;
+    Mat<T> v, k;       // [capacity, C]; k: dot layers
+    Mat<A> b, F;       // [capacity, H R], [capacity, H]
+    Mat<T> projected;  // [4, columns]: three old rows and the new one
+    Mat<A> scalars;    // [4, 2 H R]
+    Vec<A> carry;      // [H]: the gate's sum so far
+};
+
+template <class T>
+struct DecodeScratch {  // one token's activations; rows of four where the convolution needs its past
+    using A = acc_t<T>;
+    Vec<std::int32_t> token;
+    Mat<T> x, n, mixed, rotated, o, mid, u, h, logits;
+    Vec<A> rstd;
+    Mat<A> aux, a, b;
+};
+
+// Memory of a decoder: caches and scratch, in an arena of its own.
+template <class T>
+struct DecodeLayout {
+    std::vector<LayerCache<T>> layer;
+    DecodeScratch<T> scratch;
+    DecodeLayout(Arena&, const ModelSpec&, std::int64_t capacity);
+};
+
+template <class Dev, class T>
+class ModelDecoder final : public Decoder {
+  public:
+    using A = acc_t<T>;
+    // Prefill runs the model over chunks of its own activations: model, its batch memory and dev outlive the decoder.
+    ModelDecoder(const Dev&, Model<Dev, T>& model, const ParamBlock<T>&, std::int64_t capacity,
+                 std::function<Batch(const std::vector<std::int32_t>&)> upload, std::int64_t longest_prefill);
+    void prefill(const std::vector<std::int32_t>& tokens) override;
+    void append(std::int32_t token) override;
+    const std::vector<float>& logits() const override { return logits_; }
+    std::int64_t length() const override { return length_; }
+    std::size_t cache_bytes_per_token() const override;
+
+  private:
+    void clear();
+    void copy_layer(int l, std::int64_t tokens);
+    void append_layer(int l);
+    void attend(int l, const LayerWeights<T>&);
+    Vec<const A> scalars_of_token(int l, const LayerWeights<T>&, const Mat<T>& q, const Mat<T>& k);
+    void read_logits(const Mat<const T>&);
+
+    const Dev& dev_;
+    Model<Dev, T>& model_;
+    ParamBlock<T> params_;
+    std::int64_t capacity_, length_ = 0, longest_prefill_;
+    std::function<Batch(const std::vector<std::int32_t>&)> upload_;
+    Arena arena_;
+    std::unique_ptr<DecodeLayout<T>> layout_;
+    std::vector<float> logits_;
+};
+
+}  // namespace fiedler

@@ -1,0 +1,104 @@
+// engine/engine.h: a model with its memory on one device, ready to be trained, evaluated and read. What a trainer
+// needs, without templates: make_engine() picks Engine's implementation by device.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/activations.h"
+#include "engine/config.h"
+#include "engine/model_spec.h"
+#include "engine/params.h"
+
+namespace fiedler {
+
+// One micro-batch on the host: count sequences of length tokens, row-major. Ragged (documents kept apart): length == 0
+// and the three vectors of kernels/packed.h.
+struct HostBatch {
+    std::vector<std::int32_t> inputs, targets;
+    std::int32_t count = 0, length = 0;
+    std::vector<std::int32_t> offsets, begin, end;
+};
+
+enum class Block { master, moment1, moment2 };
+inline constexpr Block kBlocks[] = {Block::master, Block::moment1, Block::moment2};
+const char* name_of(Block);
+
+struct StepSettings {
+    std::int64_t step = 1;  // 1-based: AdamW's bias correction
+    double lr = 0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, decay = 0.1, clip = 1;
+    double skip_above = 0;  // skip the update when the gradient norm exceeds this; 0: only when it is not finite
+};
+struct StepResult {
+    double loss = 0, norm = 0;  // mean loss of the step's tokens, gradient norm before clipping
+    bool skipped = false;
+};
+
+// How the run is laid out in memory: what the planner chooses and `fiedler plan` prints.
+struct RunPlan {
+    std::int32_t micro_batch = 1;    // sequences of context tokens per micro-batch
+    std::int32_t micro_batches = 1;  // per step
+    Recompute recompute = Recompute::none;
+    bool training = true;
+    bool document_mask = false;
+    std::int64_t tokens = 0;  // of a micro-batch
+    std::size_t bytes = 0;    // the arena's peak
+    std::string table;        // the arena's table, for people
+};
+
+// Incremental decoding of one sequence. The cache holds values and scalars (and keys in dot layers only).
+class Decoder {
+  public:
+    virtual ~Decoder() = default;
+    virtual void prefill(const std::vector<std::int32_t>& tokens) = 0;  // clears the cache first
+    virtual void append(std::int32_t token) = 0;
+    virtual const std::vector<float>& logits() const = 0;  // [vocab], after the last token
+    virtual std::int64_t length() const = 0;
+    virtual std::size_t cache_bytes_per_token() const = 0;
+};
+
+class Engine {
+  public:
+    virtual ~Engine() = default;
+    virtual const ModelSpec& spec() const = 0;
+    virtual const ParamTable& table() const = 0;
+    virtual const RunPlan& plan() const = 0;
+    virtual std::string device_name() const = 0;  // "cpu (2 threads)", "NVIDIA H100 80GB HBM3"
+    virtual std::string device_kind() const = 0;  // "cpu" or "cuda"
+    virtual double
+    measured_peak_flops() = 0;  // of a large matrix product in the engine's precision; measured once, then kept
+    virtual std::size_t device_bytes_in_use() = 0;  // of the whole process, where the device can tell; else 0
+
+    virtual StepResult train_step(const std::vector<HostBatch>&, const StepSettings&) = 0;
+    virtual double loss_sum(const HostBatch&) = 0;  // of the batch's targets, no gradients
+    virtual std::vector<std::vector<double>> calibrate_tau(const HostBatch&) = 0;
+    // All three blocks have table().elements f32 values. Writing the master block refreshes the weights.
+    virtual void read(Block, float* out) = 0;
+    virtual void write(Block, const float* in) = 0;
+    virtual std::unique_ptr<Decoder> decoder(std::int64_t capacity) = 0;
+};
+
+enum class DeviceKind { cpu, cuda };
+// automatic picks CUDA when a device is usable. InputError for cuda without one.
+DeviceKind choose_device(DeviceChoice);
+
+struct EngineOptions {
+    DeviceKind device = DeviceKind::cpu;
+    int threads = 0;
+    std::size_t memory_budget = 0;  // 0: what the device has free
+    std::int32_t micro_batch = 0;   // 0: chosen
+    std::int64_t batch_tokens = 0;  // of a step, a multiple of context
+    RecomputeChoice recompute = RecomputeChoice::automatic;
+    bool training = true;
+    bool document_mask = false;
+};
+
+// Chooses micro-batch and recomputation so that the arena's peak fits the budget, without touching a device. InputError
+// says by how much it does not fit and which setting would.
+RunPlan plan_run(const ModelSpec&, const EngineOptions&);
+EngineOptions engine_options(const Config&, DeviceKind, bool training);
+std::unique_ptr<Engine> make_engine(const ModelSpec&, const EngineOptions&);
+
+}  // namespace fiedler

@@ -1,0 +1,220 @@
+// engine/layers.cpp: one layer, forward and backward: kernel calls in the order of DESIGN 1.
+#include <algorithm>
+#include <cmath>
+
+#include "engine/model.h"
+#include "engine/model_instances.h"
+#include "kernels/attention.h"
+#include "kernels/conv.h"
+#include "kernels/coordinate.h"
+#include "kernels/dot.h"
+#include "kernels/gate.h"
+#include "kernels/matmul.h"
+#include "kernels/mlp.h"
+#include "kernels/norm.h"
+#include "kernels/rotary.h"
+
+namespace fiedler {
+
+namespace {
+
+template <class T>
+Vec<T> flat(const Mat<T>& m) {
+    return {m.data, m.rows * m.cols};
+}
+
+}  // namespace
+
+template <class Dev, class T>
+void Model<Dev, T>::forward_layer(int l, const Batch& batch) {
+    LayerActivations<T>& act = acts_.layer(l);
+    const LayerWeights<T> w = layer_weights(l);
+    {
+        Range range("norm");
+        norm_forward(dev_, NormForward<T>{.y = act.n1, .rstd = act.rstd1, .x = act.x, .eps = A(spec_.norm_eps)});
+    }
+    forward_attention(l, batch);
+    matmul_forward(dev_, MatmulForward<T, T>{.y = act.mid, .x = act.o, .w = w.out, .residual = act.x});
+    {
+        Range range("norm");
+        norm_forward(dev_, NormForward<T>{.y = act.n2, .rstd = act.rstd2, .x = act.mid, .eps = A(spec_.norm_eps)});
+    }
+    forward_mlp_in(l);
+    Range range("mlp");
+    matmul_forward(dev_, MatmulForward<T, T>{.y = next_input(l), .x = act.h, .w = w.mlp_out, .residual = act.mid});
+}
+
+template <class Dev, class T>
+void Model<Dev, T>::forward_mlp_in(int l) {
+    Range range("mlp");
+    LayerActivations<T>& act = acts_.layer(l);
+    matmul_forward(
+        dev_, MatmulForward<T, T>{.y = act.u, .x = act.n2, .w = layer_weights(l).mlp_in, .residual = {}, .relu = true});
+    mlp_forward(dev_, MlpForward<T>{.h = flat(act.h), .u = flat(act.u)});
+}
+
+template <class Dev, class T>
+void Model<Dev, T>::forward_attention(int l, const Batch& batch) {
+    const LayerSpec& spec = spec_.layer[static_cast<std::size_t>(l)];
+    LayerActivations<T>& act = acts_.layer(l);
+    const LayerWeights<T> w = layer_weights(l);
+    const std::int64_t c = spec_.channels;
+    {
+        Range range("matmul");
+        matmul_forward(dev_, MatmulForward<T, T>{.y = act.projected, .x = act.n1, .w = w.projected, .residual = {}});
+        if (w.aux)
+            matmul_forward(dev_, MatmulForward<T, A>{
+                                     .y = act.aux.columns(0, w.aux.rows), .x = act.n1, .w = w.aux, .residual = {}});
+    }
+    if (w.conv) {
+        Range range("conv");
+        conv_forward(dev_, ConvForward<T>{.y = act.mixed, .x = act.projected, .w = w.conv, .seq = batch.seq});
+    }
+    if (act.rotated) {
+        Range range("rotary");
+        rotary_forward(dev_, RotaryForward<T>{.y = act.rotated,
+                                              .x = act.mixed.columns(0, 2 * c),
+                                              .seq = batch.seq,
+                                              .heads = 2 * spec_.heads,
+                                              .normalise = spec_.normalises(spec),
+                                              .rotate = spec_.rotates(spec),
+                                              .theta = A(spec_.rope_theta),
+                                              .eps = A(spec_.norm_eps)});
+    }
+    if (spec.kind == LayerKind::dot) {
+        Range range("dot");
+        dot_forward(dev_, DotForward<T>{.o = act.o,
+                                        .lse = act.lse,
+                                        .q = act.q(c),
+                                        .k = act.k(c),
+                                        .v = act.v(c),
+                                        .seq = batch.seq,
+                                        .heads = spec_.heads,
+                                        .window = spec.window,
+                                        .causal = spec_.causal,
+                                        .scale = A(1 / std::sqrt(double(spec_.head_dim())))});
+        return;
+    }
+    forward_scalars(l, batch);
+    Range range("attention");
+    attention_forward(dev_, AttentionForward<T>{.o = act.o,
+                                                .lse = act.lse,
+                                                .a = act.a,
+                                                .b = act.b,
+                                                .F = act.F,
+                                                .v = act.v(c),
+                                                .seq = batch.seq,
+                                                .heads = spec_.heads,
+                                                .scalars = spec.scalars,
+                                                .window = spec.window,
+                                                .causal = spec_.causal});
+}
+
+// a, b and F of a scalar layer.
+template <class Dev, class T>
+void Model<Dev, T>::forward_scalars(int l, const Batch& batch) {
+    const LayerSpec& spec = spec_.layer[static_cast<std::size_t>(l)];
+    LayerActivations<T>& act = acts_.layer(l);
+    const LayerWeights<T> w = layer_weights(l);
+    const std::int64_t scalar_columns = spec_.scalar_columns(spec);
+    if (spec.kind == LayerKind::coordinate) {
+        Range range("coordinate");
+        coordinate_forward(dev_, CoordinateForward<A>{.a = act.a,
+                                                      .b = act.b,
+                                                      .s = act.aux.columns(0, scalar_columns),
+                                                      .w = w.conv_scalars,
+                                                      .log_temp = w.log_temp,
+                                                      .seq = batch.seq});
+    } else {
+        Range range("energy");
+        if (calibrating_) calibrate_layer(l);
+        const auto energies = [&](const Mat<A>& out, const Mat<T>& x) {
+            energy_forward(dev_, EnergyForward<T>{.a = out,
+                                                  .x = x,
+                                                  .lap = laplacian_,
+                                                  .log_tau = w.log_tau,
+                                                  .log_temp = w.log_temp,
+                                                  .heads = spec_.heads,
+                                                  .scalars = spec.scalars});
+        };
+        energies(act.a, act.q(spec_.channels));
+        energies(act.b, act.k(spec_.channels));
+    }
+    if (act.F) {
+        Range range("gate");
+        gate_forward(dev_, GateForward<A>{.F = act.F,
+                                          .z = act.aux.columns(scalar_columns, spec_.heads),
+                                          .bias = w.gate_bias,
+                                          .seq = batch.seq,
+                                          .carry = {}});
+    }
+}
+
+template <class Dev, class T>
+void Model<Dev, T>::calibrate_layer(int l) {
+    const LayerSpec& spec = spec_.layer[static_cast<std::size_t>(l)];
+    LayerActivations<T>& act = acts_.layer(l);
+    const auto n = static_cast<std::size_t>(act.a.rows * act.a.cols), scalars = static_cast<std::size_t>(spec.scalars);
+    std::vector<A> energy(2 * n);
+    const auto raw = [&](const Mat<A>& out, const Mat<T>& x, A* host) {
+        energy_forward(dev_, EnergyForward<T>{.a = out,
+                                              .x = x,
+                                              .lap = laplacian_,
+                                              .log_tau = {},
+                                              .log_temp = {},
+                                              .heads = spec_.heads,
+                                              .scalars = spec.scalars,
+                                              .raw = true});
+        copy_to_host(dev_, host, out.data, n * sizeof(A));
+    };
+    raw(act.a, act.q(spec_.channels), energy.data());
+    raw(act.b, act.k(spec_.channels), energy.data() + n);
+    std::vector<A> log_tau(scalars);
+    for (std::size_t r = 0; r < scalars; ++r) {
+        std::vector<A> band;
+        for (std::size_t i = r; i < 2 * n; i += scalars) band.push_back(energy[i]);
+        const auto middle = band.begin() + static_cast<std::ptrdiff_t>(band.size() / 2);
+        std::nth_element(band.begin(), middle, band.end());
+        const A tau = std::max(*middle, A(1e-6));  // a band of zero energy would give log 0
+        log_tau[r] = std::log(tau);
+        (*calibrating_)[static_cast<std::size_t>(l)].push_back(double(tau));
+    }
+    const Vec<A> target = table_.vector(params_.master.data, table_.layer[static_cast<std::size_t>(l)].log_tau);
+    copy_to_device(dev_, target.data, log_tau.data(), scalars * sizeof(A));
+    synchronize(dev_);
+}
+
+template <class Dev, class T>
+void Model<Dev, T>::backward_layer(int l, const Batch& batch) {
+    if (plan_.recompute ==
+        Recompute::layer) {  // the shared buffers hold another layer: make this one's again from its input
+        const LayerActivations<T>& act = acts_.layer(l);
+        const LayerWeights<T> w = layer_weights(l);
+        norm_forward(dev_, NormForward<T>{.y = act.n1, .rstd = act.rstd1, .x = act.x, .eps = A(spec_.norm_eps)});
+        forward_attention(l, batch);
+        matmul_forward(dev_, MatmulForward<T, T>{.y = act.mid, .x = act.o, .w = w.out, .residual = act.x});
+        norm_forward(dev_, NormForward<T>{.y = act.n2, .rstd = act.rstd2, .x = act.mid, .eps = A(spec_.norm_eps)});
+    }
+    if (plan_.recompute != Recompute::none) forward_mlp_in(l);
+    backward_mlp(l);
+    backward_attention(l, batch);
+}
+
+template <class Dev, class T>
+void Model<Dev, T>::backward_mlp(int l) {
+    Range range("mlp");
+    LayerActivations<T>& act = acts_.layer(l);
+    ScratchActivations<T>& s = acts_.scratch();
+    const LayerWeights<T> w = layer_weights(l);
+    const LayerGrads<T> g = layer_grads(l);
+    matmul_dw(dev_, MatmulDw<T>{.dw = g.mlp_out, .dy = s.dx, .x = act.h});
+    matmul_dx(dev_, MatmulDx<T>{.dx = s.dh, .dy = s.dx, .w = w.mlp_out});
+    mlp_backward(dev_, MlpBackward<T>{.du = flat(s.dh), .dh = flat(s.dh), .u = flat(act.u)});
+    matmul_dw(dev_, MatmulDw<T>{.dw = g.mlp_in, .dy = s.dh, .x = act.n2});
+    matmul_dx(dev_, MatmulDx<T>{.dx = s.dn, .dy = s.dh, .w = w.mlp_in});
+    norm_backward(dev_, NormBackward<T>{.dx = s.dx, .dy = s.dn, .x = act.mid, .rstd = act.rstd2, .dresidual = s.dx});
+}
+
+FIEDLER_MODEL_INSTANCES()
+
+}  // namespace fiedler

@@ -1,0 +1,161 @@
+// engine/model.cpp: the model's ends (embedding, last norm, loss) and its views of the parameter block. Layers:
+// layers.cpp.
+#include "engine/model.h"
+
+#include <algorithm>
+
+#include "engine/model_instances.h"
+#include "kernels/embedding.h"
+#include "kernels/loss.h"
+#include "kernels/matmul.h"
+#include "kernels/norm.h"
+
+namespace fiedler {
+
+template <class Dev, class T>
+Model<Dev, T>::Model(const Dev& dev, const ModelSpec& spec, const ParamTable& table, const ParamBlock<T>& params,
+                     const FeatureLaplacian<A>& laplacian, const ActivationPlan& plan, Activations<T>& acts)
+    : dev_(dev), spec_(spec), table_(table), params_(params), laplacian_(laplacian), plan_(plan), acts_(acts) {}
+
+namespace {
+
+// The scalars' and the gate's matrices are neighbours in the block: one matrix, one product.
+template <class P>
+Mat<P> aux_matrix(const ParamTable& table, const LayerTensors& t, P* base, std::int64_t rows) {
+    if (rows == 0) return {};
+    Mat<P> m = table.matrix(base, t.scalars >= 0 ? t.scalars : t.gate);
+    m.rows = rows;
+    return m;
+}
+template <class P>
+Mat<P> matrix_or_none(const ParamTable& table, P* base, int i) {
+    return i >= 0 ? table.matrix(base, i) : Mat<P>{};
+}
+template <class P>
+Vec<P> vector_or_none(const ParamTable& table, P* base, int i) {
+    return i >= 0 ? table.vector(base, i) : Vec<P>{};
+}
+
+}  // namespace
+
+template <class Dev, class T>
+LayerWeights<T> Model<Dev, T>::layer_weights(int l) const {
+    const LayerTensors& t = table_.layer[static_cast<std::size_t>(l)];
+    const T* w = params_.weights.data;
+    const A* m = params_.master.data;
+    LayerWeights<T> r;
+    r.projected = table_.matrix(w, t.projected);
+    r.aux = aux_matrix(table_, t, w, spec_.aux_columns(spec_.layer[static_cast<std::size_t>(l)]));
+    r.out = table_.matrix(w, t.out);
+    r.mlp_in = table_.matrix(w, t.mlp_in);
+    r.mlp_out = table_.matrix(w, t.mlp_out);
+    r.conv = matrix_or_none(table_, m, t.conv);
+    r.conv_scalars = matrix_or_none(table_, m, t.conv_scalars);
+    r.gate_bias = vector_or_none(table_, m, t.gate_bias);
+    r.log_temp = vector_or_none(table_, m, t.log_temp);
+    r.log_tau = vector_or_none(table_, m, t.log_tau);
+    return r;
+}
+
+template <class Dev, class T>
+LayerGrads<T> Model<Dev, T>::layer_grads(int l) const {
+    const LayerTensors& t = table_.layer[static_cast<std::size_t>(l)];
+    A* g = params_.grads.data;
+    const auto trainable = [&](int i) {
+        return i >= 0 && table_.tensor[static_cast<std::size_t>(i)].group != Group::frozen ? i : -1;
+    };
+    LayerGrads<T> r;
+    r.projected = table_.matrix(g, t.projected);
+    r.aux = aux_matrix(table_, t, g, spec_.aux_columns(spec_.layer[static_cast<std::size_t>(l)]));
+    r.out = table_.matrix(g, t.out);
+    r.mlp_in = table_.matrix(g, t.mlp_in);
+    r.mlp_out = table_.matrix(g, t.mlp_out);
+    r.conv = matrix_or_none(table_, g, t.conv);
+    r.conv_scalars = matrix_or_none(table_, g, t.conv_scalars);
+    r.gate_bias = vector_or_none(table_, g, t.gate_bias);
+    r.log_temp = vector_or_none(table_, g, trainable(t.log_temp));
+    r.log_tau = vector_or_none(table_, g, trainable(t.log_tau));
+    return r;
+}
+
+template <class Dev, class T>
+void Model<Dev, T>::forward(const Batch& batch, const std::function<void(int)>& after_layer) {
+    acts_.bind(batch.inputs.size);
+    ScratchActivations<T>& s = acts_.scratch();
+    {
+        Range range("embedding");
+        embedding_forward(dev_,
+                          EmbeddingForward<T>{.x = spec_.layers() > 0 ? acts_.layer(0).x : s.x_last,
+                                              .tokens = batch.inputs,
+                                              .table = table_.matrix<const T>(params_.weights.data, table_.embedding)});
+    }
+    for (int l = 0; l < spec_.layers(); ++l) {
+        forward_layer(l, batch);
+        if (after_layer) after_layer(l);
+    }
+    Range range("norm");
+    norm_forward(dev_, NormForward<T>{.y = s.n_last, .rstd = s.rstd_last, .x = s.x_last, .eps = A(spec_.norm_eps)});
+}
+
+template <class Dev, class T>
+Mat<const T> Model<Dev, T>::logits(std::int64_t first, std::int64_t n) {
+    ScratchActivations<T>& s = acts_.scratch();
+    const Mat<T> out = s.logits.slice_rows(0, n);
+    matmul_forward(dev_, MatmulForward<T, T>{.y = out,
+                                             .x = s.n_last.slice_rows(first, n),
+                                             .w = table_.matrix<const T>(params_.weights.data, table_.head),
+                                             .residual = {}});
+    return out;
+}
+
+// The head, chunk by chunk: a chunk's logits are made, turned into their own gradient in one pass and used up while in
+// cache.
+template <class Dev, class T>
+void Model<Dev, T>::loss(const Batch& batch, Vec<A> total, bool gradient, A grad_scale) {
+    Range range("loss");
+    ScratchActivations<T>& s = acts_.scratch();
+    const Mat<const T> head = table_.matrix<const T>(params_.weights.data, table_.head);
+    const std::int64_t n = batch.inputs.size;
+    for (std::int64_t first = 0; first < n; first += plan_.logits_rows) {
+        const std::int64_t rows = std::min(plan_.logits_rows, n - first);
+        logits(first, rows);
+        const Mat<T> chunk = s.logits.slice_rows(0, rows);
+        loss_forward(dev_, LossForward<T>{.logits = chunk,
+                                          .losses = s.losses.slice(first, rows),
+                                          .targets = batch.targets.slice(first, rows),
+                                          .scale = grad_scale,
+                                          .gradient = gradient});
+        if (!gradient) continue;
+        matmul_dw(dev_, MatmulDw<T>{.dw = table_.matrix(params_.grads.data, table_.head),
+                                    .dy = chunk,
+                                    .x = s.n_last.slice_rows(first, rows)});
+        matmul_dx(dev_, MatmulDx<T>{.dx = s.dn.slice_rows(first, rows), .dy = chunk, .w = head});
+    }
+    loss_sum(dev_, LossSum<A>{.total = total, .losses = s.losses});
+}
+
+template <class Dev, class T>
+void Model<Dev, T>::backward(const Batch& batch) {
+    ScratchActivations<T>& s = acts_.scratch();
+    norm_backward(
+        dev_, NormBackward<T>{.dx = s.dx, .dy = s.dn, .x = s.x_last, .rstd = s.rstd_last, .dresidual = Mat<const T>{}});
+    for (int l = spec_.layers(); l-- > 0;) backward_layer(l, batch);
+    Range range("embedding");
+    embedding_backward(dev_, EmbeddingBackward<T>{.dtable = table_.matrix(params_.grads.data, table_.embedding),
+                                                  .tokens = batch.inputs,
+                                                  .dx = s.dx,
+                                                  .scratch = s.sort});
+}
+
+template <class Dev, class T>
+std::vector<std::vector<double>> Model<Dev, T>::calibrate_tau(const Batch& batch) {
+    std::vector<std::vector<double>> tau(static_cast<std::size_t>(spec_.layers()));
+    calibrating_ = &tau;
+    forward(batch);
+    calibrating_ = nullptr;
+    return tau;
+}
+
+FIEDLER_MODEL_INSTANCES()
+
+}  // namespace fiedler

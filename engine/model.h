@@ -1,0 +1,100 @@
+// engine/model.h: the model on one device in one precision: forward, backward, and the views they work on.
+//
+// Model<Dev, T>: <Cpu, float> trains without a GPU, <Cpu, double> is the reference of the gradient tests, <Cuda, bf16>
+// is the product. T is the storage type of activations and of the weights that matrix products read; acc_t<T> holds
+// gradients, master weights, scalars, gates and softmax statistics. The order of kernel calls is written once, for all
+// three.
+#pragma once
+#include <functional>
+#include <vector>
+
+#include "engine/activations.h"
+#include "engine/model_spec.h"
+#include "engine/params.h"
+#include "kernels/energy.h"
+#include "kernels/gradnorm.h"
+
+namespace fiedler {
+
+// One micro-batch in device memory. Targets may be absent when no loss is asked for.
+struct Batch {
+    Vec<const std::int32_t> inputs, targets;
+    Packed seq;
+};
+
+// The parameter block as the kernels see it. weights: T (bf16 copy, or the master block itself where T is acc_t<T>).
+template <class T>
+struct ParamBlock {
+    Vec<acc_t<T>> master;
+    Vec<T> weights;
+    Vec<acc_t<T>> grads;  // absent outside training
+};
+
+template <class T>
+struct LayerWeights {  // views into the block: matrices as T, small sensitive tensors as acc_t<T>
+    Mat<const T> projected, aux, out, mlp_in, mlp_out;
+    Mat<const acc_t<T>> conv, conv_scalars;
+    Vec<const acc_t<T>> gate_bias, log_temp, log_tau;
+};
+template <class T>
+struct LayerGrads {
+    Mat<acc_t<T>> projected, aux, out, mlp_in, mlp_out, conv, conv_scalars;
+    Vec<acc_t<T>> gate_bias, log_temp, log_tau;  // absent where frozen
+};
+
+template <class Dev, class T>
+class Model {
+  public:
+    using A = acc_t<T>;
+
+    // Views only: the caller owns all memory (parameters, activations, the feature Laplacian) and keeps it alive.
+    Model(const Dev& dev, const ModelSpec& spec, const ParamTable& table, const ParamBlock<T>& params,
+          const FeatureLaplacian<A>& laplacian, const ActivationPlan& plan, Activations<T>& acts);
+
+    // Everything up to the last norm. The batch may hold fewer tokens than planned. after_layer(l), if given, is called
+    // when layer l's activations are complete (decoding copies its caches there).
+    void forward(const Batch&, const std::function<void(int)>& after_layer = {});
+    // Sum of the losses of the batch added to *total; with gradient, dlogits flow back into the head's and the last
+    // norm's input gradients: grad_scale is the weight of one token's loss (1 / tokens of the whole step).
+    void loss(const Batch&, Vec<A> total, bool gradient, A grad_scale);
+    // From the last norm down to the embedding; parameter gradients accumulate.
+    void backward(const Batch&);
+
+    // Logits of the rows [first, first + n) of the last forward, n <= logits_rows() of the plan: [n, vocab] T.
+    Mat<const T> logits(std::int64_t first, std::int64_t n);
+
+    // The energy layers' tau from the data, before the first step: one forward pass in which each energy layer sets
+    // tau_r to the median energy E_r of its queries and keys (in master, at log_tau) before it goes on. Returns
+    // tau[layer][r], empty for others.
+    std::vector<std::vector<double>> calibrate_tau(const Batch&);
+
+    const ModelSpec& spec() const { return spec_; }
+    const ParamTable& table() const { return table_; }
+    LayerActivations<T>& layer_activations(int l) { return acts_.layer(l); }
+    LayerWeights<T> layer_weights(int l) const;
+    const FeatureLaplacian<A>& laplacian() const { return laplacian_; }
+
+  private:
+    LayerGrads<T> layer_grads(int l) const;
+    void forward_layer(int l, const Batch&);
+    void forward_attention(int l, const Batch&);
+    void forward_mlp_in(int l);
+    void backward_layer(int l, const Batch&);
+    void backward_attention(int l, const Batch&);
+    void backward_scalars(int l, const Batch&, const Mat<T>& dv, const Mat<T>& dqk);
+    void backward_mlp(int l);
+    void forward_scalars(int l, const Batch&);
+    void calibrate_layer(int l);
+    Mat<T> next_input(int l) { return l + 1 < spec_.layers() ? acts_.layer(l + 1).x : acts_.scratch().x_last; }
+
+    const Dev& dev_;
+    const ModelSpec& spec_;
+    const ParamTable& table_;
+    ParamBlock<T> params_;
+    FeatureLaplacian<A> laplacian_;
+    const ActivationPlan& plan_;
+    Activations<T>& acts_;
+    std::vector<std::vector<double>>* calibrating_ = nullptr;
+};
+
+}  // namespace fiedler

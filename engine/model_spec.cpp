@@ -1,0 +1,133 @@
+#include "engine/model_spec.h"
+
+#include <fmt/format.h>
+
+#include <charconv>
+#include <cmath>
+
+#include "engine/config.h"
+#include "engine/error.h"
+#include "engine/params.h"
+#include "kernels/attention.h"
+
+namespace fiedler {
+
+std::vector<PatternItem> parse_pattern(const std::string& pattern, std::int32_t layers) {
+    std::vector<PatternItem> items;
+    for (std::size_t i = 0; i < pattern.size();) {
+        const char letter = pattern[i++];
+        if (letter != 's' && letter != 'b' && letter != 'd')
+            throw InputError(
+                fmt::format("pattern: '{}' at position {} of \"{}\" is no layer; write s (one scalar), b (bands) or d "
+                            "(dot product), "
+                            "each with an optional window, as in sssb:1024",
+                            letter, i, pattern));
+        std::int32_t window = 0;
+        if (i < pattern.size() && pattern[i] == ':') {
+            const char *first = pattern.data() + i + 1, *end = pattern.data() + pattern.size();
+            const auto [last, status] = std::from_chars(first, end, window);
+            if (status != std::errc{} || window < 1)
+                throw InputError(
+                    fmt::format("pattern: the window after '{}:' in \"{}\" must be a whole number of tokens, 1 or "
+                                "more, as in sssb:1024",
+                                letter, pattern));
+            i = static_cast<std::size_t>(last - pattern.data());
+        }
+        items.push_back({letter, window});
+    }
+    if (items.empty()) throw InputError("pattern: is empty; write one letter per layer, as in sssb");
+    if (layers % static_cast<std::int32_t>(items.size()) != 0)
+        throw InputError(
+            fmt::format("pattern: \"{}\" has {} layers, which does not divide layers = {}; write a pattern whose "
+                        "length divides it",
+                        pattern, items.size(), layers));
+    std::vector<PatternItem> all;
+    while (all.size() < static_cast<std::size_t>(layers)) all.insert(all.end(), items.begin(), items.end());
+    return all;
+}
+
+namespace {
+
+float start_of_inverse_temperature(const Config& c, LayerKind kind, std::int32_t scalars) {
+    if (c.inverse_temperature > 0) return static_cast<float>(c.inverse_temperature);
+    if (kind == LayerKind::energy) return scalars == 1 ? 20.f : 8.f;  // measured: DESIGN 1, "Recipe"
+    return scalars == 1 ? 2.f : 0.7f;
+}
+
+LayerSpec layer_spec(const Config& c, const PatternItem& item, std::int32_t head_dim) {
+    LayerSpec l;
+    l.letter = item.letter;
+    l.window = item.window;
+    if (item.letter == 'd') {
+        l.kind = LayerKind::dot;
+        l.scalars = 0;
+        return l;
+    }
+    l.kind = c.scalar_kind == ScalarKind::energy ? LayerKind::energy : LayerKind::coordinate;
+    l.scalars = item.letter == 's' ? 1 : static_cast<std::int32_t>(c.scalars);
+    if (l.kind == LayerKind::energy && head_dim % l.scalars != 0)
+        throw InputError(
+            fmt::format("scalars: {} bands do not divide the head width {} (channels / heads); choose a divisor",
+                        l.scalars, head_dim));
+    l.inverse_temperature = start_of_inverse_temperature(c, l.kind, l.scalars);
+    return l;
+}
+
+}  // namespace
+
+ModelSpec model_spec(const Config& c) {
+    ModelSpec s;
+    if (c.channels % c.heads != 0)
+        throw InputError(
+            fmt::format("channels: {} is not divisible by heads = {}; change one of them", c.channels, c.heads));
+    if (c.channels % 8 != 0)
+        throw InputError(
+            fmt::format("channels: {} is not a multiple of 8; the kernels move 8 values at a time", c.channels));
+    const auto head_dim = static_cast<std::int32_t>(c.channels / c.heads);
+    if (head_dim != 16 && head_dim != 32 && head_dim != 64 && head_dim != 128)
+        throw InputError(
+            fmt::format("heads: channels / heads = {} / {} = {}, but a head must be 16, 32, 64 or 128 wide", c.channels,
+                        c.heads, head_dim));
+    s.channels = static_cast<std::int32_t>(c.channels);
+    s.heads = static_cast<std::int32_t>(c.heads);
+    s.vocab = static_cast<std::int32_t>(c.vocab);
+    s.context = static_cast<std::int32_t>(c.context);
+    s.hidden = static_cast<std::int32_t>(c.mlp_hidden > 0 ? c.mlp_hidden : 4 * c.channels);
+    if (s.hidden % 8 != 0) throw InputError(fmt::format("mlp-hidden: {} is not a multiple of 8", s.hidden));
+    for (const PatternItem& item : parse_pattern(c.pattern, static_cast<std::int32_t>(c.layers)))
+        s.layer.push_back(layer_spec(c, item, head_dim));
+    s.gate = c.gate;
+    s.conv = c.conv;
+    s.qk_norm = c.qk_norm;
+    s.tied = c.tied;
+    s.causal = c.causal;
+    s.learned_temperature = c.temperature == Temperature::learned;
+    s.measured_tau = c.tau.starts_with("median");
+    s.learned_tau = c.tau == "median-learned";
+    if (!s.measured_tau) s.tau = std::stof(c.tau);
+    s.rotary = c.rope;
+    s.rope_theta = static_cast<float>(c.rope_theta);
+    s.norm_eps = static_cast<float>(c.norm_eps);
+    s.init_std = static_cast<float>(c.init_std);
+    s.gate_bias_min = static_cast<float>(c.gate_bias_min);
+    s.gate_bias_max = static_cast<float>(c.gate_bias_max);
+    return s;
+}
+
+double training_flops_per_token(const ModelSpec& s, std::int32_t length) {
+    const ParamTable table(s);
+    double weights = double(s.vocab) * s.channels;  // the head, tied or not
+    for (const ParamTensor& t : table.tensor)
+        if (t.group == Group::decayed && t.name.starts_with("layers.")) weights += double(t.size());
+    double attention = 0;
+    for (const LayerSpec& l : s.layer) {
+        const double pairs =
+            attention_pairs(length, s.causal, l.window) / length;  // visible keys of a token, on average
+        // Products of D-vectors per pair: P V; dO V', P' dO. With dot products also Q K'; dQ, dK.
+        const double products = l.kind == LayerKind::dot ? 2 + 4 : 1 + 2;
+        attention += 2 * products * pairs * s.channels;
+    }
+    return 6 * weights + attention;
+}
+
+}  // namespace fiedler

@@ -1,0 +1,67 @@
+// engine/params.h: ONE table of parameter tensors. Every offset in weights, master weights, moments and gradients comes
+// from it.
+//
+// The block is ordered: tensors with weight decay, then those without, then frozen ones; so AdamW and the gradient norm
+// see contiguous ranges. Offsets are in elements, multiples of 8 (16 bytes in bf16); tensors are [out, in] row-major as
+// in PyTorch. A layer's scalars.weight and gate.weight are neighbours: together they are one matrix for one product.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "engine/model_spec.h"
+#include "kernels/view.h"
+
+namespace fiedler {
+
+enum class Init { normal, projection, zeros, identity_conv, gate_bias, log_temperature, log_tau };
+enum class Group { decayed, plain, frozen };
+
+struct ParamTensor {
+    std::string name;
+    std::int64_t rows = 0, cols = 0;  // cols == 0: a vector of rows elements
+    Init init = Init::normal;
+    Group group = Group::decayed;
+    float value = 0;  // log_temperature, log_tau: the value
+    std::int64_t offset = 0;
+    std::int64_t size() const { return rows * (cols ? cols : 1); }
+    std::vector<std::int64_t> shape() const { return cols ? std::vector{rows, cols} : std::vector{rows}; }
+};
+
+// Indices into the table; -1 where the layer has no such tensor.
+struct LayerTensors {
+    int projected = -1;  // attn.v.weight [C, C] or attn.qkv.weight [3C, C]
+    int scalars = -1, gate = -1;
+    int out = -1, mlp_in = -1, mlp_out = -1;
+    int conv = -1, conv_scalars = -1, gate_bias = -1, log_temp = -1, log_tau = -1;
+};
+
+struct ParamTable {
+    std::vector<ParamTensor> tensor;
+    int embedding = -1, head = -1;  // head == embedding when tied
+    std::vector<LayerTensors> layer;
+    std::int64_t elements = 0;    // of the block, padding included
+    std::int64_t decayed = 0;     // elements of the first group
+    std::int64_t trainable = 0;   // elements of the first two groups
+    std::int64_t parameters = 0;  // trainable numbers, padding excluded: what "30M" means
+
+    explicit ParamTable(const ModelSpec&);
+    const ParamTensor* find(const std::string& name) const;
+
+    template <class P>
+    Mat<P> matrix(P* base, int i) const {
+        const ParamTensor& t = tensor[static_cast<std::size_t>(i)];
+        return {base + t.offset, t.rows, t.cols ? t.cols : 1};
+    }
+    template <class P>
+    Vec<P> vector(P* base, int i) const {
+        const ParamTensor& t = tensor[static_cast<std::size_t>(i)];
+        return {base + t.offset, t.size()};
+    }
+};
+
+// Initial values of the whole block (DESIGN 1, "Recipe"), from a counter-based generator: a tensor's values depend on
+// seed, its name and the index only. out: table.elements values.
+void initialise(const ParamTable&, const ModelSpec&, std::uint64_t seed, float* out);
+
+}  // namespace fiedler

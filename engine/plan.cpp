@@ -1,0 +1,153 @@
+// engine/plan.cpp: which device, and how a run fits its memory.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <fstream>
+
+#include "engine/error.h"
+#include "engine/runner.h"
+
+namespace fiedler {
+
+DeviceKind choose_device(DeviceChoice choice) {
+    if (choice == DeviceChoice::cpu) return DeviceKind::cpu;
+    std::string why;
+    if (cuda_device_count(&why) > 0) return DeviceKind::cuda;
+    if (choice == DeviceChoice::cuda)
+        throw InputError(
+            fmt::format("device: cuda was asked for, but there is none: {}; use --device cpu or auto", why));
+    return DeviceKind::cpu;
+}
+
+EngineOptions engine_options(const Config& c, DeviceKind device, bool training) {
+    EngineOptions o;
+    o.device = device;
+    o.threads = static_cast<int>(c.threads);
+    o.memory_budget = static_cast<std::size_t>(c.memory_budget);
+    o.micro_batch = static_cast<std::int32_t>(c.micro_batch);
+    o.batch_tokens = training ? c.batch_tokens : 0;
+    o.recompute = c.recompute;
+    o.training = training;
+    o.document_mask = c.document_mask;
+    return o;
+}
+
+namespace {
+
+// Bytes a run may use when no budget is given: what is free, less what the libraries take beside the arena.
+std::size_t free_memory(DeviceKind device) {
+    if (device == DeviceKind::cuda) {
+        if (cuda_device_count() == 0) return 0;
+        return cuda_device_info(0).memory_bytes / 20 * 19;
+    }
+    std::ifstream meminfo("/proc/meminfo");
+    for (std::string word; meminfo >> word;)
+        if (word == "MemAvailable:") {
+            std::size_t kilobytes = 0;
+            meminfo >> kilobytes;
+            return kilobytes * 1024 / 10 * 9;
+        }
+    return 0;  // unknown: no limit
+}
+
+RunPlan measured(const ModelSpec& spec, const EngineOptions& o, std::int32_t micro, std::int32_t count,
+                 Recompute recompute) {
+    RunPlan p;
+    p.micro_batch = micro;
+    p.micro_batches = count;
+    p.recompute = recompute;
+    p.training = o.training;
+    p.document_mask = o.document_mask;
+    p.tokens = std::int64_t(micro) * spec.context;
+    if (o.device == DeviceKind::cuda)
+        measure<bf16>(spec, p);
+    else
+        measure<float>(spec, p);
+    return p;
+}
+
+std::vector<Recompute> levels(RecomputeChoice c) {
+    switch (c) {
+        case RecomputeChoice::none:
+            return {Recompute::none};
+        case RecomputeChoice::mlp:
+            return {Recompute::mlp};
+        case RecomputeChoice::layer:
+            return {Recompute::layer};
+        case RecomputeChoice::automatic:
+            break;
+    }
+    return {Recompute::none, Recompute::mlp, Recompute::layer};
+}
+
+std::vector<std::int32_t> divisors_descending(std::int32_t n) {
+    std::vector<std::int32_t> d;
+    for (std::int32_t i = n; i >= 1; --i)
+        if (n % i == 0) d.push_back(i);
+    return d;
+}
+
+}  // namespace
+
+// Recomputation costs arithmetic (a tenth of a step for the MLP, a third for whole layers); a small micro-batch costs
+// efficiency only once it no longer fills the device. So: the largest micro-batch first, then smaller ones down to
+// kFull tokens, then recomputation, then smaller ones still.
+RunPlan plan_run(const ModelSpec& spec, const EngineOptions& o) {
+    const std::size_t budget = o.memory_budget > 0 ? o.memory_budget : free_memory(o.device);
+    const std::int32_t sequences =
+        o.training ? static_cast<std::int32_t>(std::max<std::int64_t>(1, o.batch_tokens / spec.context)) : 1;
+    if (o.training && o.batch_tokens % spec.context != 0)
+        throw InputError(
+            fmt::format("batch-tokens: {} is not a multiple of context = {}", o.batch_tokens, spec.context));
+    if (o.micro_batch > 0 && o.training && sequences % o.micro_batch != 0)
+        throw InputError(
+            fmt::format("micro-batch: {} does not divide the {} sequences of a step (batch-tokens / context)",
+                        o.micro_batch, sequences));
+    const std::int64_t kFull = o.device == DeviceKind::cuda ? 8192 : 1024;
+    std::vector<std::int32_t> sizes = o.micro_batch > 0 ? std::vector{o.micro_batch} : divisors_descending(sequences);
+    // On the CPU large micro-batches only use memory: stay near the size at which every core has work.
+    const std::int64_t most = o.device == DeviceKind::cuda || o.micro_batch > 0 ? std::int64_t(1) << 40 : 4 * kFull;
+    std::vector<std::pair<std::int32_t, Recompute>> order;
+    for (const bool full : {true, false})
+        for (const Recompute r : levels(o.recompute))
+            for (const std::int32_t m : sizes) {
+                const std::int64_t tokens = std::int64_t(m) * spec.context;
+                if ((tokens > most && m > 1) || (full != (tokens >= kFull))) continue;
+                order.emplace_back(m, r);
+            }
+    RunPlan smallest;
+    for (const auto& [m, r] : order) {
+        RunPlan p = measured(spec, o, m, sequences / m, r);
+        if (budget == 0 || p.bytes <= budget) return p;
+        if (smallest.bytes == 0 || p.bytes < smallest.bytes) smallest = std::move(p);
+    }
+    const std::string mib = fmt::format("{:.1f} MiB", double(smallest.bytes - budget) / (1 << 20));
+    RunPlan least = measured(spec, o, 1, sequences, Recompute::layer);
+    const bool choices_help = least.bytes <= budget;
+    throw InputError(fmt::format(
+        "memory-budget: {} is {} too small for this run (needs {} with micro-batch {} and recompute {}); {}",
+        bytes_text(static_cast<std::int64_t>(budget)), mib, bytes_text(static_cast<std::int64_t>(smallest.bytes)),
+        smallest.micro_batch, name_of(smallest.recompute),
+        choices_help ? "--micro-batch 1 --recompute layer would fit"
+                     : fmt::format("set at least --memory-budget {}MiB, or a smaller model or --context",
+                                   (least.bytes >> 20) + 1)));
+}
+
+std::unique_ptr<Engine> make_engine(const ModelSpec& spec, const EngineOptions& o) {
+    const RunPlan plan = plan_run(spec, o);
+    if (o.device == DeviceKind::cpu) {
+        auto cpu = std::make_unique<Cpu>();
+        cpu->threads = o.threads;
+        return std::make_unique<Runner<Cpu, float>>(std::move(cpu), spec, plan, o.memory_budget);
+    }
+#if FIEDLER_CUDA
+    auto engine = std::make_unique<Runner<Cuda, bf16>>(std::make_unique<Cuda>(), spec, plan, o.memory_budget);
+    const World world = world_from_environment();
+    engine->use_comm(make_comm(engine->device(), world));
+    return engine;
+#else
+    throw InputError("device: this binary was built without CUDA; use --device cpu");
+#endif
+}
+
+}  // namespace fiedler
