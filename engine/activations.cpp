@@ -200,7 +200,7 @@ void Activations<T>::place_partials(Arena& arena, const ActivationPlan& plan) {
         if (spec_.has_gate(l)) elements = std::max(elements, gate_scratch_elements(plan.sequences, spec_.heads));
     }
     scratch_.partials = {arena.take<A>("partials", {elements}, Lifetime::scratch), elements};
-    const auto bytes = static_cast<std::int64_t>(embedding_scratch_bytes(plan.tokens, spec_.vocab));
+    const auto bytes = static_cast<std::int64_t>(embedding_scratch_bytes(plan.tokens));
     scratch_.sort = {arena.take<std::byte>("sort", {bytes}, Lifetime::scratch), bytes};
 }
 
@@ -212,8 +212,6 @@ void Activations<T>::bind(std::int64_t tokens) {
 
 template class Activations<float>;
 template class Activations<double>;
-#if FIEDLER_CUDA
 template class Activations<bf16>;
-#endif
 
 }  // namespace fiedler

@@ -41,7 +41,7 @@ class ModelDecoder final : public Decoder {
     using A = acc_t<T>;
     // Prefill runs the model over chunks of its own activations: model, its batch memory and dev outlive the decoder.
     ModelDecoder(const Dev&, Model<Dev, T>& model, const ParamBlock<T>&, std::int64_t capacity,
-                 std::function<Batch(const std::vector<std::int32_t>&)> upload, std::int64_t longest_prefill);
+                 std::function<DeviceBatch(const std::vector<std::int32_t>&)> upload, std::int64_t longest_prefill);
     void prefill(const std::vector<std::int32_t>& tokens) override;
     void append(std::int32_t token) override;
     const std::vector<float>& logits() const override { return logits_; }
@@ -60,7 +60,7 @@ class ModelDecoder final : public Decoder {
     Model<Dev, T>& model_;
     ParamBlock<T> params_;
     std::int64_t capacity_, length_ = 0, longest_prefill_;
-    std::function<Batch(const std::vector<std::int32_t>&)> upload_;
+    std::function<DeviceBatch(const std::vector<std::int32_t>&)> upload_;
     Arena arena_;
     std::unique_ptr<DecodeLayout<T>> layout_;
     std::vector<float> logits_;

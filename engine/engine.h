@@ -8,19 +8,12 @@
 #include <vector>
 
 #include "engine/activations.h"
+#include "engine/batch.h"
 #include "engine/config.h"
 #include "engine/model_spec.h"
 #include "engine/params.h"
 
 namespace fiedler {
-
-// One micro-batch on the host: count sequences of length tokens, row-major. Ragged (documents kept apart): length == 0
-// and the three vectors of kernels/packed.h.
-struct HostBatch {
-    std::vector<std::int32_t> inputs, targets;
-    std::int32_t count = 0, length = 0;
-    std::vector<std::int32_t> offsets, begin, end;
-};
 
 enum class Block { master, moment1, moment2 };
 inline constexpr Block kBlocks[] = {Block::master, Block::moment1, Block::moment2};
@@ -71,9 +64,9 @@ class Engine {
     measured_peak_flops() = 0;  // of a large matrix product in the engine's precision; measured once, then kept
     virtual std::size_t device_bytes_in_use() = 0;  // of the whole process, where the device can tell; else 0
 
-    virtual StepResult train_step(const std::vector<HostBatch>&, const StepSettings&) = 0;
-    virtual double loss_sum(const HostBatch&) = 0;  // of the batch's targets, no gradients
-    virtual std::vector<std::vector<double>> calibrate_tau(const HostBatch&) = 0;
+    virtual StepResult train_step(const std::vector<Batch>&, const StepSettings&) = 0;
+    virtual double loss_sum(const Batch&) = 0;  // of the batch's targets, no gradients
+    virtual std::vector<std::vector<double>> calibrate_tau(const Batch&) = 0;
     // All three blocks have table().elements f32 values. Writing the master block refreshes the weights.
     virtual void read(Block, float* out) = 0;
     virtual void write(Block, const float* in) = 0;

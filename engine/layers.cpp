@@ -26,7 +26,7 @@ Vec<T> flat(const Mat<T>& m) {
 }  // namespace
 
 template <class Dev, class T>
-void Model<Dev, T>::forward_layer(int l, const Batch& batch) {
+void Model<Dev, T>::forward_layer(int l, const DeviceBatch& batch) {
     LayerActivations<T>& act = acts_.layer(l);
     const LayerWeights<T> w = layer_weights(l);
     {
@@ -54,7 +54,7 @@ void Model<Dev, T>::forward_mlp_in(int l) {
 }
 
 template <class Dev, class T>
-void Model<Dev, T>::forward_attention(int l, const Batch& batch) {
+void Model<Dev, T>::forward_attention(int l, const DeviceBatch& batch) {
     const LayerSpec& spec = spec_.layer[static_cast<std::size_t>(l)];
     LayerActivations<T>& act = acts_.layer(l);
     const LayerWeights<T> w = layer_weights(l);
@@ -112,7 +112,7 @@ void Model<Dev, T>::forward_attention(int l, const Batch& batch) {
 
 // a, b and F of a scalar layer.
 template <class Dev, class T>
-void Model<Dev, T>::forward_scalars(int l, const Batch& batch) {
+void Model<Dev, T>::forward_scalars(int l, const DeviceBatch& batch) {
     const LayerSpec& spec = spec_.layer[static_cast<std::size_t>(l)];
     LayerActivations<T>& act = acts_.layer(l);
     const LayerWeights<T> w = layer_weights(l);
@@ -185,7 +185,7 @@ void Model<Dev, T>::calibrate_layer(int l) {
 }
 
 template <class Dev, class T>
-void Model<Dev, T>::backward_layer(int l, const Batch& batch) {
+void Model<Dev, T>::backward_layer(int l, const DeviceBatch& batch) {
     if (plan_.recompute ==
         Recompute::layer) {  // the shared buffers hold another layer: make this one's again from its input
         const LayerActivations<T>& act = acts_.layer(l);

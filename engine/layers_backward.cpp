@@ -17,7 +17,7 @@ namespace fiedler {
 // dx holds the gradient of mid on entry and of x on return. Gradients of queries, keys and values pass through dmixed
 // (and drotated where they were rotated) to dprojected; those of scalars and gate logits gather in daux.
 template <class Dev, class T>
-void Model<Dev, T>::backward_attention(int l, const Batch& batch) {
+void Model<Dev, T>::backward_attention(int l, const DeviceBatch& batch) {
     const LayerSpec& spec = spec_.layer[static_cast<std::size_t>(l)];
     LayerActivations<T>& act = acts_.layer(l);
     ScratchActivations<T>& s = acts_.scratch();
@@ -87,7 +87,7 @@ void Model<Dev, T>::backward_attention(int l, const Batch& batch) {
 // Through the scalar-distance attention to the values (dv), the scalars and gate logits (daux), or queries and keys
 // (dqk).
 template <class Dev, class T>
-void Model<Dev, T>::backward_scalars(int l, const Batch& batch, const Mat<T>& dv, const Mat<T>& dqk) {
+void Model<Dev, T>::backward_scalars(int l, const DeviceBatch& batch, const Mat<T>& dv, const Mat<T>& dqk) {
     const LayerSpec& spec = spec_.layer[static_cast<std::size_t>(l)];
     LayerActivations<T>& act = acts_.layer(l);
     ScratchActivations<T>& s = acts_.scratch();

@@ -79,7 +79,7 @@ LayerGrads<T> Model<Dev, T>::layer_grads(int l) const {
 }
 
 template <class Dev, class T>
-void Model<Dev, T>::forward(const Batch& batch, const std::function<void(int)>& after_layer) {
+void Model<Dev, T>::forward(const DeviceBatch& batch, const std::function<void(int)>& after_layer) {
     acts_.bind(batch.inputs.size);
     ScratchActivations<T>& s = acts_.scratch();
     {
@@ -111,7 +111,7 @@ Mat<const T> Model<Dev, T>::logits(std::int64_t first, std::int64_t n) {
 // The head, chunk by chunk: a chunk's logits are made, turned into their own gradient in one pass and used up while in
 // cache.
 template <class Dev, class T>
-void Model<Dev, T>::loss(const Batch& batch, Vec<A> total, bool gradient, A grad_scale) {
+void Model<Dev, T>::loss(const DeviceBatch& batch, Vec<A> total, bool gradient, A grad_scale) {
     Range range("loss");
     ScratchActivations<T>& s = acts_.scratch();
     const Mat<const T> head = table_.matrix<const T>(params_.weights.data, table_.head);
@@ -135,7 +135,7 @@ void Model<Dev, T>::loss(const Batch& batch, Vec<A> total, bool gradient, A grad
 }
 
 template <class Dev, class T>
-void Model<Dev, T>::backward(const Batch& batch) {
+void Model<Dev, T>::backward(const DeviceBatch& batch) {
     ScratchActivations<T>& s = acts_.scratch();
     norm_backward(
         dev_, NormBackward<T>{.dx = s.dx, .dy = s.dn, .x = s.x_last, .rstd = s.rstd_last, .dresidual = Mat<const T>{}});
@@ -148,7 +148,7 @@ void Model<Dev, T>::backward(const Batch& batch) {
 }
 
 template <class Dev, class T>
-std::vector<std::vector<double>> Model<Dev, T>::calibrate_tau(const Batch& batch) {
+std::vector<std::vector<double>> Model<Dev, T>::calibrate_tau(const DeviceBatch& batch) {
     std::vector<std::vector<double>> tau(static_cast<std::size_t>(spec_.layers()));
     calibrating_ = &tau;
     forward(batch);

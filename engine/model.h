@@ -17,7 +17,7 @@
 namespace fiedler {
 
 // One micro-batch in device memory. Targets may be absent when no loss is asked for.
-struct Batch {
+struct DeviceBatch {
     Vec<const std::int32_t> inputs, targets;
     Packed seq;
 };
@@ -53,12 +53,12 @@ class Model {
 
     // Everything up to the last norm. The batch may hold fewer tokens than planned. after_layer(l), if given, is called
     // when layer l's activations are complete (decoding copies its caches there).
-    void forward(const Batch&, const std::function<void(int)>& after_layer = {});
+    void forward(const DeviceBatch&, const std::function<void(int)>& after_layer = {});
     // Sum of the losses of the batch added to *total; with gradient, dlogits flow back into the head's and the last
     // norm's input gradients: grad_scale is the weight of one token's loss (1 / tokens of the whole step).
-    void loss(const Batch&, Vec<A> total, bool gradient, A grad_scale);
+    void loss(const DeviceBatch&, Vec<A> total, bool gradient, A grad_scale);
     // From the last norm down to the embedding; parameter gradients accumulate.
-    void backward(const Batch&);
+    void backward(const DeviceBatch&);
 
     // Logits of the rows [first, first + n) of the last forward, n <= logits_rows() of the plan: [n, vocab] T.
     Mat<const T> logits(std::int64_t first, std::int64_t n);
@@ -66,7 +66,7 @@ class Model {
     // The energy layers' tau from the data, before the first step: one forward pass in which each energy layer sets
     // tau_r to the median energy E_r of its queries and keys (in master, at log_tau) before it goes on. Returns
     // tau[layer][r], empty for others.
-    std::vector<std::vector<double>> calibrate_tau(const Batch&);
+    std::vector<std::vector<double>> calibrate_tau(const DeviceBatch&);
 
     const ModelSpec& spec() const { return spec_; }
     const ParamTable& table() const { return table_; }
@@ -76,14 +76,14 @@ class Model {
 
   private:
     LayerGrads<T> layer_grads(int l) const;
-    void forward_layer(int l, const Batch&);
-    void forward_attention(int l, const Batch&);
+    void forward_layer(int l, const DeviceBatch&);
+    void forward_attention(int l, const DeviceBatch&);
     void forward_mlp_in(int l);
-    void backward_layer(int l, const Batch&);
-    void backward_attention(int l, const Batch&);
-    void backward_scalars(int l, const Batch&, const Mat<T>& dv, const Mat<T>& dqk);
+    void backward_layer(int l, const DeviceBatch&);
+    void backward_attention(int l, const DeviceBatch&);
+    void backward_scalars(int l, const DeviceBatch&, const Mat<T>& dv, const Mat<T>& dqk);
     void backward_mlp(int l);
-    void forward_scalars(int l, const Batch&);
+    void forward_scalars(int l, const DeviceBatch&);
     void calibrate_layer(int l);
     Mat<T> next_input(int l) { return l + 1 < spec_.layers() ? acts_.layer(l + 1).x : acts_.scratch().x_last; }
 

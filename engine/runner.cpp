@@ -57,7 +57,7 @@ RunLayout<T>::RunLayout(Arena& arena, const ModelSpec& spec, const ParamTable& t
     take(lap_vectors, "laplacian.eigenvectors", static_cast<std::int64_t>(lap.eigenvectors.size()));
     take(lap_eigenvalues, "laplacian.eigenvalues", static_cast<std::int64_t>(lap.eigenvalues.size()));
     if constexpr (std::is_same_v<T, bf16>) {
-        take(norm_partials, "gradnorm.partials", gradnorm_partials());
+        take(norm_partials, "gradnorm.partials", kGradnormPartials);
         workspace = arena.take<std::byte>("matmul.workspace", {std::int64_t(kWorkspaceBytes)}, Lifetime::persistent);
     }
     acts = std::make_unique<Activations<T>>(arena, spec, plan);
@@ -197,26 +197,24 @@ double Runner<Dev, T>::measured_peak_flops() {
 }
 
 template <class Dev, class T>
-Batch Runner<Dev, T>::upload(const HostBatch& host) {
+DeviceBatch Runner<Dev, T>::upload(const Batch& host) {
     const auto n = static_cast<std::int64_t>(host.inputs.size());
     if (n > plan_.tokens) throw std::logic_error("upload: more tokens than planned");
     const auto send = [&](const Vec<std::int32_t>& to, const std::vector<std::int32_t>& from) {
         copy_to_device(*dev_, to.data, from.data(), from.size() * sizeof(std::int32_t));
     };
-    Batch b;
+    DeviceBatch b;
     send(layout_->inputs, host.inputs);
     b.inputs = Vec<const std::int32_t>(layout_->inputs.data, n);
     if (!host.targets.empty()) {
         send(layout_->targets, host.targets);
         b.targets = Vec<const std::int32_t>(layout_->targets.data, n);
     }
-    b.seq = Packed::uniform(host.count, host.length);
-    if (host.length == 0) {
+    b.seq = host.packed();
+    if (!host.offsets.empty()) {
         send(layout_->offsets, host.offsets);
         send(layout_->begin, host.begin);
         send(layout_->end, host.end);
-        b.seq.tokens = static_cast<std::int32_t>(n);
-        b.seq.count = host.count;
         b.seq.offsets = layout_->offsets.data;
         b.seq.begin = layout_->begin.data;
         b.seq.end = layout_->end.data;
@@ -236,20 +234,20 @@ StepControl<acc_t<T>> Runner<Dev, T>::read_control() {
 }
 
 template <class Dev, class T>
-double Runner<Dev, T>::loss_sum(const HostBatch& host) {
+double Runner<Dev, T>::loss_sum(const Batch& host) {
     clear_control();
-    const Batch batch = upload(host);
+    const DeviceBatch batch = upload(host);
     model_->forward(batch);
     model_->loss(batch, {&layout_->control->loss, 1}, false, A(0));
     return double(read_control().loss);
 }
 
 template <class Dev, class T>
-double Runner<Dev, T>::loss_and_gradients(const HostBatch& host, std::vector<A>& grads) {
+double Runner<Dev, T>::loss_and_gradients(const Batch& host, std::vector<A>& grads) {
     const auto elements = static_cast<std::size_t>(table_.elements);
     clear_control();
     fill_bytes(*dev_, layout_->params.grads.data, 0, elements * sizeof(A));
-    const Batch batch = upload(host);
+    const DeviceBatch batch = upload(host);
     const double tokens = double(host.inputs.size());
     model_->forward(batch);
     model_->loss(batch, {&layout_->control->loss, 1}, true, A(1 / tokens));
@@ -260,7 +258,7 @@ double Runner<Dev, T>::loss_and_gradients(const HostBatch& host, std::vector<A>&
 }
 
 template <class Dev, class T>
-std::vector<std::vector<double>> Runner<Dev, T>::calibrate_tau(const HostBatch& host) {
+std::vector<std::vector<double>> Runner<Dev, T>::calibrate_tau(const Batch& host) {
     return model_->calibrate_tau(upload(host));
 }
 
@@ -299,10 +297,10 @@ std::unique_ptr<Decoder> Runner<Dev, T>::decoder(std::int64_t capacity) {
     return std::make_unique<ModelDecoder<Dev, T>>(
         *dev_, *model_, layout_->params, capacity,
         [this](const std::vector<std::int32_t>& tokens) {
-            HostBatch b;
+            Batch b;
             b.inputs = tokens;
-            b.count = 1;
-            b.length = static_cast<std::int32_t>(tokens.size());
+            b.rows = 1;
+            b.length = static_cast<std::int64_t>(tokens.size());
             return upload(b);
         },
         plan_.tokens);

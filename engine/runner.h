@@ -50,15 +50,15 @@ class Runner final : public Engine {
     double measured_peak_flops() override;
     std::size_t device_bytes_in_use() override;
 
-    StepResult train_step(const std::vector<HostBatch>&, const StepSettings&) override;
-    double loss_sum(const HostBatch&) override;
-    std::vector<std::vector<double>> calibrate_tau(const HostBatch&) override;
+    StepResult train_step(const std::vector<Batch>&, const StepSettings&) override;
+    double loss_sum(const Batch&) override;
+    std::vector<std::vector<double>> calibrate_tau(const Batch&) override;
     void read(Block, float* out) override;
     void write(Block, const float* in) override;
     std::unique_ptr<Decoder> decoder(std::int64_t capacity) override;
 
     // For tests: gradients of one batch (mean loss of its tokens), the model and its parts.
-    double loss_and_gradients(const HostBatch&, std::vector<A>& grads);
+    double loss_and_gradients(const Batch&, std::vector<A>& grads);
     Model<Dev, T>& model() { return *model_; }
     Dev& device() { return *dev_; }
     RunLayout<T>& layout() { return *layout_; }
@@ -66,7 +66,7 @@ class Runner final : public Engine {
 
   private:
     Vec<A> block(Block) const;
-    Batch upload(const HostBatch&);
+    DeviceBatch upload(const Batch&);
     void update_weights(const StepSettings&);
     void refresh_weights();
     StepControl<A> read_control();

@@ -9,14 +9,14 @@
 namespace fiedler {
 
 template <class Dev, class T>
-StepResult Runner<Dev, T>::train_step(const std::vector<HostBatch>& micro_batches, const StepSettings& settings) {
+StepResult Runner<Dev, T>::train_step(const std::vector<Batch>& micro_batches, const StepSettings& settings) {
     double tokens = 0;
-    for (const HostBatch& b : micro_batches) tokens += double(b.inputs.size());
+    for (const Batch& b : micro_batches) tokens += double(b.inputs.size());
     tokens *= comm_->size();
     clear_control();
     const Vec<A> total{&layout_->control->loss, 1};
-    for (const HostBatch& host : micro_batches) {
-        const Batch batch = upload(host);
+    for (const Batch& host : micro_batches) {
+        const DeviceBatch batch = upload(host);
         model_->forward(batch);
         model_->loss(batch, total, true, A(1 / tokens));
         model_->backward(batch);

@@ -94,6 +94,31 @@ void check(const AttentionDecode<T>& p) {
     FIEDLER_REQUIRE("attention", p.scalars >= 1 && p.scalars <= 16 && p.window >= 0);
 }
 
+// The tokens [lo, hi) that a token looks at: a query at its keys, or a key at the queries that see it. Both ends never
+// decrease from one token to the next, so the sight of a run of tokens follows from its first and last.
+struct Sight {
+    Packed seq;
+    std::int32_t window = 0;
+    bool back = true, ahead = true;  // whether earlier and later tokens are seen
+
+    FIEDLER_HD static Sight of_queries(const Packed& seq, std::int32_t window, bool causal) {
+        return {seq, window, true, !causal};
+    }
+    FIEDLER_HD static Sight of_keys(const Packed& seq, std::int32_t window, bool causal) {
+        return {seq, window, !causal, true};
+    }
+    FIEDLER_HD std::int32_t lo(std::int32_t i) const {
+        if (!back) return i;
+        const std::int32_t first = seq.first(i);
+        return window > 0 && i - first >= window ? i - window + 1 : first;
+    }
+    FIEDLER_HD std::int32_t hi(std::int32_t i) const {
+        if (!ahead) return i + 1;
+        const std::int32_t last = seq.last(i);
+        return window > 0 && last - i > window ? i + window : last;
+    }
+};
+
 // Visible (query, key) pairs of one head in uniform sequences of length n.
 inline double attention_pairs(double n, bool causal, double window) {
     const double w = window > 0 && window < n ? window : n;

@@ -15,7 +15,7 @@ namespace fiedler {
 
 [[noreturn]] void device_failed(const char* what, const char* statement, const char* file, int line);
 inline const char* describe(cudaError_t e) { return cudaGetErrorString(e); }
-inline const char* describe(cublasStatus_t e) { return cublasGetStatusString(e); }
+inline const char* describe(cublasStatus_t e) { return cublasLtGetStatusString(e); }
 
 // CUDA_CHECK(cudaMemcpyAsync(...)): throws DeviceError. The sticky error, if any, is read so that it does not surface
 // elsewhere.

@@ -60,7 +60,10 @@ Traffic traffic(const ConvBackward<T>& p) {
     return {3 * n * sizeof(T) + 12.0 * double(p.x.cols) * sizeof(acc_t<T>), 16 * n};
 }
 
-std::int64_t conv_scratch_elements(std::int64_t tokens, std::int64_t channels);  // Cuda builds only
+inline constexpr std::int64_t kConvBlockTokens = 256;  // tokens whose part of dw one block sums, on Cuda
+inline std::int64_t conv_scratch_elements(std::int64_t tokens, std::int64_t channels) {
+    return (tokens + kConvBlockTokens - 1) / kConvBlockTokens * channels * 4;
+}
 
 template <class T>  // float, double
 void conv_forward(const Cpu&, const ConvForward<T>&);

@@ -72,7 +72,11 @@ Traffic traffic(const CoordinateBackward<T>& p) {
     return {n * (3 * sizeof(acc_t<T>) + sizeof(T)), (p.w ? 19 : 3) * n};
 }
 
-std::int64_t coordinate_scratch_elements(std::int64_t tokens, std::int64_t columns);  // Cuda builds only
+// Rows of partial sums at most, on Cuda, whatever the device: the order of the sums is fixed. Five sums a column: dw, dlog_temp.
+inline constexpr std::int64_t kCoordinatePartials = 512;
+inline std::int64_t coordinate_scratch_elements(std::int64_t tokens, std::int64_t columns) {
+    return 5 * columns * (tokens < kCoordinatePartials ? tokens : kCoordinatePartials);
+}
 
 template <class A>  // float, double
 void coordinate_forward(const Cpu&, const CoordinateForward<A>&);

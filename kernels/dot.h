@@ -8,7 +8,7 @@
 //
 // Shapes     q, k, v, o and gradients: [tokens, heads D] T, any ld (16-byte aligned rows on Cuda), D in {16, 32, 64,
 // 128} there
-//            lse, delta: [tokens, heads] acc_t<T>
+//            lse, delta: [tokens, heads] acc_t<T>; scale > 0
 // Writes     o, lse; dq, dk, dv, delta (scratch): overwritten. Outputs alias nothing.
 // Numerics   as attention.h: products of T, f32 accumulation and softmax, p and ds rounded to bf16 for the tensor cores
 // on Cuda.
@@ -54,7 +54,7 @@ void check(const DotForward<T>& p) {
     const auto n = p.v.rows, c = p.v.cols;
     FIEDLER_REQUIRE("dot", p.heads > 0 && c % p.heads == 0 && p.window >= 0 && is_packing(p.seq, n));
     FIEDLER_REQUIRE("dot", is_shape(p.q, n, c) && is_shape(p.k, n, c) && is_shape(p.v, n, c) && is_shape(p.o, n, c));
-    FIEDLER_REQUIRE("dot", is_shape(p.lse, n, p.heads));
+    FIEDLER_REQUIRE("dot", is_shape(p.lse, n, p.heads) && p.scale > 0);
 }
 template <class T>
 void check(const DotBackward<T>& p) {
@@ -63,14 +63,14 @@ void check(const DotBackward<T>& p) {
     FIEDLER_REQUIRE("dot", is_shape(p.q, n, c) && is_shape(p.k, n, c) && is_shape(p.v, n, c) && is_shape(p.o, n, c));
     FIEDLER_REQUIRE("dot",
                     is_shape(p.dq, n, c) && is_shape(p.dk, n, c) && is_shape(p.dv, n, c) && is_shape(p.do_, n, c));
-    FIEDLER_REQUIRE("dot", is_shape(p.lse, n, p.heads) && is_shape(p.delta, n, p.heads));
+    FIEDLER_REQUIRE("dot", is_shape(p.lse, n, p.heads) && is_shape(p.delta, n, p.heads) && p.scale > 0);
 }
 template <class T>
 void check(const DotDecode<T>& p) {
     const auto c = p.v.cols;
     FIEDLER_REQUIRE("dot", p.v.rows > 0 && p.heads > 0 && c % p.heads == 0 && p.window >= 0);
     FIEDLER_REQUIRE("dot", is_shape(p.k, p.v.rows, c) && is_shape(p.v, p.v.rows, c));
-    FIEDLER_REQUIRE("dot", is_shape(p.q, c) && is_shape(p.o, c));
+    FIEDLER_REQUIRE("dot", is_shape(p.q, c) && is_shape(p.o, c) && p.scale > 0);
 }
 
 template <class T>

@@ -15,8 +15,8 @@
 // Shapes     x, dx: [tokens, heads D] T, any ld (16-byte aligned rows on Cuda); a, da: [tokens, heads R] acc_t<T>
 //            log_tau, dlog_tau: [R]; log_temp, dlog_temp: [heads]; D in {16, 32, 64, 128} on Cuda, any on the CPU
 //            FeatureLaplacian (device memory): CSR offsets [D + 1] int32, columns [nnz] int32, values [nnz];
-//            eigenvectors [D, D], row m = u_m; eigenvalues [D]. R = 1 uses only the CSR, R > 1 only the eigenpairs. Lf
-//            symmetric, positive semi-definite (not checked).
+//            eigenvectors [D, D], row m = u_m; eigenvalues [D]. R = 1 uses only the CSR (no entry
+//            twice), R > 1 only the eigenpairs. Lf symmetric, positive semi-definite (not checked).
 // Scratch    backward on Cuda: energy_scratch_elements(tokens, heads, R) floats
 // Writes     a, dx overwritten; dlog_tau, dlog_temp accumulated (+=), absent: not computed. raw = true writes E_r
 // itself to a
@@ -107,8 +107,11 @@ Traffic traffic(const EnergyBackward<T>& p) {
             2 * n * energy_flops_per_vector(p.lap, p.scalars)};
 }
 
-std::int64_t energy_scratch_elements(std::int64_t tokens, std::int64_t heads,
-                                     std::int64_t scalars);  // Cuda builds only
+// Blocks of one launch at most, on Cuda: about four a multiprocessor of the largest card; fixed, so that the order of sums is.
+inline constexpr std::int64_t kEnergyBlocks = 528;
+inline std::int64_t energy_scratch_elements(std::int64_t, std::int64_t heads, std::int64_t scalars) {
+    return (scalars + 1) * (heads < kEnergyBlocks ? kEnergyBlocks : heads);
+}
 
 template <class T>  // float, double
 void energy_forward(const Cpu&, const EnergyForward<T>&);

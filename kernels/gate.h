@@ -64,7 +64,7 @@ Traffic traffic(const GateBackward<T>& p) {
     return {n * (2 * sizeof(acc_t<T>) + sizeof(T)), 6 * n};
 }
 
-std::int64_t gate_scratch_elements(std::int64_t sequences, std::int64_t heads);  // Cuda builds only
+inline std::int64_t gate_scratch_elements(std::int64_t sequences, std::int64_t heads) { return sequences * heads; }
 
 template <class A>  // float, double
 void gate_forward(const Cpu&, const GateForward<A>&);

@@ -2,11 +2,13 @@
 //
 //   norm  = sqrt(sum_i (unscale g_i)^2)
 //   skip  = norm is not finite, or norm > skip_above
-//   scale = unscale * min(1, max_norm / norm)          (max_norm <= 0: no clipping)
+//   scale = unscale * min(1, max_norm / norm)          (max_norm <= 0: no clipping; norm not finite: 0)
 //
-// Shapes     grads: [n] A; control: one StepControl<A>; partials: gradnorm_partials() A (Cuda only)
+// Shapes     grads: [n] A, 16-byte aligned on Cuda; control: one StepControl<A>
+//            partials: kGradnormPartials A (Cuda only)
 // Writes     control->norm, scale, skip overwritten; control->loss untouched.
-// Numerics   fixed-size blocks summed in fixed order (f64 in the last stage): bit-equal from run to run.
+// Numerics   squares are summed in A (a norm whose square leaves its range counts as not finite), by blocks of fixed
+//            size in fixed order, f64 in the last stage: bit-equal from run to run.
 #pragma once
 #include <limits>
 
@@ -45,7 +47,7 @@ Traffic traffic(const Gradnorm<A>& p) {
     return {double(p.grads.size) * sizeof(A), 2.0 * double(p.grads.size)};
 }
 
-std::int64_t gradnorm_partials();  // Cuda builds only
+inline constexpr std::int64_t kGradnormPartials = 1024;  // fixed: the order of summation is the same on every device
 
 template <class A>  // float, double
 void gradnorm(const Cpu&, const Gradnorm<A>&);

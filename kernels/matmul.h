@@ -1,13 +1,13 @@
 // kernels/matmul.h: the three matrix products of a linear layer y = x W'. The only family that knows cuBLASLt.
 //
-//   forward    y  = [y +] x W'        optionally max(., 0) on the result (relu)
+//   forward    y  = [residual +] x W'        optionally max(., 0) on the result (relu)
 //   dx         dx = [dx +] dy W
 //   dw         dW += dy' x
 //
 // Shapes     x, dx: [rows, in] T; W: [out, in] T; y, dy: [rows, out]; dW: [out, in] acc_t<T>. Row-major, any ld;
 //            on Cuda data and row strides 16-byte aligned. y is of type O: T, or acc_t<T> (scalars, gates).
-// Writes     y, dx overwritten, or accumulated when `accumulate` (the residual path); dW always accumulated (+=).
-//            dx must not alias dy. y with accumulate is the residual itself, updated in place.
+// Writes     y overwritten; residual (optional, same shape and type as y) may be y itself or another matrix (cuBLASLt's C and D).
+//            dx overwritten, or accumulated when `accumulate`; must not alias dy. dW always accumulated (+=).
 // Numerics   products of T, sums in acc_t<T>, one rounding to the output type after the epilogue.
 //            Cuda: cuBLASLt, algorithm chosen once per shape by heuristic and kept: bit-equal from run to run.
 //            Cuda's workspace is used; without one (0 bytes) only algorithms that need none.
@@ -23,7 +23,7 @@ template <class T, class O = T>
 struct MatmulForward {
     Mat<O> y;
     Mat<const T> x, w;
-    bool accumulate = false;
+    Mat<const O> residual = {};  // optional
     bool relu = false;
 };
 template <class T>
@@ -42,6 +42,7 @@ template <class T, class O>
 void check(const MatmulForward<T, O>& p) {
     FIEDLER_REQUIRE("matmul", is_shape(p.x, p.x.rows, p.w.cols) && is_shape(p.w, p.w.rows, p.w.cols));
     FIEDLER_REQUIRE("matmul", is_shape(p.y, p.x.rows, p.w.rows));
+    FIEDLER_REQUIRE("matmul", !p.residual || is_shape(p.residual, p.x.rows, p.w.rows));
 }
 template <class T>
 void check(const MatmulDx<T>& p) {
@@ -57,7 +58,7 @@ void check(const MatmulDw<T>& p) {
 template <class T, class O>
 Traffic traffic(const MatmulForward<T, O>& p) {
     const double m = double(p.x.rows), k = double(p.x.cols), n = double(p.w.rows);
-    return {(m * k + n * k) * sizeof(T) + (p.accumulate ? 2 : 1) * m * n * sizeof(O), 2 * m * n * k};
+    return {(m * k + n * k) * sizeof(T) + (p.residual ? 2 : 1) * m * n * sizeof(O), 2 * m * n * k};
 }
 template <class T>
 Traffic traffic(const MatmulDx<T>& p) {

@@ -8,6 +8,8 @@
 namespace fiedler::test {
 namespace {
 
+using CpuBuffer = Buffer<float, Cpu>;
+
 const Values kRef = random_values(1000, 1);
 
 TEST(Support, ExactCopyPasses) {
@@ -80,7 +82,7 @@ TEST(Support, FencesSeeAWriteOutside) {
     static const Cpu cpu;
     EXPECT_NONFATAL_FAILURE(
         {
-            Buffer<float, Cpu> b(cpu, 4);
+            CpuBuffer b(cpu, 4);
             b.data()[4] = 1.f;  // one past the end, inside the fence
             b.check_fences();
             b.data()[4] = std::bit_cast<float>(0xa5a5a5a5u);

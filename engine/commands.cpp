@@ -1,0 +1,137 @@
+#include "engine/commands.h"
+
+#include <fmt/format.h>
+
+#include <nlohmann/json.hpp>
+
+#include "engine/bundle.h"
+#include "engine/error.h"
+#include "engine/evaluate.h"
+#include "engine/generate.h"
+#include "engine/log.h"
+#include "engine/prepare_config.h"
+#include "engine/runner.h"
+#include "engine/signals.h"
+
+namespace fiedler {
+
+int run_prepare(const Invocation& call) {
+    const SignalGuard guard;
+    const Config& c = call.config;
+    if (c.data.empty()) throw InputError("data: nothing to prepare; name files or folders of text or source code");
+    const PrepareOptions options = prepare_options(c);
+    std::string folder = c.out;
+    if (folder.empty())
+        folder = prepare_if_needed(options, c.data_cache.empty() ? "data/cache" : c.data_cache, stdout).folder;
+    else
+        prepare(options, folder, stdout);
+    const DatasetInfo info = read_manifest(folder);
+    fmt::print("train       {} tokens, {} documents, {}\n", count_text(double(info.train.tokens)), info.train.documents,
+               bytes_text(info.train.bytes));
+    fmt::print("held out    {} tokens, {} documents, {} ({}), unigram entropy {:.3f} nats a token\n",
+               count_text(double(info.val.tokens)), info.val.documents, bytes_text(info.val.bytes), info.split,
+               info.unigram_entropy);
+    fmt::print("dataset     {}\n", folder);
+    return 0;
+}
+
+namespace {
+
+// An engine that holds the bundle's weights, for evaluation and generation.
+std::unique_ptr<Engine> engine_of(const Bundle& bundle, const Config& c) {
+    EngineOptions o = engine_options(c, choose_device(c.device), false);
+    o.micro_batch = 0;
+    auto engine = make_engine(bundle.spec, o);
+    engine->write(Block::master, bundle.master.data());
+    return engine;
+}
+
+// Data is measured with the model's own tokenizer. A corpus is encoded whole and held out whole.
+Dataset data_for(const Bundle& bundle, const Config& c) {
+    Config with = c;
+    with.vocab = bundle.config.vocab;
+    PrepareOptions options = prepare_options(with);
+    options.val_fraction = 1;
+    if (bundle.tokenizer) {
+        const std::string folder = c.data_cache.empty() ? "data/cache" : c.data_cache;
+        make_folders(folder);
+        options.tokenizer = join_path(folder, "tokenizer_" + hex64(hash_bytes(bundle.tokenizer->model())) + ".model");
+        if (!file_exists(options.tokenizer)) write_file_atomic(options.tokenizer, bundle.tokenizer->model());
+    } else if (!(c.data.size() == 1 && is_dataset(c.data[0]))) {
+        throw InputError(fmt::format("model: {} has no tokenizer beside it, so it can only be evaluated on shards", bundle.path));
+    }
+    Dataset data = Dataset::open(prepare_if_needed(options, c.data_cache.empty() ? "data/cache" : c.data_cache, stderr).folder);
+    match_vocabulary(with, data);
+    if (bundle.tokenizer && data.tokenizer() && data.tokenizer()->model() != bundle.tokenizer->model())
+        throw InputError(fmt::format("data: {} was prepared with another tokenizer than the model's; give the corpus itself",
+                                     data.info().folder));
+    return data;
+}
+
+}  // namespace
+
+int run_eval(const Invocation& call) {
+    const SignalGuard guard;
+    const Config& c = call.config;
+    const Bundle bundle = load_bundle(c.model);
+    if (c.data.empty()) throw InputError("data: nothing to evaluate on; add --data with a corpus or a dataset");
+    const Dataset data = data_for(bundle, c);
+    const auto engine = engine_of(bundle, c);
+    const Evaluation e = evaluate(*engine, data, call.given("val-tokens") ? c.val_tokens : 0, c.document_mask);
+    fmt::print("validation loss    {:.4f} nats a token\n", e.loss);
+    if (e.bits_per_byte) fmt::print("bits per byte      {:.4f}\n", *e.bits_per_byte);
+    fmt::print("unigram entropy    {:.4f} nats a token\n", e.unigram_entropy);
+    fmt::print("tokens             {} ({} a second on {})\n", e.tokens, count_text(double(e.tokens) / e.seconds),
+               engine->device_name());
+    return 0;
+}
+
+int run_generate(const Invocation& call) {
+    const SignalGuard guard;
+    const Config& c = call.config;
+    const Bundle bundle = load_bundle(c.model);
+    if (!bundle.tokenizer)
+        throw InputError(fmt::format("model: {} has no {} beside it, so it cannot read a prompt", bundle.path, kTokenizerName));
+    if (!c.prompt.empty() && !c.prompt_file.empty()) throw InputError("prompt: give --prompt or --prompt-file, not both");
+    const std::string prompt = c.prompt_file.empty() ? c.prompt : read_file(c.prompt_file);
+    const auto engine = engine_of(bundle, c);
+    GenerateSettings g;
+    g.max_tokens = c.max_tokens;
+    for (std::int64_t i = 0; i < c.count && !stop_requested(); ++i) {
+        g.sampling = {c.sampling_temperature, c.top_k, c.top_p, static_cast<std::uint64_t>(c.seed + i)};
+        fmt::print("{}", prompt);
+        const Generated text = generate(*engine, *bundle.tokenizer, prompt, g, [](const std::string& piece) {
+            fmt::print("{}", piece);
+            std::fflush(stdout);
+            return !stop_requested();
+        });
+        fmt::print("\n");
+        std::fflush(stdout);
+        fmt::print(stderr, "[{} tokens, {:.0f} a second; prompt of {} in {:.0f} ms; cache {} bytes a token; {}]\n", text.tokens,
+                   double(text.tokens) / std::max(text.decode_seconds, 1e-9), text.prompt_tokens, text.prefill_seconds * 1e3,
+                   text.cache_bytes_per_token, engine->device_name());
+    }
+    return 0;
+}
+
+int run_plan(const Invocation& call) {
+    const Config& c = call.config;
+    const ModelSpec spec = model_spec(c);
+    check_training(c);
+    const ParamTable table(spec);
+    // Without a GPU the plan is still one for a GPU, unless the CPU is asked for: that is what plans are made for.
+    const DeviceKind device = c.device == DeviceChoice::cpu ? DeviceKind::cpu : DeviceKind::cuda;
+    const EngineOptions options = engine_options(c, device, true);
+    const RunPlan plan = plan_run(spec, options);
+    fmt::print("{}\n", plan.table);
+    fmt::print("model       {} parameters ({})\n", table.parameters, c.preset);
+    fmt::print("step        {} tokens: {} micro-batches of {} x {} tokens, recompute {}\n", c.batch_tokens, plan.micro_batches,
+               plan.micro_batch, c.context, name_of(plan.recompute));
+    fmt::print("arithmetic  {:.1f} MFLOP a token\n", training_flops_per_token(spec, spec.context) / 1e6);
+    fmt::print("memory      {} on {}{}\n", bytes_text(static_cast<std::int64_t>(plan.bytes)),
+               device == DeviceKind::cuda ? "the GPU" : "the CPU",
+               options.memory_budget > 0 ? fmt::format(", of a budget of {}", bytes_text(c.memory_budget)) : "");
+    return 0;
+}
+
+}  // namespace fiedler

@@ -1,0 +1,13 @@
+// engine/commands.h: the commands of `fiedler` except train (train.h). Each returns the exit code; InputError, RunError otherwise.
+#pragma once
+#include "engine/config.h"
+
+namespace fiedler {
+
+int run_prepare(const Invocation&);
+int run_eval(const Invocation&);
+int run_generate(const Invocation&);
+int run_plan(const Invocation&);
+int run_inspect(const Invocation&);
+
+}  // namespace fiedler

@@ -1,0 +1,21 @@
+// engine/evaluate.h: validation: mean loss, bits per byte, and the unigram entropy of the same tokens.
+#pragma once
+#include <optional>
+
+#include "engine/dataset.h"
+#include "engine/engine.h"
+
+namespace fiedler {
+
+struct Evaluation {
+    double loss = 0;             // nats a token
+    double unigram_entropy = 0;  // nats a token, of the same targets: what a model that ignores context can reach
+    std::optional<double> bits_per_byte;
+    std::int64_t tokens = 0;
+    double seconds = 0;
+};
+
+// At most max_tokens tokens (0: all), in windows of the engine's context that do not overlap. stop, if given, is polled.
+Evaluation evaluate(Engine&, const Dataset&, std::int64_t max_tokens, bool document_mask);
+
+}  // namespace fiedler

@@ -1,0 +1,131 @@
+// engine/presets.cpp: named bundles of knobs. A preset lists what differs from the defaults, which are those of `tiny`.
+#include <fmt/format.h>
+
+#include <cmath>
+
+#include "engine/config.h"
+#include "engine/error.h"
+#include "engine/params.h"
+
+namespace fiedler {
+
+namespace {
+
+using Values = std::vector<std::pair<const char*, const char*>>;
+
+Values operator+(Values a, const Values& b) {
+    a.insert(a.end(), b.begin(), b.end());
+    return a;
+}
+
+std::vector<Preset> all_presets() {
+    const Values shape30m = {{"layers", "12"},   {"channels", "384"}, {"heads", "6"},
+                             {"vocab", "16384"}, {"context", "1024"}, {"tokenizer-sample-bytes", "64MiB"}};
+    const Values recipe30m = {{"steps", "1000"},       {"batch-tokens", "32768"},   {"lr", "2e-3"},
+                              {"warmup", "100"},       {"val-every", "250"},        {"val-tokens", "1048576"},
+                              {"sample-every", "250"}, {"checkpoint-every", "250"}, {"log-every", "10"}};
+    // The published model: one energy, nothing learned about its scale, no gate, no convolution.
+    const Values published = {{"pattern", "s"},
+                              {"scalar-kind", "energy"},
+                              {"temperature", "fixed"},
+                              {"tau", "1"},
+                              {"inverse-temperature", "1"},
+                              {"gate", "false"},
+                              {"conv", "false"},
+                              {"rope", "all"}};
+    return {
+        {"tiny",
+         "about 1M parameters, for a CPU: sssb, 4 layers, 128 channels, 4 heads, vocabulary 2,048, context 256",
+         {}},
+        {"small",
+         "about 10M parameters: sssb x 2, 320 channels, 5 heads, vocabulary 8,192, context 512",
+         {{"layers", "8"},
+          {"channels", "320"},
+          {"heads", "5"},
+          {"vocab", "8192"},
+          {"context", "512"},
+          {"steps", "1000"},
+          {"batch-tokens", "16384"},
+          {"lr", "2e-3"},
+          {"warmup", "100"},
+          {"val-tokens", "262144"}}},
+        {"fiedler30m",
+         "the best model without a dot product: sssb x 3, coordinates, R = 8, 384 channels, 6 heads, vocabulary "
+         "16,384, "
+         "context 1,024; MLP widened until it has the parameters of gpt30m (27.6M)",
+         shape30m + recipe30m, "gpt30m"},
+        {"fiedler30m-energy", "fiedler30m with energies on a feature Laplacian instead of coordinates",
+         shape30m + recipe30m + Values{{"scalar-kind", "energy"}}, "gpt30m"},
+        {"gpt30m",
+         "the baseline: 12 layers of dot products with RoPE, QK-norm and the convolution, same shape and recipe",
+         shape30m + recipe30m + Values{{"pattern", "d"}}},
+        {"tau30m",
+         "the published form exactly: 6 layers, 6 heads, 384 channels, vocabulary 30,522, energy R = 1, tau and "
+         "temperature "
+         "fixed at 1, RoPE, untied, AdamW 5e-4, warm-up 100, then constant; 5,000 steps of 131,072 tokens. Betas and "
+         "decay were "
+         "not published: AdamW's defaults (0.9, 0.999, 0.01)",
+         shape30m + published +
+             Values{{"layers", "6"},
+                    {"vocab", "30522"},
+                    {"tied", "false"},
+                    {"steps", "5000"},
+                    {"batch-tokens", "131072"},
+                    {"lr", "5e-4"},
+                    {"warmup", "100"},
+                    {"schedule", "constant"},
+                    {"beta2", "0.999"},
+                    {"weight-decay", "0.01"},
+                    {"val-every", "250"},
+                    {"val-tokens", "1048576"},
+                    {"sample-every", "250"},
+                    {"checkpoint-every", "250"},
+                    {"log-every", "10"}}},
+        {"tau30m-same-shape",
+         "the published form at the shape, vocabulary, parameter count and recipe of fiedler30m: 12 layers, tied",
+         shape30m + recipe30m + published, "gpt30m"},
+    };
+}
+
+const Preset& preset_named(const std::string& name) {
+    for (const Preset& p : presets())
+        if (name == p.name) return p;
+    std::vector<std::string> names;
+    for (const Preset& p : presets()) names.emplace_back(p.name);
+    throw InputError(fmt::format("preset: there is no preset '{}': choose {}", name, fmt::join(names, ", ")));
+}
+
+// The MLP width, a multiple of 16, that brings the parameter count nearest to `target`: the count is linear in the
+// width.
+std::int64_t solve_mlp_hidden(Config c, std::int64_t target) {
+    constexpr std::int64_t kMultiple = 16;
+    c.mlp_hidden = kMultiple;
+    const std::int64_t least = parameter_count(c);
+    c.mlp_hidden = 2 * kMultiple;
+    const std::int64_t slope = parameter_count(c) - least;
+    return kMultiple * (1 + std::llround(static_cast<double>(target - least) / static_cast<double>(slope)));
+}
+
+}  // namespace
+
+const std::vector<Preset>& presets() {
+    static const std::vector<Preset> all = all_presets();
+    return all;
+}
+
+void apply_preset(Config& c, const std::string& name) {
+    const Preset& p = preset_named(name);
+    c.preset = name;
+    for (const auto& [knob, value] : p.values) set_value(c, *find_knob(knob), {value}, "preset " + name);
+    if (*p.same_size_as) c.mlp_hidden = solve_mlp_hidden(c, parameter_count(preset_config(p.same_size_as)));
+}
+
+Config preset_config(const std::string& name) {
+    Config c;
+    apply_preset(c, name);
+    return c;
+}
+
+std::int64_t parameter_count(const Config& c) { return ParamTable(model_spec(c)).parameters; }
+
+}  // namespace fiedler

@@ -1,0 +1,346 @@
+// engine/train.cpp: the training loop and what surrounds it. One step itself: step.cpp.
+#include "engine/train.h"
+
+#include <fmt/format.h>
+
+#include <cmath>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+
+#include "engine/bundle.h"
+#include "engine/checkpoint.h"
+#include "engine/comm.h"
+#include "engine/error.h"
+#include "engine/evaluate.h"
+#include "engine/generate.h"
+#include "engine/log.h"
+#include "engine/prepare_config.h"
+#include "engine/schedule.h"
+#include "engine/signals.h"
+
+namespace fiedler {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point t) { return std::chrono::duration<double>(Clock::now() - t).count(); }
+
+class TrainingRun {
+  public:
+    TrainingRun(Config config, std::unique_ptr<Checkpoint> resumed, const World& world);
+    int run();
+
+  private:
+    void start();
+    void initialise_weights();
+    void restore(const Checkpoint&);
+    void train_one_step();
+    void report(const StepResult&, double lr);
+    Evaluation validate();
+    void sample_text();
+    std::string save();
+    void finish(bool stopped, const std::string& checkpoint);
+    bool due(std::int64_t every) const { return every > 0 && (step_ % every == 0 || step_ == config_.steps); }
+
+    Config config_;
+    World world_;
+    bool leads_;  // rank 0 writes and speaks
+    Terminal terminal_{stdout};
+    std::string folder_;
+    std::optional<Dataset> data_;
+    std::unique_ptr<Engine> engine_;
+    std::unique_ptr<RunLog> log_;
+    std::unique_ptr<Checkpoint> resumed_;
+    LearningRate rate_;
+    OutlierDetector norms_, losses_;
+    std::vector<Batch> micro_batches_;
+    std::int64_t step_ = 0, cursor_ = 0, tokens_ = 0, skipped_ = 0;
+    double train_seconds_ = 0;          // of all sessions, in steps alone
+    double session_seconds_ = 0;        // of this one
+    std::int64_t session_steps_ = 0;
+    double interval_seconds_ = 0;       // since the last line
+    std::int64_t interval_steps_ = 0;
+    std::optional<Evaluation> last_validation_;
+    std::int64_t validated_step_ = -1;
+};
+
+TrainingRun::TrainingRun(Config config, std::unique_ptr<Checkpoint> resumed, const World& world)
+    : config_(std::move(config)), world_(world), leads_(world.rank == 0), resumed_(std::move(resumed)) {
+    folder_ = run_folder(config_);
+    check_training(config_);
+    const DeviceKind device = choose_device(config_.device);
+    (void)model_spec(config_);  // a wrong model is said before data is prepared
+    data_ = open_dataset(config_, leads_ ? stdout : nullptr);
+    match_vocabulary(config_, *data_);
+    const ModelSpec spec = model_spec(config_);
+    data_->require_train(config_.batch_tokens / config_.context, config_.context);
+    engine_ = make_engine(spec, engine_options(config_, device, true));
+    if (world_.size > 1 && device == DeviceKind::cpu) (void)make_comm(world_);  // says that it needs CUDA
+    rate_ = {config_.schedule, config_.lr, config_.min_lr_fraction, config_.steps, config_.warmup, config_.decay_fraction};
+    micro_batches_.resize(static_cast<std::size_t>(engine_->plan().micro_batches));
+}
+
+void TrainingRun::initialise_weights() {
+    std::vector<float> master(static_cast<std::size_t>(engine_->table().elements));
+    initialise(engine_->table(), engine_->spec(), static_cast<std::uint64_t>(config_.seed), master.data());
+    engine_->write(Block::master, master.data());
+    bool energies = false;
+    for (const LayerSpec& l : engine_->spec().layer) energies = energies || l.kind == LayerKind::energy;
+    if (!energies || !engine_->spec().measured_tau) return;
+    // tau from the data: the median energies of the first micro-batch, the same on every process.
+    data_->train_batch(0, {engine_->plan().micro_batch, config_.context, static_cast<std::uint64_t>(config_.seed),
+                           config_.document_mask, 0, 1}, micro_batches_[0]);
+    Json tau = Json::array();
+    for (const auto& of_layer : engine_->calibrate_tau(micro_batches_[0])) tau.push_back(of_layer);
+    if (log_) log_->write("tau", Json{{"tau", tau}});
+}
+
+void TrainingRun::restore(const Checkpoint& checkpoint) {
+    const auto bytes = static_cast<std::size_t>(engine_->table().elements) * sizeof(float);
+    for (const Block b : kBlocks) engine_->write(b, static_cast<const float*>(checkpoint.block(name_of(b), bytes)));
+    const CheckpointMeta& meta = checkpoint.meta();
+    step_ = meta.step;
+    tokens_ = meta.tokens;
+    try {
+        cursor_ = meta.data.at("cursor").get<std::int64_t>();
+        const auto fingerprint = meta.data.at("fingerprint").get<std::string>();
+        if (fingerprint != data_->info().fingerprint)
+            input_error("data: {} is not what the checkpoint {} was trained on; give the same corpus, or start a new run",
+                        data_->info().folder, checkpoint.folder());
+        norms_.restore(meta.state.at("norms").get<std::vector<double>>());
+        losses_.restore(meta.state.at("losses").get<std::vector<double>>());
+        skipped_ = meta.state.at("skipped").get<std::int64_t>();
+        train_seconds_ = meta.state.at("train_seconds").get<double>();
+    } catch (const nlohmann::json::exception& e) {
+        input_error("{}: its manifest lacks what a resumed run needs ({}); use another checkpoint", checkpoint.folder(), e.what());
+    }
+}
+
+void TrainingRun::start() {
+    if (leads_) {
+        make_folders(folder_);
+        log_ = std::make_unique<RunLog>(join_path(folder_, "log.jsonl"), resumed_ != nullptr);
+        write_file_atomic(join_path(folder_, "config.toml"), to_toml(config_, Command::train));
+        if (data_->tokenizer()) write_file_atomic(join_path(folder_, kTokenizerName), data_->tokenizer()->model());
+    }
+    if (resumed_)
+        restore(*resumed_);
+    else
+        initialise_weights();
+    if (!leads_) return;
+    const RunPlan& plan = engine_->plan();
+    const double flops = training_flops_per_token(engine_->spec(), engine_->spec().context);
+    log_->write("start", Json{{"config", to_json(config_)},
+                              {"device", engine_->device_name()},
+                              {"parameters", engine_->table().parameters},
+                              {"flops_per_token", flops},
+                              {"measured_peak_flops", engine_->measured_peak_flops()},
+                              {"memory_bytes", plan.bytes},
+                              {"micro_batch", plan.micro_batch},
+                              {"micro_batches", plan.micro_batches},
+                              {"recompute", name_of(plan.recompute)},
+                              {"data", data_->info().folder},
+                              {"train_tokens", data_->info().train.tokens},
+                              {"val_tokens", data_->info().val.tokens},
+                              {"step", step_}});
+    terminal_.line(fmt::format("{}: {} parameters on {}, {} (micro-batch {} x {}, recompute {})", config_.preset,
+                               count_text(double(engine_->table().parameters)), engine_->device_name(),
+                               bytes_text(static_cast<std::int64_t>(plan.bytes)), plan.micro_batches, plan.micro_batch,
+                               name_of(plan.recompute)));
+    terminal_.line(fmt::format("data: {} ({} training tokens, {} held out)", data_->info().folder,
+                               count_text(double(data_->info().train.tokens)), count_text(double(data_->info().val.tokens))));
+    if (resumed_) terminal_.line(fmt::format("resumed from {} at step {}", resumed_->folder(), step_));
+}
+
+void TrainingRun::train_one_step() {
+    const auto begin = Clock::now();
+    const TrainWindows windows{engine_->plan().micro_batch, config_.context, static_cast<std::uint64_t>(config_.seed),
+                               config_.document_mask, world_.rank, world_.size};
+    for (Batch& b : micro_batches_) {
+        data_->train_batch(cursor_, windows, b);
+        cursor_ += windows.rows * world_.size;
+    }
+    StepSettings s;
+    s.step = step_ + 1;
+    s.lr = rate_(step_);
+    s.beta1 = config_.beta1;
+    s.beta2 = config_.beta2;
+    s.eps = config_.adam_eps;
+    s.decay = config_.weight_decay;
+    s.clip = config_.clip;
+    const double limit = norms_.limit(config_.skip_outliers);
+    s.skip_above = std::isfinite(limit) ? limit : 0;
+    const StepResult r = engine_->train_step(micro_batches_, s);
+    ++step_;
+    tokens_ += config_.batch_tokens * world_.size;
+    const double seconds = seconds_since(begin);
+    train_seconds_ += seconds;
+    if (session_steps_++ > 0) session_seconds_ += seconds;  // the first step loads modules and chooses algorithms
+    interval_seconds_ += seconds;
+    ++interval_steps_;
+    report(r, s.lr);
+    norms_.add(r.norm);
+    losses_.add(r.loss);
+    if (r.skipped && !config_.skip_nonfinite && !std::isfinite(r.norm))
+        run_error("step {}: the gradient is not finite (loss {}); lower --lr, or let such steps pass with --skip-nonfinite",
+                  step_, r.loss);
+}
+
+void TrainingRun::report(const StepResult& r, double lr) {
+    if (r.skipped) {
+        ++skipped_;
+        if (leads_) {
+            log_->write("skip", Json{{"step", step_}, {"loss", r.loss}, {"norm", r.norm}, {"norm_z", norms_.score(r.norm)}});
+            terminal_.line(fmt::format("step {}: skipped, gradient norm {:.3g}, loss {:.4f}", step_, r.norm, r.loss));
+        }
+    }
+    if (!leads_ || !(due(config_.log_every) || step_ == 1)) return;
+    StepProgress p;
+    p.step = step_;
+    p.steps = config_.steps;
+    p.loss = r.loss;
+    p.norm = r.norm;
+    p.lr = lr;
+    const double tokens = double(config_.batch_tokens * world_.size);
+    p.tokens_per_second = tokens * double(interval_steps_) / interval_seconds_;
+    p.share_of_peak = p.tokens_per_second / world_.size * training_flops_per_token(engine_->spec(), engine_->spec().context) /
+                      engine_->measured_peak_flops();
+    const double per_step = session_steps_ > 1 ? session_seconds_ / double(session_steps_ - 1) : interval_seconds_;
+    p.eta_seconds = per_step * double(config_.steps - step_);
+    terminal_.progress(progress_text(p));
+    log_->write("step", Json{{"step", step_},
+                             {"loss", r.loss},
+                             {"lr", lr},
+                             {"norm", r.norm},
+                             {"norm_z", norms_.score(r.norm)},
+                             {"loss_z", losses_.score(r.loss)},
+                             {"tokens", tokens_},
+                             {"tokens_per_second", p.tokens_per_second},
+                             {"share_of_peak", p.share_of_peak}});
+    interval_seconds_ = 0;
+    interval_steps_ = 0;
+}
+
+Evaluation TrainingRun::validate() {
+    last_validation_ = evaluate(*engine_, *data_, config_.val_tokens, config_.document_mask);
+    validated_step_ = step_;
+    const Evaluation& e = *last_validation_;
+    if (leads_) {
+        Json record{{"step", step_}, {"val_loss", e.loss}, {"unigram_entropy", e.unigram_entropy}, {"tokens", e.tokens}};
+        record["val_bits_per_byte"] = e.bits_per_byte ? Json(*e.bits_per_byte) : Json(nullptr);
+        log_->write("val", record);
+        terminal_.line(fmt::format("step {}: validation loss {:.4f} nats a token{} ({} tokens, unigram entropy {:.3f})", step_,
+                                   e.loss, e.bits_per_byte ? fmt::format(", {:.4f} bits a byte", *e.bits_per_byte) : "",
+                                   count_text(double(e.tokens)), e.unigram_entropy));
+    }
+    return e;
+}
+
+void TrainingRun::sample_text() {
+    if (!leads_ || !data_->tokenizer()) return;
+    GenerateSettings g;
+    g.sampling = {config_.sampling_temperature, config_.top_k, config_.top_p, static_cast<std::uint64_t>(config_.seed)};
+    g.max_tokens = config_.sample_tokens;
+    const Generated text = generate(*engine_, *data_->tokenizer(), config_.sample_prompt, g);
+    log_->write("sample", Json{{"step", step_}, {"prompt", config_.sample_prompt}, {"text", text.text}});
+    terminal_.line(fmt::format("step {}: sample: {}{}", step_, config_.sample_prompt, text.text));
+}
+
+std::string TrainingRun::save() {
+    if (!leads_) return {};
+    CheckpointWriter writer(folder_, step_);
+    std::vector<float> values(static_cast<std::size_t>(engine_->table().elements));
+    for (const Block b : kBlocks) {
+        engine_->read(b, values.data());
+        writer.add(name_of(b), values.data(), values.size() * sizeof(float));
+    }
+    if (data_->tokenizer()) writer.add_copy(join_path(folder_, kTokenizerName), kTokenizerName);
+    CheckpointMeta meta;
+    meta.step = step_;
+    meta.tokens = tokens_;
+    meta.seed = config_.seed;
+    meta.config = to_json(config_);
+    meta.data = Json{{"cursor", cursor_}, {"fingerprint", data_->info().fingerprint}, {"folder", data_->info().folder}};
+    meta.state = Json{{"norms", norms_.values()}, {"losses", losses_.values()}, {"skipped", skipped_},
+                      {"train_seconds", train_seconds_}};
+    const std::string folder = writer.commit(meta, config_.keep);
+    log_->write("checkpoint", Json{{"step", step_}, {"path", folder}});
+    return folder;
+}
+
+int TrainingRun::run() {
+    start();
+    const SignalGuard guard;
+    std::string checkpoint;
+    while (step_ < config_.steps && !stop_requested()) {
+        train_one_step();
+        if (due(config_.val_every)) validate();
+        if (due(config_.sample_every) && engine_->spec().causal) sample_text();
+        if (due(config_.checkpoint_every) || stop_requested()) checkpoint = save();
+    }
+    const bool stopped = step_ < config_.steps;
+    if (checkpoint.empty() || stopped || config_.checkpoint_every == 0) checkpoint = save();
+    finish(stopped, checkpoint);
+    return 0;
+}
+
+void TrainingRun::finish(bool stopped, const std::string& checkpoint) {
+    if (!stopped && validated_step_ != step_) validate();
+    if (!leads_) return;
+    const std::string weights = write_bundle(folder_, config_, *engine_);
+    const double counted = double(std::max<std::int64_t>(session_steps_ - 1, 0));
+    const double per_second = session_seconds_ > 0 ? counted * double(config_.batch_tokens * world_.size) / session_seconds_ : 0;
+    const double hours = train_seconds_ / 3600 * world_.size;
+    Json end{{"val_loss", last_validation_ ? Json(last_validation_->loss) : Json(nullptr)},
+             {"val_bits_per_byte",
+              last_validation_ && last_validation_->bits_per_byte ? Json(*last_validation_->bits_per_byte) : Json(nullptr)},
+             {"unigram_entropy", last_validation_ ? Json(last_validation_->unigram_entropy) : Json(nullptr)},
+             {"stopped", stopped},
+             {"steps", step_},
+             {"skipped", skipped_},
+             {"tokens", tokens_},
+             {"tokens_per_second", per_second},
+             {"share_of_peak", per_second / world_.size *
+                                   training_flops_per_token(engine_->spec(), engine_->spec().context) /
+                                   engine_->measured_peak_flops()},
+             {"parameters", engine_->table().parameters},
+             {"peak_memory_bytes", engine_->plan().bytes},
+             {"device_bytes_in_use", engine_->device_bytes_in_use()},
+             {"device", engine_->device_name()},
+             {"device_hours", hours},
+             {"checkpoint", checkpoint},
+             {"weights", weights},
+             {"log", log_->path()}};
+    if (config_.price_per_hour > 0) end["cost"] = hours * config_.price_per_hour;
+    log_->write("end", end);
+    terminal_.line(stopped ? fmt::format("stopped at step {} of {}; go on with --resume", step_, config_.steps)
+                           : fmt::format("done: {} steps, {} tokens in {}, {} tokens/s", step_, count_text(double(tokens_)),
+                                         duration_text(train_seconds_), count_text(per_second)));
+    terminal_.line(fmt::format("cost        {:.4f} {}-hours{}", hours, engine_->device_kind() == "cuda" ? "GPU" : "CPU",
+                               config_.price_per_hour > 0 ? fmt::format(" = {:.4f} at {} an hour", hours * config_.price_per_hour,
+                                                                        config_.price_per_hour)
+                                                          : ""));
+    terminal_.line("checkpoint  " + checkpoint);
+    terminal_.line("weights     " + weights);
+    terminal_.line("log         " + log_->path());
+}
+
+}  // namespace
+
+int run_train(const Invocation& call) {
+    Config config = call.config;
+    std::unique_ptr<Checkpoint> resumed;
+    if (!config.resume.empty()) {
+        const auto notice = [](const std::string& text) { fmt::print(stderr, "{}\n", text); };
+        const std::string from = config.resume == "latest" ? run_folder(config) : config.resume;
+        resumed = std::make_unique<Checkpoint>(find_checkpoint(from, notice));
+        config = resume_config(config_from_json(resumed->meta().config, resumed->folder()), call);
+    } else if (const std::string folder = run_folder(config); !latest_checkpoint(folder).empty()) {
+        input_error("out: {} already holds a run; add --resume to go on with it, or name another folder with --out", folder);
+    }
+    if (config.data.empty()) throw InputError("data: nothing to train on; add --data with files or folders of text or source code");
+    return TrainingRun(std::move(config), std::move(resumed), world_from_environment()).run();
+}
+
+}  // namespace fiedler

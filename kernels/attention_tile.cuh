@@ -1,0 +1,222 @@
+// kernels/attention_tile.cuh: the tiles of scalar-distance attention. A block owns 64 consecutive tokens (rows) of one
+// head, 16 a warp, and streams over tiles of 64 tokens (columns). Within a warp, with g = lane / 4 and t = lane % 4, a
+// thread holds rows g and g + 8 of its warp and, in each run of 8 columns, columns 2t and 2t + 1: the C layout of mma
+// m16n8k16 (kernels/mma.cuh).
+#pragma once
+#include "kernels/attention.h"
+#include "kernels/common.cuh"
+#include "kernels/mma.cuh"
+
+namespace fiedler::attention_tile {
+
+constexpr int kTile = 64;      // rows of a block, columns of a streamed tile
+constexpr int kWarpRows = 16;  // rows of a warp
+constexpr int kThreads = kTile / kWarpRows * kWarp;
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// The same bits (kernels/dtype.h), where kernels take the contract's structs as they are.
+__device__ inline const nv_bf16* bits(const bf16* p) { return reinterpret_cast<const nv_bf16*>(p); }
+__device__ inline nv_bf16* bits(bf16* p) { return reinterpret_cast<nv_bf16*>(p); }
+
+__device__ inline float exp2_fast(float x) {  // 2 ulp; exp2(-inf) = 0
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// Heaviside step of x: 0, 1/2 at exactly 0, 1; so sign(x) = 2 step(x) - 1. One instruction: x 2^127 + 1/2, clamped to
+// [0, 1], which no |x| of at least 2^-128 escapes.
+__device__ inline float half_step(float x) {
+    float y;
+    asm("fma.rn.sat.f32 %0, %1, 0f7F000000, 0f3F000000;" : "=f"(y) : "f"(x));
+    return y;
+}
+// 4 bytes global -> shared without registers; zero when !valid (then src is not read).
+__device__ inline void cp_async4(void* dst, const void* src, bool valid) {
+    const int bytes = valid ? 4 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared_address(dst)), "l"(src), "r"(bytes));
+}
+__device__ inline float4 read_anew(const float4* p) {
+    float4 y;
+    asm volatile("ld.volatile.shared.v4.f32 {%0,%1,%2,%3}, [%4];\n"
+                 : "=f"(y.x), "=f"(y.y), "=f"(y.z), "=f"(y.w)
+                 : "r"(shared_address(p)));
+    return y;
+}
+// The warp's number in its block, in a form that the compiler knows to be the same in all lanes.
+__device__ inline int warp_number() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarp, 0); }
+// Sum over the four lanes that share a row.
+__device__ inline float row_sum(float x) {
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+__device__ inline float row_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+// What a run of rows [first, last] sees: nothing outside [lo, hi), and every row all of [full_lo, full_hi). Sight's
+// ends never decrease along the tokens, so the first and the last row decide.
+struct Band {
+    int lo = 0, hi = 0, full_lo = 0, full_hi = 0;
+
+    __device__ Band(const Sight& sight, int first, int last) {
+        if (first > last) return;  // no rows: sees nothing
+        lo = sight.lo(first), full_lo = sight.lo(last);
+        hi = sight.hi(last), full_hi = sight.hi(first);
+    }
+    __device__ bool misses(int column, int n) const { return column >= hi || column + n <= lo; }
+    __device__ bool covers(int column, int n) const { return column >= full_lo && column + n <= full_hi; }
+};
+
+// The two rows of a thread: token, whether it exists, and the columns [lo, hi) that it sees.
+struct Rows {
+    int first, tokens, lo[2], hi[2];
+
+    __device__ Rows(const Sight& sight, int warp_first)
+        : first(warp_first + static_cast<int>(threadIdx.x) % kWarp / 4), tokens(sight.seq.tokens) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            lo[k] = valid(k) ? sight.lo(token(k)) : 0;
+            hi[k] = valid(k) ? sight.hi(token(k)) : 0;
+        }
+    }
+    __device__ int token(int k) const { return first + 8 * k; }
+    __device__ bool valid(int k) const { return token(k) < tokens; }
+    __device__ bool sees(int k, int column) const { return column >= lo[k] && column < hi[k]; }
+};
+
+// [64 x D] bf16 in shared memory. Rows are padded by 16 bytes, an odd number of 16-byte units in all, so that the eight
+// rows of an ldmatrix lie in different banks.
+template <int D>
+struct alignas(16) ValueTile {
+    static constexpr int kStride = D + 8;
+    nv_bf16 data[kTile * kStride];
+
+    // src: column 0 of the head. Tokens from `tokens` on become zeros.
+    __device__ void load(const nv_bf16* src, std::int64_t ld, int first, int tokens) {
+        constexpr int kParts = D / 8;
+#pragma unroll 1
+        for (int k = 0; k < kTile * kParts / kThreads; ++k) {
+            const int e = static_cast<int>(threadIdx.x) + k * kThreads, row = e / kParts, part = e % kParts * 8;
+            const bool valid = first + row < tokens;
+            cp_async16(data + row * kStride + part, src + (valid ? first + row : 0) * ld + part, valid);
+        }
+    }
+    // B operands whose inner dimension is the tile's 16 rows from `row`: two tiles of 8 columns, from `column`.
+    __device__ void rows_inside(std::uint32_t (&b)[4], int row, int column) const {
+        const int lane = threadIdx.x % kWarp;
+        ldmatrix_x4_trans(b, data + (row + lane % 16) * kStride + column + lane / 16 * 8);
+    }
+    // B operands whose inner dimension is the 16 columns from `column`: two tiles of 8 rows, from `row`.
+    __device__ void columns_inside(std::uint32_t (&b)[4], int row, int column) const {
+        const int lane = threadIdx.x % kWarp;
+        ldmatrix_x4(b, data + (row + lane % 8 + lane / 16 * 8) * kStride + column + lane / 8 % 2 * 8);
+    }
+};
+
+// A operands of 16 rows x D, straight from global memory; src: column 0 of the head.
+template <int D>
+__device__ void load_operand(std::uint32_t (&a)[D / 16][4], const nv_bf16* src, std::int64_t ld, const Rows& rows) {
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k)
+#pragma unroll
+        for (int part = 0; part < 4; ++part) {
+            const int row = part % 2, column = 16 * k + part / 2 * 8 + 2 * t;
+            a[k][part] =
+                rows.valid(row) ? *reinterpret_cast<const std::uint32_t*>(src + rows.token(row) * ld + column) : 0u;
+        }
+}
+
+// One number for each of 64 columns, in shared memory.
+struct alignas(16) ColumnTile {
+    float data[kTile];
+
+    // src: the head's number of token 0, ld floats from token to token; absent: all zero, as beyond the last token.
+    // some_address is any valid one: it is named, not read, where there is nothing to read.
+    __device__ void load(const float* src, std::int64_t ld, int first, int tokens, const float* some_address) {
+        const int column = threadIdx.x;
+        if (column >= kTile) return;
+        const bool valid = src != nullptr && first + column < tokens;
+        cp_async4(data + column, valid ? src + (first + column) * ld : some_address, valid);
+    }
+    __device__ float2 pair(int column) const { return *reinterpret_cast<const float2*>(data + column); }
+};
+
+// R scalars of 64 columns in shared memory. Two scalars of one column are neighbours, so that one 16-byte read brings
+// two scalars of two columns; the planes of pairs are padded against bank conflicts of the writes.
+template <int R>
+struct alignas(16) ScalarTile {
+    static constexpr int kPair = R == 1 ? 1 : 2;
+    static constexpr int kPlane = R == 1 ? kTile : 2 * kTile + 8;
+    float data[R / kPair * kPlane];
+
+    // src: the head's scalar 0 of token 0, stride floats from token to token. Scalars from `scalars` on are zero.
+    __device__ void load(const float* src, std::int64_t stride, int scalars, int first, int tokens) {
+#pragma unroll 1
+        for (int e = threadIdx.x; e < kTile * R; e += kThreads) {
+            const int column = e / R, r = e % R;
+            const bool valid = first + column < tokens && r < scalars;
+            cp_async4(data + r / kPair * kPlane + column * kPair + r % kPair,
+                      src + (valid ? (first + column) * stride + r : 0), valid);
+        }
+    }
+    // visit(row, scalar, n, x[row][scalar] - y) for both rows, all scalars and columns column + n, n = 0, 1.
+    // kAgain: the tile is read anew, so that the compiler does not hold on to differences taken before.
+    template <bool kAgain = false, class Visit>
+    __device__ void differences(const float (&x)[2][R], int column, Visit&& visit) const {
+        if constexpr (R == 1) {
+            const float2 y = *reinterpret_cast<const float2*>(data + column);
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                visit(k, 0, 0, x[k][0] - y.x);
+                visit(k, 0, 1, x[k][0] - y.y);
+            }
+        } else {
+#pragma unroll
+            for (int r = 0; r < R; r += 2) {
+                const float4* address = reinterpret_cast<const float4*>(data + r / 2 * kPlane + 2 * column);
+                const float4 y = kAgain ? read_anew(address) : *address;
+#pragma unroll
+                for (int k = 0; k < 2; ++k) {
+                    visit(k, r, 0, x[k][r] - y.x);
+                    visit(k, r + 1, 0, x[k][r + 1] - y.y);
+                    visit(k, r, 1, x[k][r] - y.z);
+                    visit(k, r + 1, 1, x[k][r + 1] - y.w);
+                }
+            }
+        }
+    }
+};
+
+// The scalars of a thread's two rows; missing rows and scalars are zero.
+template <int R>
+__device__ void load_row_scalars(float (&x)[2][R], const float* src, std::int64_t stride, int scalars,
+                                 const Rows& rows) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+#pragma unroll
+        for (int r = 0; r < R; ++r) x[k][r] = rows.valid(k) && r < scalars ? src[rows.token(k) * stride + r] : 0.f;
+}
+// The number of each of a thread's two rows; zero where there is none.
+__device__ inline void load_row_numbers(float (&x)[2], const float* src, std::int64_t ld, const Rows& rows) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) x[k] = src != nullptr && rows.valid(k) ? src[rows.token(k) * ld] : 0.f;
+}
+// A thread's part of two rows of 16-bit results, tiles of 8 columns side by side; dst: column 0 of the head.
+template <int D>
+__device__ void store_rows(nv_bf16* dst, std::int64_t ld, const float (&c)[D / 8][4], const float (&scale)[2],
+                           const Rows& rows) {
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+        if (!rows.valid(k)) continue;
+        nv_bf16* row = dst + rows.token(k) * ld + 2 * t;
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n)
+            *reinterpret_cast<std::uint32_t*>(row + 8 * n) =
+                pack_bf16(c[n][2 * k] * scale[k], c[n][2 * k + 1] * scale[k]);
+    }
+}
+
+}  // namespace fiedler::attention_tile

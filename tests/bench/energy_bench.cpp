@@ -1,0 +1,74 @@
+// Names: direction tokens x heads x D, R; "dense": a Laplacian with every entry and values that bf16 does not hold.
+#include "kernels/energy.h"
+
+#include "tests/bench/harness.h"
+#include "tests/support/path_graph.h"
+
+namespace fiedler::bench {
+namespace {
+
+template <class T, class U>
+Vec<const T> upload(Suite& s, const std::vector<U>& v) {
+    const std::vector<T> host(v.begin(), v.end());
+    const auto n = static_cast<std::int64_t>(host.size());
+    T* p = s.zeros<T>(n);
+    copy_to_device(s.device, p, host.data(), host.size() * sizeof(T));
+    return {p, n};
+}
+
+FeatureLaplacian<Accum> laplacian(Suite& s, int dim, bool dense) {
+    test::PathGraph path(dim);
+    if (dense) {
+        path.offsets = {0}, path.columns.clear(), path.values.clear();
+        for (int i = 0; i < dim; ++i) {
+            for (int j = 0; j < dim; ++j)
+                path.columns.push_back(j), path.values.push_back(i == j ? 0.1 * (dim - 1) : -0.1);
+            path.offsets.push_back(static_cast<std::int32_t>(path.columns.size()));
+        }
+    }
+    FeatureLaplacian<Accum> l;
+    l.dim = dim;
+    l.offsets = upload<std::int32_t>(s, path.offsets);
+    l.columns = upload<std::int32_t>(s, path.columns);
+    l.values = upload<Accum>(s, path.values);
+    l.eigenvectors = Mat<const Accum>(upload<Accum>(s, path.eigenvectors).data, dim, dim);
+    l.eigenvalues = upload<Accum>(s, path.eigenvalues);
+    return l;
+}
+
+void add_energy(Suite& s, std::int64_t n, int heads, int dim, int scalars, bool dense = false) {
+    EnergyForward<Storage> f;
+    f.lap = laplacian(s, dim, dense);
+    f.x = Mat<const Storage>(s.random<Storage>(n * heads * dim), n, heads * dim);
+    f.a = {s.zeros<Accum>(n * heads * scalars), n, heads * scalars};
+    f.log_tau = Vec<const Accum>(s.zeros<Accum>(scalars), scalars);
+    f.log_temp = Vec<const Accum>(s.zeros<Accum>(heads), heads);
+    f.heads = heads, f.scalars = scalars;
+    const std::string name = std::to_string(n) + "x" + std::to_string(heads) + "x" + std::to_string(dim) + " R" +
+                             std::to_string(scalars) + (dense ? " dense" : "");
+    s.add("forward " + name, traffic(f), [f, &s] { energy_forward(s.device, f); });
+
+    EnergyBackward<Storage> b;
+    b.dx = {s.zeros<Storage>(n * heads * dim), n, heads * dim};
+    b.dlog_tau = {s.zeros<Accum>(scalars), scalars};
+    b.dlog_temp = {s.zeros<Accum>(heads), heads};
+    b.da = Mat<const Accum>(s.random<Accum>(n * heads * scalars), n, heads * scalars);
+    b.x = f.x, b.lap = f.lap, b.log_tau = f.log_tau, b.log_temp = f.log_temp, b.heads = heads, b.scalars = scalars;
+#if FIEDLER_CUDA
+    const std::int64_t scratch = energy_scratch_elements(n, heads, scalars);
+    b.scratch = {s.zeros<Accum>(scratch), scratch};
+#endif
+    s.add("backward " + name, traffic(b), [b, &s] { energy_backward(s.device, b); });
+}
+
+}  // namespace
+
+FIEDLER_BENCH(energy) {
+    const std::int64_t n = suite.small ? 1024 : 32768;
+    for (const int scalars : {1, 2, 8, 16}) add_energy(suite, n, 6, 64, scalars);
+    add_energy(suite, n, 6, 64, 1, true);
+    add_energy(suite, n, 12, 32, 8);
+    add_energy(suite, n, 3, 128, 8);
+}
+
+}  // namespace fiedler::bench

@@ -1,0 +1,48 @@
+// Names: direction sequences x length x heads.
+#include "kernels/gate.h"
+
+#include "tests/bench/harness.h"
+
+namespace fiedler::bench {
+namespace {
+
+#if FIEDLER_CUDA
+std::int64_t scratch_elements(std::int64_t sequences, std::int64_t heads) {
+    return gate_scratch_elements(sequences, heads);
+}
+#else
+std::int64_t scratch_elements(std::int64_t, std::int64_t) { return 1; }  // none is used
+#endif
+
+void add_gate(Suite& s, std::int32_t count, std::int32_t length, std::int64_t heads) {
+    const std::int64_t tokens = std::int64_t(count) * length, n = tokens * heads;
+    const std::string shape = std::to_string(count) + "x" + std::to_string(length) + "x" + std::to_string(heads);
+    const auto input = [&] { return Mat<const Accum>(s.random<Accum>(n), tokens, heads); };
+    const Vec<const Accum> bias(s.random<Accum>(heads), heads);
+    const std::int64_t scratch = scratch_elements(count, heads);
+    GateForward<Accum> f;
+    f.F = Mat<Accum>(s.zeros<Accum>(n), tokens, heads);
+    f.z = input();
+    f.bias = bias;
+    f.seq = Packed::uniform(count, length);
+    GateBackward<Storage> b;
+    b.dz = Mat<Storage>(s.zeros<Storage>(n), tokens, heads);
+    b.dbias = Vec<Accum>(s.zeros<Accum>(heads), heads);
+    b.dF = input();
+    b.z = f.z;
+    b.bias = bias;
+    b.seq = f.seq;
+    b.scratch = Vec<Accum>(s.zeros<Accum>(scratch), scratch);
+    s.add("forward " + shape, traffic(f), [f, &s] { gate_forward(s.device, f); });
+    s.add("backward " + shape, traffic(b), [b, &s] { gate_backward(s.device, b); });
+}
+
+}  // namespace
+
+FIEDLER_BENCH(gate) {
+    add_gate(suite, suite.small ? 4 : 32, suite.small ? 256 : 1024, 6);
+    add_gate(suite, 1, suite.small ? 4096 : 1 << 20, 6);
+    if (!suite.small) add_gate(suite, 1638, 20, 6);  // molecules
+}
+
+}  // namespace fiedler::bench

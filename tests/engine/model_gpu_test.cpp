@@ -1,0 +1,166 @@
+// tests/engine/model_gpu_test.cpp: the whole model on the GPU against the double CPU reference: loss and every parameter's
+// gradient. The tolerance is twice the error of the CPU model whose outputs are rounded to bf16 where the GPU's are.
+#include "tests/support/rounding_cpu.h"
+// The model's templates for RoundingCpu: their sources, without the instances that the engine library holds.
+#include "engine/model_instances.h"
+#undef FIEDLER_MODEL_INSTANCES
+#define FIEDLER_MODEL_INSTANCES()
+#include "engine/layers.cpp"
+#include "engine/layers_backward.cpp"
+#include "engine/model.cpp"
+
+#if FIEDLER_CUDA
+#include <gtest/gtest.h>
+
+#include "engine/config.h"
+#include "engine/runner.h"
+#include "tests/support/buffer.h"
+#include "tests/support/compare.h"
+
+namespace fiedler {
+namespace {
+
+using test::Values;
+
+struct Shape {
+    const char* name;
+    const char* pattern;
+    ScalarKind kind;
+    int head_dim, tokens, sequences;
+    bool causal = true;
+};
+
+void PrintTo(const Shape& s, std::ostream* out) { *out << s.name; }
+
+ModelSpec spec_of(const Shape& s) {
+    Config c;
+    c.pattern = s.pattern;
+    c.layers = 2;
+    c.heads = 2;
+    c.channels = 2 * s.head_dim;
+    c.scalars = 8;
+    c.scalar_kind = s.kind;
+    c.vocab = 123;  // no multiple of 8: padded logits
+    c.context = s.tokens;
+    c.mlp_hidden = 3 * c.channels;
+    c.causal = s.causal;
+    return model_spec(c);
+}
+
+// Initial values moved off 0 and 1, exactly representable in bf16: CPU and GPU start from the same weights.
+std::vector<float> start(const ParamTable& table, const ModelSpec& spec) {
+    std::vector<float> w(static_cast<std::size_t>(table.elements));
+    initialise(table, spec, 5, w.data());
+    const Values noise = test::random_values(w.size(), 11, 0.05);
+    for (const ParamTensor& t : table.tensor)
+        for (std::int64_t i = t.offset; i < t.offset + t.size(); ++i) {
+            auto& x = w[static_cast<std::size_t>(i)];
+            x = float(bf16(x + static_cast<float>(noise[static_cast<std::size_t>(i)])));
+        }
+    return w;
+}
+
+Batch batch_of(const Shape& s, const ModelSpec& spec) {
+    Batch b;
+    b.rows = s.sequences;
+    b.length = s.tokens;
+    const auto n = static_cast<std::size_t>(s.sequences * s.tokens);
+    b.inputs = test::random_ints(n, 21, 0, spec.vocab);
+    b.targets = test::random_ints(n, 22, 0, spec.vocab);
+    return b;
+}
+
+RunPlan plan_of(const Shape& s) {
+    RunPlan p;
+    p.micro_batch = s.sequences;
+    p.tokens = std::int64_t(s.sequences) * s.tokens;
+    return p;
+}
+
+// The rounded model, laid out like a Runner but without one.
+double rounded_gradients(const ModelSpec& spec, const RunPlan& run, const std::vector<float>& w, const Batch& host,
+                         std::vector<float>& grads) {
+    const ParamTable table(spec);
+    const HostLaplacian lap = path_laplacian(spec.head_dim());
+    const ActivationPlan plan = activation_plan(spec, run, true);
+    RoundingCpu cpu;
+    Arena arena;
+    RunLayout<float>(arena, spec, table, lap, plan, false);
+    arena.commit(memory_of(cpu));
+    RunLayout<float> layout(arena, spec, table, lap, plan, false);
+    std::fill_n(static_cast<char*>(arena.base()), arena.peak(), 0);
+    std::copy(w.begin(), w.end(), layout.params.master.data);
+    std::copy(lap.offsets.begin(), lap.offsets.end(), layout.lap_offsets.data);
+    std::copy(lap.columns.begin(), lap.columns.end(), layout.lap_columns.data);
+    std::copy(lap.values.begin(), lap.values.end(), layout.lap_values.data);
+    std::copy(lap.eigenvectors.begin(), lap.eigenvectors.end(), layout.lap_vectors.data);
+    std::copy(lap.eigenvalues.begin(), lap.eigenvalues.end(), layout.lap_eigenvalues.data);
+    for (int l = 0; l < spec.layers(); ++l)
+        if (layout.acts->layer(l).aux) cpu.f32_products.push_back(layout.acts->layer(l).aux.data);
+    Model<RoundingCpu, float> model(cpu, spec, table, layout.params, layout.laplacian(spec.head_dim()), plan, *layout.acts);
+    DeviceBatch batch;
+    const auto n = static_cast<std::int64_t>(host.inputs.size());
+    batch.inputs = Vec<const std::int32_t>(host.inputs.data(), n);
+    batch.targets = Vec<const std::int32_t>(host.targets.data(), n);
+    batch.seq = host.packed();
+    model.forward(batch);
+    model.loss(batch, {&layout.control->loss, 1}, true, 1.f / static_cast<float>(n));
+    model.backward(batch);
+    grads.assign(layout.params.grads.data, layout.params.grads.data + table.elements);
+    return double(layout.control->loss) / double(n);
+}
+
+class ModelGpu : public testing::TestWithParam<Shape> {};
+
+TEST_P(ModelGpu, LossAndGradientsMatchTheCpu) {
+    FIEDLER_GPU_OR_SKIP();
+    const ModelSpec spec = spec_of(GetParam());
+    const RunPlan plan = plan_of(GetParam());
+    const Batch batch = batch_of(GetParam(), spec);
+    Runner<Cpu, double> reference(std::make_unique<Cpu>(), spec, plan, 0);
+    Runner<Cuda, bf16> device(std::make_unique<Cuda>(), spec, plan, 0);
+    const std::vector<float> w = start(reference.table(), spec);
+    reference.write(Block::master, w.data());
+    device.write(Block::master, w.data());
+    std::vector<double> want;
+    std::vector<float> got, low, again;
+    const double want_loss = reference.loss_and_gradients(batch, want);
+    const double got_loss = device.loss_and_gradients(batch, got);
+    const double low_loss = rounded_gradients(spec, plan, w, batch, low);
+    EXPECT_LE(std::abs(got_loss - want_loss), 2 * std::abs(low_loss - want_loss) + 2e-3 * want_loss);
+    for (const ParamTensor& t : reference.table().tensor) {
+        if (t.group == Group::frozen) continue;
+        SCOPED_TRACE(t.name);
+        const auto part = [&](const auto& block) { return Values(block.begin() + t.offset, block.begin() + t.offset + t.size()); };
+        EXPECT_TRUE(test::close(part(got), part(want), part(low)));
+    }
+    EXPECT_EQ(device.loss_and_gradients(batch, again), got_loss);
+    EXPECT_TRUE(test::identical(again.data(), got.data(), got.size() * sizeof(float))) << "two runs differ";
+}
+
+std::vector<Shape> shapes() {
+    std::vector<Shape> all;
+    static std::vector<std::string> names;
+    names.reserve(1000);
+    const auto add = [&](const char* kind_name, const char* pattern, ScalarKind kind, int d, int t, bool causal = true) {
+        names.push_back(std::string(kind_name) + "_D" + std::to_string(d) + "_T" + std::to_string(t) + (causal ? "" : "_bidirectional"));
+        all.push_back({names.back().c_str(), pattern, kind, d, t, t >= 1024 ? 1 : 2, causal});
+    };
+    const auto every = [&](int d, int t) {
+        add("coordinate", "sb", ScalarKind::coordinate, d, t);
+        add("energy", "sb", ScalarKind::energy, d, t);
+        add("dot", "dd:50", ScalarKind::coordinate, d, t);
+    };
+    for (const int t : {1, 7, 64, 129}) every(64, t);
+    for (const int d : {16, 32, 128}) every(d, 129);
+    for (const int d : {16, 32, 64, 128}) every(d, 1024);
+    add("coordinate", "s:33b", ScalarKind::coordinate, 64, 129, false);
+    add("dot", "dd", ScalarKind::coordinate, 64, 129, false);
+    return all;
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, ModelGpu, testing::ValuesIn(shapes()), [](const auto& info) { return info.param.name; });
+
+}  // namespace
+}  // namespace fiedler
+#endif

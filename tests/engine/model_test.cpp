@@ -1,0 +1,282 @@
+// tests/engine/model_test.cpp: gradients of whole two-layer models in double against central differences, for every kind of layer
+// and every option; equality of recomputation levels; decoding against the full forward pass.
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "engine/config.h"
+#include "engine/decode.h"
+#include "engine/runner.h"
+#include "tests/support/compare.h"
+
+namespace fiedler {
+namespace {
+
+using test::close_to;
+using test::Values;
+using DoubleRunner = Runner<Cpu, double>;
+
+struct Case {
+    const char* name;
+    std::function<void(Config&)> change;
+    bool ragged = false;
+};
+
+const std::vector<Case>& cases() {
+    static const std::vector<Case> all = {
+        {"coordinate_s", [](Config& c) { c.pattern = "ss"; }},
+        {"coordinate_b", [](Config& c) { c.pattern = "bb"; }},
+        {"coordinate_sb_window", [](Config& c) { c.pattern = "s:3b:5"; }},
+        {"coordinate_untied", [](Config& c) { c.pattern = "sb", c.tied = false; }},
+        {"coordinate_no_gate", [](Config& c) { c.pattern = "sb", c.gate = false; }},
+        {"coordinate_no_conv", [](Config& c) { c.pattern = "sb", c.conv = false; }},
+        {"coordinate_fixed_temperature", [](Config& c) { c.pattern = "sb", c.temperature = Temperature::fixed; }},
+        {"energy_s", [](Config& c) { c.pattern = "ss", c.scalar_kind = ScalarKind::energy; }},
+        {"energy_b", [](Config& c) { c.pattern = "bb", c.scalar_kind = ScalarKind::energy; }},
+        {"energy_rope", [](Config& c) { c.pattern = "sb", c.scalar_kind = ScalarKind::energy, c.rope = Rotary::all; }},
+        {"energy_published",
+         [](Config& c) {
+             c.pattern = "ss", c.scalar_kind = ScalarKind::energy, c.rope = Rotary::all, c.gate = c.conv = c.tied = false;
+             c.temperature = Temperature::fixed, c.inverse_temperature = 1, c.tau = "1";
+         }},
+        {"energy_fixed_tau", [](Config& c) { c.pattern = "sb", c.scalar_kind = ScalarKind::energy, c.tau = "0.7"; }},
+        {"dot", [](Config& c) { c.pattern = "dd"; }},
+        {"dot_window", [](Config& c) { c.pattern = "d:4d"; }},
+        {"dot_plain", [](Config& c) { c.pattern = "dd", c.rope = Rotary::none, c.qk_norm = c.conv = false; }},
+        {"mixed", [](Config& c) { c.pattern = "sd"; }},
+        {"mixed_energy", [](Config& c) { c.pattern = "bd", c.scalar_kind = ScalarKind::energy; }},
+        {"bidirectional_coordinate", [](Config& c) { c.pattern = "sb", c.causal = false; }},
+        {"bidirectional_energy", [](Config& c) { c.pattern = "sb", c.causal = false, c.scalar_kind = ScalarKind::energy; }},
+        {"bidirectional_dot_window", [](Config& c) { c.pattern = "d:3d", c.causal = false; }},
+        {"ragged_coordinate", [](Config& c) { c.pattern = "sb"; }, true},
+        {"ragged_energy", [](Config& c) { c.pattern = "sb", c.scalar_kind = ScalarKind::energy; }, true},
+        {"ragged_dot", [](Config& c) { c.pattern = "dd:3"; }, true},
+    };
+    return all;
+}
+
+constexpr int kTokens = 11, kSequences = 2;
+
+ModelSpec small_spec(const Case& c) {
+    Config config;
+    config.layers = 2;
+    config.channels = 32;
+    config.heads = 2;
+    config.scalars = 4;
+    config.vocab = 19;
+    config.context = kTokens;
+    config.mlp_hidden = 24;
+    config.init_std = 0.3;
+    config.inverse_temperature = 1.5;
+    c.change(config);
+    return model_spec(config);
+}
+
+Batch small_batch(const ModelSpec& spec, std::uint64_t seed, bool ragged) {
+    Batch b;
+    b.inputs = test::random_ints(kTokens * kSequences, seed, 0, spec.vocab);
+    b.targets = test::random_ints(kTokens * kSequences, seed + 1, 0, spec.vocab);
+    b.rows = kSequences;
+    b.length = kTokens;
+    if (ragged) {
+        b.offsets = {0, 1, 6, 13, kTokens * kSequences};
+        for (std::size_t s = 0; s + 1 < b.offsets.size(); ++s)
+            for (auto i = b.offsets[s]; i < b.offsets[s + 1]; ++i) b.begin.push_back(b.offsets[s]), b.end.push_back(b.offsets[s + 1]);
+    }
+    return b;
+}
+
+RunPlan small_plan(Recompute recompute, bool ragged) {
+    RunPlan p;
+    p.micro_batch = kSequences;
+    p.tokens = kTokens * kSequences;
+    p.recompute = recompute;
+    p.document_mask = ragged;
+    return p;
+}
+
+// Initial values with everything that starts at zero or one moved off it, so that every gradient is alive.
+std::vector<float> lively_values(const DoubleRunner& runner, std::uint64_t seed) {
+    std::vector<float> w(static_cast<std::size_t>(runner.table().elements));
+    initialise(runner.table(), runner.spec(), seed, w.data());
+    const Values noise = test::random_values(w.size(), seed + 7, 0.15);
+    for (const ParamTensor& t : runner.table().tensor)
+        if (t.group != Group::frozen)
+            for (std::int64_t i = t.offset; i < t.offset + t.size(); ++i)
+                w[static_cast<std::size_t>(i)] += static_cast<float>(noise[static_cast<std::size_t>(i)]);
+    return w;
+}
+
+std::unique_ptr<DoubleRunner> make_runner(const ModelSpec& spec, Recompute recompute, bool ragged) {
+    return std::make_unique<DoubleRunner>(std::make_unique<Cpu>(), spec, small_plan(recompute, ragged), 0);
+}
+
+// The smallest |a - b| of any head's scalars: finite differences must not cross the kink of the absolute value.
+double smallest_distance(DoubleRunner& runner) {
+    double least = 1e30;
+    for (int l = 0; l < runner.spec().layers(); ++l) {
+        const LayerActivations<double>& act = runner.model().layer_activations(l);
+        for (std::int64_t i = 0; i < act.a.rows; ++i)
+            for (std::int64_t j = 0; j < act.a.rows; ++j)
+                for (std::int64_t r = 0; r < act.a.cols; ++r) least = std::min(least, std::abs(act.a.row(i)[r] - act.b.row(j)[r]));
+    }
+    return least;
+}
+
+constexpr double kStep = 1e-6;
+
+class ModelGradients : public testing::TestWithParam<Case> {};
+
+TEST_P(ModelGradients, EveryTensorMatchesCentralDifferences) {
+    const ModelSpec spec = small_spec(GetParam());
+    const auto runner = make_runner(spec, Recompute::none, GetParam().ragged);
+    std::vector<double> grads;
+    Batch batch;
+    for (std::uint64_t seed = 1;; ++seed) {  // points with |a - b| > 10 h, by construction
+        ASSERT_LT(seed, 200u);
+        const std::vector<float> w = lively_values(*runner, seed);
+        runner->write(Block::master, w.data());
+        batch = small_batch(spec, 100 * seed, GetParam().ragged);
+        runner->loss_and_gradients(batch, grads);
+        if (smallest_distance(*runner) > 10 * kStep) break;
+    }
+    double* weights = runner->layout().params.master.data;
+    const double tokens = double(batch.inputs.size());
+    for (const ParamTensor& t : runner->table().tensor) {
+        if (t.group == Group::frozen) continue;
+        SCOPED_TRACE(t.name);
+        Values analytic, numeric;
+        double largest = 0;
+        const std::int64_t count = std::min<std::int64_t>(t.size(), 24), stride = t.size() / count;
+        for (std::int64_t k = 0; k < count; ++k) {
+            const std::int64_t i = t.offset + k * stride + (k * 7) % stride;
+            const double keep = weights[i];
+            weights[i] = keep + kStep;
+            const double up = runner->loss_sum(batch);
+            weights[i] = keep - kStep;
+            const double down = runner->loss_sum(batch);
+            weights[i] = keep;
+            numeric.push_back((up - down) / (2 * kStep) / tokens);
+            analytic.push_back(grads[static_cast<std::size_t>(i)]);
+            largest = std::max(largest, std::abs(numeric.back()));
+        }
+        EXPECT_GT(largest, 1e-7) << "the gradient is zero: nothing was checked";
+        // 1e-6 relative, plus what rounding of the loss itself (1e-16 of it over 2h) leaves of a difference.
+        const double rounding = 4 * 2.2e-16 * 3 / (2 * kStep);
+        EXPECT_TRUE(close_to(analytic, numeric, 1e-6 + rounding / largest));
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, ModelGradients, testing::ValuesIn(cases()),
+                         [](const auto& info) { return std::string(info.param.name); });
+
+class ModelForward : public testing::TestWithParam<Case> {};
+
+TEST_P(ModelForward, RecomputationChangesNothing) {
+    const ModelSpec spec = small_spec(GetParam());
+    std::vector<double> reference;
+    double loss = 0;
+    for (const Recompute r : {Recompute::none, Recompute::mlp, Recompute::layer}) {
+        const auto runner = make_runner(spec, r, GetParam().ragged);
+        const std::vector<float> w = lively_values(*runner, 3);
+        runner->write(Block::master, w.data());
+        std::vector<double> grads;
+        const double this_loss = runner->loss_and_gradients(small_batch(spec, 5, GetParam().ragged), grads);
+        if (r == Recompute::none) {
+            reference = grads;
+            loss = this_loss;
+            continue;
+        }
+        EXPECT_EQ(this_loss, loss) << name_of(r);
+        EXPECT_TRUE(test::identical(grads.data(), reference.data(), grads.size() * sizeof(double))) << name_of(r);
+    }
+}
+
+TEST_P(ModelForward, DecodingMatchesTheFullForwardPass) {
+    const ModelSpec spec = small_spec(GetParam());
+    if (!spec.causal) GTEST_SKIP() << "bidirectional models do not generate";
+    const auto runner = make_runner(spec, Recompute::none, false);
+    const std::vector<float> w = lively_values(*runner, 4);
+    runner->write(Block::master, w.data());
+    const std::vector<std::int32_t> tokens = test::random_ints(kTokens, 6, 0, spec.vocab);
+    const auto decoder = runner->decoder(kTokens);
+    for (const int prompt : {1, 2, 5, kTokens}) {
+        decoder->prefill({tokens.begin(), tokens.begin() + prompt});
+        for (int n = prompt; n <= kTokens; ++n) {
+            const std::vector<float> got = decoder->logits();
+            if (n < kTokens) decoder->append(tokens[static_cast<std::size_t>(n)]);
+            const auto whole = runner->decoder(n);
+            whole->prefill({tokens.begin(), tokens.begin() + n});
+            const std::vector<float>& want = whole->logits();
+            EXPECT_TRUE(close_to(Values(got.begin(), got.end()), Values(want.begin(), want.end()), 1e-6))
+                << "prompt " << prompt << ", token " << n;
+        }
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, ModelForward, testing::ValuesIn(cases()),
+                         [](const auto& info) { return std::string(info.param.name); });
+
+TEST(Model, DocumentsDoNotSeeEachOther) {
+    const Case ragged{"", [](Config& c) { c.pattern = "sbd", c.layers = 3; }, true};
+    const ModelSpec spec = small_spec(ragged);
+    const auto runner = make_runner(spec, Recompute::none, true);
+    const std::vector<float> w = lively_values(*runner, 8);
+    runner->write(Block::master, w.data());
+    const Batch all = small_batch(spec, 9, true);
+    double sum = 0;
+    for (std::size_t s = 0; s + 1 < all.offsets.size(); ++s) {
+        Batch one;
+        one.inputs.assign(all.inputs.begin() + all.offsets[s], all.inputs.begin() + all.offsets[s + 1]);
+        one.targets.assign(all.targets.begin() + all.offsets[s], all.targets.begin() + all.offsets[s + 1]);
+        one.rows = 1;
+        one.length = static_cast<std::int64_t>(one.inputs.size());
+        sum += runner->loss_sum(one);
+    }
+    EXPECT_NEAR(runner->loss_sum(all), sum, 1e-12 * sum);
+}
+
+TEST(Model, TauIsTheMedianEnergyOfTheBatch) {
+    const Case energy{"", [](Config& c) { c.pattern = "sb", c.scalar_kind = ScalarKind::energy; }};
+    const ModelSpec spec = small_spec(energy);
+    const auto runner = make_runner(spec, Recompute::none, false);
+    const std::vector<float> w = lively_values(*runner, 8);
+    runner->write(Block::master, w.data());
+    const Batch batch = small_batch(spec, 9, false);
+    const auto tau = runner->calibrate_tau(batch);
+    ASSERT_EQ(tau.size(), 2u);
+    EXPECT_EQ(tau[0].size(), 1u);
+    EXPECT_EQ(tau[1].size(), 4u);
+    // With tau at the median, half of the energies E / (E + tau) of queries and keys together lie below one half.
+    runner->loss_sum(batch);
+    const LayerActivations<double>& act = runner->model().layer_activations(0);
+    const double temperature = std::exp(runner->model().layer_weights(0).log_temp.data[0]);
+    int below = 0, all = 0;
+    for (const Mat<double>& m : {act.a, act.b})
+        for (std::int64_t i = 0; i < m.rows; ++i) below += m.row(i)[0] * temperature < 0.5, ++all;
+    EXPECT_GT(below, all / 5);
+    EXPECT_LT(below, all * 4 / 5);
+}
+
+TEST(Model, OneBatchIsOverfitted) {
+    for (const char* pattern : {"sb", "dd"}) {
+        const Case plain{"", [&](Config& c) { c.pattern = pattern, c.init_std = 0.02; }};
+        const ModelSpec spec = small_spec(plain);
+        const auto runner = make_runner(spec, Recompute::none, false);
+        std::vector<float> w(static_cast<std::size_t>(runner->table().elements));
+        initialise(runner->table(), spec, 1, w.data());
+        runner->write(Block::master, w.data());
+        const Batch batch = small_batch(spec, 5, false);
+        StepSettings settings{.lr = 1e-2, .decay = 0};
+        double first = 0, last = 0;
+        for (settings.step = 1; settings.step <= 150; ++settings.step) {
+            last = runner->train_step({batch}, settings).loss;
+            if (settings.step == 1) first = last;
+        }
+        EXPECT_GT(first, 2.5) << pattern;
+        EXPECT_LT(last, 0.1) << pattern;
+    }
+}
+
+}  // namespace
+}  // namespace fiedler

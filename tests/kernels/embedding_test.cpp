@@ -1,0 +1,206 @@
+// embedding: gather and its gradient in naive loops, and the GPU from all tokens distinct to one token everywhere.
+#include "kernels/embedding.h"
+
+#include <numeric>
+
+#include "tests/support/buffer.h"
+#include "tests/support/gradcheck.h"
+
+namespace fiedler::test {
+namespace {
+
+// A matrix in a wider buffer: the columns after each row belong to others and must stay as they are (NaN, the poison).
+template <class T, class Dev>
+struct Padded {
+    std::int64_t rows, cols, ld;
+    Buffer<T, Dev> buffer;
+
+    Padded(const Dev& dev, std::int64_t r, std::int64_t c, std::int64_t stride)
+        : rows(r), cols(c), ld(stride), buffer(dev, std::size_t(r * stride)) {}
+    Padded(const Dev& dev, std::int64_t r, std::int64_t c, std::int64_t stride, const Values& v)
+        : Padded(dev, r, c, stride) {
+        std::vector<T> all = buffer.host();
+        for (std::int64_t i = 0; i < r * c; ++i) all[std::size_t(i / c * ld + i % c)] = narrow<T>(v[std::size_t(i)]);
+        copy_to_device(dev, buffer.data(), all.data(), buffer.bytes());
+    }
+    Mat<T> mat() const { return {buffer.data(), rows, cols, ld}; }
+    Values values() const {
+        const Values all = buffer.values();
+        Values v;
+        for (std::int64_t i = 0; i < rows * ld; ++i) {
+            if (i % ld < cols)
+                v.push_back(all[std::size_t(i)]);
+            else
+                EXPECT_TRUE(std::isnan(all[std::size_t(i)])) << "padding written at row " << i / ld;
+        }
+        return v;
+    }
+};
+
+struct Problem {
+    std::vector<std::int32_t> tokens;
+    std::int64_t count, vocab, channels;
+    Values table, dx, dtable0;
+
+    Problem(const std::vector<std::int32_t>& t, std::int64_t v, std::int64_t c)
+        : tokens(t), count(std::int64_t(t.size())), vocab(v), channels(c) {
+        table = random_values(std::size_t(v * c), 1);
+        dx = random_values(std::size_t(count * c), 2);
+        dtable0 = random_values(std::size_t(v * c), 3);
+    }
+    template <class T>
+    Problem& round() {
+        for (Values* v : {&table, &dx}) *v = round_to<T>(*v);
+        dtable0 = round_to<acc_t<T>>(dtable0);
+        return *this;
+    }
+    Values naive_forward() const {
+        Values x;
+        for (const std::int64_t t : tokens)
+            x.insert(x.end(), table.begin() + t * channels, table.begin() + (t + 1) * channels);
+        return x;
+    }
+    Values naive_backward() const {
+        Values d = dtable0;
+        for (std::int64_t i = 0; i < count; ++i)
+            for (std::int64_t c = 0; c < channels; ++c)
+                d[std::size_t(tokens[std::size_t(i)] * channels + c)] += dx[std::size_t(i * channels + c)];
+        return d;
+    }
+};
+
+template <class T, class Dev>
+Values forward(const Dev& dev, const Problem& q, std::int64_t gap = 0) {
+    const Buffer<std::int32_t, Dev> tokens(dev, q.tokens);
+    const Padded<T, Dev> table(dev, q.vocab, q.channels, q.channels + gap, q.table),
+        x(dev, q.count, q.channels, q.channels + 2 * gap);
+    embedding_forward(dev, EmbeddingForward<T>{x.mat(), tokens.vec(), table.mat()});
+    return x.values();
+}
+
+std::size_t scratch_bytes(const Cpu&, const Problem&) { return 1; }
+#if FIEDLER_CUDA
+std::size_t scratch_bytes(const Cuda&, const Problem& q) { return embedding_scratch_bytes(q.count); }
+#endif
+
+template <class T, class Dev>
+Values backward(const Dev& dev, const Problem& q, std::int64_t gap = 0) {
+    const Buffer<std::int32_t, Dev> tokens(dev, q.tokens);
+    const Padded<T, Dev> dx(dev, q.count, q.channels, q.channels + gap, q.dx);
+    const Padded<acc_t<T>, Dev> dtable(dev, q.vocab, q.channels, q.channels + 2 * gap, q.dtable0);
+    const Buffer<std::uint8_t, Dev> scratch(dev, scratch_bytes(dev, q));
+    const Vec<std::byte> lent(reinterpret_cast<std::byte*>(scratch.data()), std::int64_t(scratch.size()));
+    embedding_backward(dev, EmbeddingBackward<T>{dtable.mat(), tokens.vec(), dx.mat(), lent});
+    return dtable.values();
+}
+
+std::vector<std::int32_t> distinct(std::int32_t n) {
+    std::vector<std::int32_t> t(static_cast<std::size_t>(n));
+    std::iota(t.rbegin(), t.rend(), 0);
+    return t;
+}
+// A few tokens take most places, as words do.
+std::vector<std::int32_t> frequent(std::size_t n, std::int32_t vocab) {
+    const Values u = random_uniform(n, 9, 0, 1);
+    std::vector<std::int32_t> t(n);
+    for (std::size_t i = 0; i < n; ++i) t[i] = std::int32_t(std::pow(u[i], 6) * vocab);
+    return t;
+}
+
+TEST(Embedding, DoubleMatchesNaiveLoopsAndFloatFollows) {
+    for (const Problem& base :
+         {Problem({0}, 1, 1), Problem({4, 0, 4}, 5, 7), Problem(distinct(65), 65, 8),
+          Problem(random_ints(300, 5, 0, 40), 41, 70), Problem(std::vector<std::int32_t>(200, 3), 6, 33)}) {
+        const Problem q = Problem(base).round<float>();
+        SCOPED_TRACE(q.count);
+        EXPECT_EQ(forward<double>(Cpu{}, q, 3), q.naive_forward());
+        EXPECT_EQ(forward<float>(Cpu{}, q, 3), q.naive_forward());
+        EXPECT_TRUE(close_to(backward<double>(Cpu{}, q, 3), q.naive_backward(), 1e-14));
+        EXPECT_TRUE(close_to(backward<float>(Cpu{}, q, 3), q.naive_backward(), 2e-6));
+    }
+}
+
+TEST(Embedding, GradientMatchesFiniteDifferences) {
+    Problem q({2, 0, 2, 3}, 5, 3);
+    q.dtable0.assign(q.dtable0.size(), 0.0);
+    const Values d = backward<double>(Cpu{}, q);
+    EXPECT_TRUE(gradient_matches(d, q.table, [&] { return inner(q.dx, forward<double>(Cpu{}, q)); }));
+}
+
+TEST(Embedding, DoesNotDependOnThreads) {
+    const Problem q(frequent(500, 60), 60, 100);
+    EXPECT_EQ(backward<float>(Cpu{1}, q), backward<float>(Cpu{5}, q));
+}
+
+TEST(Embedding, BrokenContractThrows) {
+    for (const std::int32_t token : {-1, 5}) {
+        Problem q({0, 4}, 5, 8);
+        EXPECT_NO_THROW(forward<float>(Cpu{}, q));
+        q.tokens[1] = token;
+        EXPECT_THROW(forward<float>(Cpu{}, q), ContractError);
+        EXPECT_THROW(backward<float>(Cpu{}, q), ContractError);
+    }
+}
+
+#if FIEDLER_CUDA
+std::vector<Problem> gpu_problems() {
+    const auto same = [](std::size_t n, std::int32_t token) { return std::vector<std::int32_t>(n, token); };
+    std::vector<Problem> all;
+    for (const std::int32_t n : {1, 3, 7, 31, 32, 33, 63, 64, 65, 514, 1024}) {
+        all.emplace_back(random_ints(std::size_t(n), 5, 0, 50), 50, 64);
+        all.emplace_back(same(std::size_t(n), 2), 3, 136);
+        all.emplace_back(distinct(n), n, 8);
+    }
+    all.emplace_back(same(20000, 0), 1, 16);                      // one run longer than one step of the search
+    all.emplace_back(random_ints(3000, 6, 0, 30522), 30522, 16);  // many blocks, 15 bits
+    all.emplace_back(frequent(8192, 2000), 2000, 384);            // short and long runs side by side
+    all.emplace_back(random_ints(700, 7, 0, 9), 9, 2056);         // long runs only, many channels
+    std::vector<std::int32_t> edges;                              // runs of 31, 32, 33, 34, 1, 32, 33, 64, 1, 1
+    for (const int length : {31, 32, 33, 34, 1, 32, 33, 64, 1, 1}) {
+        const auto token = std::int32_t(edges.size());
+        edges.insert(edges.end(), std::size_t(length), token);
+    }
+    all.emplace_back(edges, std::int64_t(edges.size()), 24);
+    return all;
+}
+
+TEST(Embedding, GpuForwardCopies) {
+    FIEDLER_GPU_OR_SKIP();
+    for (Problem& q : gpu_problems()) {
+        SCOPED_TRACE(testing::Message() << q.count << " tokens, vocab " << q.vocab << ", channels " << q.channels);
+        q.round<bf16>();
+        EXPECT_EQ(forward<bf16>(gpu(), q, 8), q.naive_forward());
+    }
+}
+
+TEST(Embedding, GpuBackwardMatchesReference) {
+    FIEDLER_GPU_OR_SKIP();
+    for (Problem& q : gpu_problems()) {
+        SCOPED_TRACE(testing::Message() << q.count << " tokens, vocab " << q.vocab << ", channels " << q.channels);
+        q.round<bf16>();
+        const Values got = backward<bf16>(gpu(), q, 8);
+        EXPECT_TRUE(close(got, backward<double>(Cpu{}, q), backward<float>(Cpu{}, q)));
+        EXPECT_EQ(got, backward<bf16>(gpu(), q, 8));
+    }
+}
+
+TEST(Embedding, GpuRowsOfAbsentTokensAreUntouched) {
+    FIEDLER_GPU_OR_SKIP();
+    const Problem q = Problem(random_ints(100, 8, 10, 20), 300, 16).round<bf16>();
+    const Values got = backward<bf16>(gpu(), q);
+    for (std::size_t i = 0; i < got.size(); ++i)
+        if (i / 16 < 10 || i / 16 >= 20) {
+            EXPECT_EQ(got[i], q.dtable0[i]);
+        }
+}
+
+TEST(Embedding, GpuBrokenContractThrows) {
+    FIEDLER_GPU_OR_SKIP();
+    const Problem q({0, 1}, 2, 12);
+    EXPECT_THROW(forward<bf16>(gpu(), q), ContractError);
+    EXPECT_THROW(backward<bf16>(gpu(), q), ContractError);
+}
+#endif
+
+}  // namespace
+}  // namespace fiedler::test

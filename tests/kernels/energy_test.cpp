@@ -1,0 +1,353 @@
+// energy: closed forms on the path graph, naive loops, finite differences, and the GPU against the double reference.
+#include "kernels/energy.h"
+
+#include <algorithm>
+
+#include "tests/support/buffer.h"
+#include "tests/support/gradcheck.h"
+#include "tests/support/path_graph.h"
+
+namespace fiedler::test {
+namespace {
+
+// Lf on the host, in double: the path graph, or a graph with every edge and uneven weights (dense, R = 1 only).
+struct Graph {
+    int dim;
+    std::vector<std::int32_t> offsets, columns;
+    Values values, eigenvectors, eigenvalues;
+
+    explicit Graph(int n, bool dense = false) : dim(n) {
+        const PathGraph path(n);
+        offsets = path.offsets, columns = path.columns, values = path.values;
+        eigenvectors = path.eigenvectors, eigenvalues = path.eigenvalues;
+        if (dense) connect_all();
+    }
+    void round() {  // to what float holds, so that every precision works with the same numbers
+        for (Values* v : {&values, &eigenvectors, &eigenvalues}) *v = round_to<float>(*v);
+    }
+    Values matrix() const {
+        Values m(static_cast<std::size_t>(dim) * static_cast<std::size_t>(dim), 0.0);
+        for (int i = 0; i < dim; ++i)
+            for (int e = offsets[std::size_t(i)]; e < offsets[std::size_t(i) + 1]; ++e)
+                m[std::size_t(i * dim + columns[std::size_t(e)])] += values[std::size_t(e)];
+        return m;
+    }
+
+  private:
+    void connect_all() {
+        offsets = {0}, columns.clear(), values.clear();
+        const auto weight = [](int i, int j) { return 0.1 + ((i * j + i + j) % 7) / 10.0; };
+        for (int i = 0; i < dim; ++i) {
+            double degree = 0;
+            for (int j = 0; j < dim; ++j) degree += i == j ? 0 : weight(i, j);
+            for (int j = 0; j < dim; ++j) columns.push_back(j), values.push_back(i == j ? degree : -weight(i, j));
+            offsets.push_back(static_cast<std::int32_t>(columns.size()));
+        }
+    }
+};
+
+struct Problem {
+    Graph graph;
+    std::int64_t tokens;
+    int heads, scalars;
+    double eps = float(1e-6);
+    Values x, da, log_tau, log_temp, dtau0, dtemp0;
+
+    Problem(Graph g, std::int64_t n, int h, int r) : graph(std::move(g)), tokens(n), heads(h), scalars(r) {
+        const auto vectors = static_cast<std::size_t>(n * h);
+        x = round_to<bf16>(random_values(vectors * std::size_t(graph.dim), 1, 2.0));
+        da = round_to<float>(random_values(vectors * std::size_t(r), 2));
+        log_tau = round_to<float>(random_uniform(std::size_t(r), 3, -2, 1));
+        log_temp = round_to<float>(random_uniform(std::size_t(h), 4, -3, 0));
+        dtau0 = round_to<float>(random_values(std::size_t(r), 5));
+        dtemp0 = round_to<float>(random_values(std::size_t(h), 6));
+    }
+};
+
+struct Result {
+    Values energy, a, dx, dtau, dtemp;
+    void append(const Result& r) {
+        const auto join = [](Values& to, const Values& from) { to.insert(to.end(), from.begin(), from.end()); };
+        join(energy, r.energy), join(a, r.a), join(dx, r.dx), join(dtau, r.dtau), join(dtemp, r.dtemp);
+    }
+};
+
+// The contract's formulas for one head vector, in precision A. matrix: Lf (R = 1) or the eigenvectors.
+template <class A>
+struct Naive {
+    const Problem& p;
+    std::vector<A> matrix, mu;
+    explicit Naive(const Problem& q)
+        : p(q),
+          matrix(to<A>(q.scalars == 1 ? q.graph.matrix() : q.graph.eigenvectors)),
+          mu(to<A>(q.graph.eigenvalues)) {}
+
+    void vector(std::size_t n, Result& r, std::vector<A>& dtau, std::vector<A>& dtemp) const {
+        const int dim = p.graph.dim, scalars = p.scalars, width = dim / scalars;
+        const std::size_t head = n % std::size_t(p.heads);
+        const auto x = [&](int d) { return A(p.x[n * std::size_t(dim) + std::size_t(d)]); };
+        const auto entry = [&](int m, int d) { return matrix[std::size_t(m * dim + d)]; };
+        A square = 0, pull = 0;
+        std::vector<A> y(static_cast<std::size_t>(dim), A(0)), z(static_cast<std::size_t>(dim), A(0));
+        for (int d = 0; d < dim; ++d) square += x(d) * x(d);
+        for (int m = 0; m < dim; ++m)
+            for (int d = 0; d < dim; ++d) y[std::size_t(m)] += entry(m, d) * x(d);
+        const A denominator = square + A(p.eps), inverse_temp = std::exp(-A(p.log_temp[head]));
+        for (int b = 0; b < scalars; ++b) {
+            const std::size_t out = n * std::size_t(scalars) + std::size_t(b);
+            A energy = 0;
+            for (int m = b * width; m < (b + 1) * width; ++m)
+                energy += scalars == 1 ? x(m) * y[std::size_t(m)]
+                                       : mu[std::size_t(m)] * y[std::size_t(m)] * y[std::size_t(m)];
+            energy /= denominator;
+            const A tau = std::exp(A(p.log_tau[std::size_t(b)])), da = A(p.da[out]);
+            const A a = energy / (energy + tau) * inverse_temp, sum = energy + tau;
+            const A g = da * inverse_temp * tau / (sum * sum);
+            r.energy[out] = double(energy), r.a[out] = double(a);
+            dtau[std::size_t(b)] -= g * energy;
+            dtemp[head] -= da * a;
+            pull += g * energy;
+            for (int m = b * width; m < (b + 1) * width; ++m) {
+                const A c = scalars == 1 ? g * y[std::size_t(m)] : g * mu[std::size_t(m)] * y[std::size_t(m)];
+                if (scalars == 1) z[std::size_t(m)] = c;
+                for (int d = 0; scalars > 1 && d < dim; ++d) z[std::size_t(d)] += c * entry(m, d);
+            }
+        }
+        for (int d = 0; d < dim; ++d)
+            r.dx[n * std::size_t(dim) + std::size_t(d)] = double(2 * (z[std::size_t(d)] - pull * x(d)) / denominator);
+    }
+    Result run() const {
+        Result r{Values(p.da.size()), Values(p.da.size()), Values(p.x.size()), p.dtau0, p.dtemp0};
+        std::vector<A> dtau(p.dtau0.size(), A(0)), dtemp(p.dtemp0.size(), A(0));
+        for (std::size_t n = 0; n < std::size_t(p.tokens) * std::size_t(p.heads); ++n) vector(n, r, dtau, dtemp);
+        for (std::size_t i = 0; i < dtau.size(); ++i) r.dtau[i] = double(A(A(r.dtau[i]) + dtau[i]));
+        for (std::size_t i = 0; i < dtemp.size(); ++i) r.dtemp[i] = double(A(A(r.dtemp[i]) + dtemp[i]));
+        return r;
+    }
+};
+
+// Rows of `cols` values in a wider matrix of leading dimension ld.
+template <class T>
+std::vector<T> spread(const Values& v, std::int64_t cols, std::int64_t ld) {
+    std::vector<T> r(v.size() / std::size_t(cols) * std::size_t(ld), narrow<T>(std::nan("")));
+    for (std::size_t i = 0; i < v.size(); ++i)
+        r[i / std::size_t(cols) * std::size_t(ld) + i % std::size_t(cols)] = narrow<T>(v[i]);
+    return r;
+}
+Values gather(const Values& v, std::int64_t cols, std::int64_t ld) {
+    Values r;
+    std::size_t touched = 0;
+    for (std::size_t i = 0; i < v.size(); ++i) {
+        if (std::int64_t(i) % ld < cols)
+            r.push_back(v[i]);
+        else if (!std::isnan(v[i]))
+            ++touched;
+    }
+    EXPECT_EQ(touched, 0u) << "columns of others were written";
+    return r;
+}
+
+std::int64_t scratch_elements(const Cpu&, const Problem&) { return 1; }
+#if FIEDLER_CUDA
+std::int64_t scratch_elements(const Cuda&, const Problem& p) {
+    return energy_scratch_elements(p.tokens, p.heads, p.scalars);
+}
+#endif
+
+// Everything the family computes, in memory of `Dev`. gap: x and dx are columns of a matrix wider by that much.
+template <class T, class Dev>
+Result run(const Dev& d, const Problem& p, std::int64_t gap = 0, bool parameters = true) {
+    using A = acc_t<T>;
+    const std::int64_t dim = p.graph.dim, cols = p.heads * dim, ld = cols + gap, out = p.heads * p.scalars;
+    const Buffer<std::int32_t, Dev> offsets(d, p.graph.offsets), columns(d, p.graph.columns);
+    const Buffer<A, Dev> values(d, to<A>(p.graph.values)), vectors(d, to<A>(p.graph.eigenvectors));
+    const Buffer<A, Dev> eigenvalues(d, to<A>(p.graph.eigenvalues));
+    const Buffer<T, Dev> x(d, spread<T>(p.x, cols, ld)), dx(d, std::size_t(p.tokens * ld));
+    const Buffer<A, Dev> a(d, p.da.size()), energy(d, p.da.size()), da(d, to<A>(p.da));
+    const Buffer<A, Dev> log_tau(d, to<A>(p.log_tau)), log_temp(d, to<A>(p.log_temp));
+    const Buffer<A, Dev> dtau(d, to<A>(p.dtau0)), dtemp(d, to<A>(p.dtemp0));
+    const Buffer<A, Dev> scratch(d, std::size_t(scratch_elements(d, p)));
+    EnergyForward<T> f;
+    f.lap.dim = p.graph.dim;
+    if (p.scalars == 1)
+        f.lap.offsets = offsets.vec(), f.lap.columns = columns.vec(), f.lap.values = values.vec();
+    else
+        f.lap.eigenvectors = vectors.mat(dim, dim), f.lap.eigenvalues = eigenvalues.vec();
+    f.a = energy.mat(p.tokens, out), f.x = Mat<T>(x.data(), p.tokens, cols, ld);
+    f.heads = p.heads, f.scalars = p.scalars, f.eps = A(p.eps), f.raw = true;
+    energy_forward(d, f);  // raw: needs neither tau nor temperature
+    f.a = a.mat(p.tokens, out), f.log_tau = log_tau.vec(), f.log_temp = log_temp.vec(), f.raw = false;
+    energy_forward(d, f);
+    EnergyBackward<T> b;
+    b.dx = {dx.data(), p.tokens, cols, ld}, b.da = da.mat(p.tokens, out), b.x = f.x, b.lap = f.lap;
+    b.log_tau = f.log_tau, b.log_temp = f.log_temp, b.heads = f.heads, b.scalars = f.scalars, b.eps = f.eps;
+    if (parameters) b.dlog_tau = dtau.vec(), b.dlog_temp = dtemp.vec(), b.scratch = scratch.vec();
+    energy_backward(d, b);
+    return {energy.values(), a.values(), gather(dx.values(), cols, ld), dtau.values(), dtemp.values()};
+}
+
+void expect_close(const Result& got, const Result& ref, const Result& low, double ulp) {
+    EXPECT_TRUE(close(got.energy, ref.energy, low.energy, ulp));
+    EXPECT_TRUE(close(got.a, ref.a, low.a, ulp));
+    EXPECT_TRUE(close(got.dx, ref.dx, low.dx, ulp));
+    EXPECT_TRUE(close(got.dtau, ref.dtau, low.dtau, ulp));
+    EXPECT_TRUE(close(got.dtemp, ref.dtemp, low.dtemp, ulp));
+}
+void expect_identical(const Result& x, const Result& y) {
+    const auto same = [](const Values& u, const Values& v) {
+        return u.size() == v.size() && identical(u.data(), v.data(), u.size() * sizeof(double));
+    };
+    EXPECT_TRUE(same(x.energy, y.energy));
+    EXPECT_TRUE(same(x.a, y.a));
+    EXPECT_TRUE(same(x.dx, y.dx));
+    EXPECT_TRUE(same(x.dtau, y.dtau));
+    EXPECT_TRUE(same(x.dtemp, y.dtemp));
+}
+
+// All sizes of one configuration under one computed tolerance.
+template <class T, class Dev>
+void check_sizes(const Dev& d, Graph graph, int heads, int scalars, const std::vector<std::int64_t>& sizes,
+                 double ulp) {
+    SCOPED_TRACE(testing::Message() << "D " << graph.dim << ", R " << scalars << ", heads " << heads << ", nnz "
+                                    << graph.values.size());
+    graph.round();
+    Result got, ref, low;
+    for (const std::int64_t tokens : sizes) {
+        const Problem p(graph, tokens, heads, scalars);
+        got.append(run<T>(d, p, tokens % 2 * 8));
+        ref.append(Naive<double>(p).run());
+        Result naive = Naive<acc_t<T>>(p).run();
+        naive.dx = round_to<T>(naive.dx);
+        low.append(naive);
+    }
+    expect_close(got, ref, low, ulp);
+}
+
+constexpr int kDims[] = {16, 32, 64, 128};
+constexpr int kScalars[] = {1, 2, 4, 8, 16};
+
+template <class T>
+void check_cpu(double ulp) {
+    for (const int dim : kDims)
+        for (const int scalars : kScalars)
+            check_sizes<T>(Cpu{}, Graph(dim), 6, scalars, {1, 3, 7, dim == 64 ? 129 : 20}, ulp);
+    check_sizes<T>(Cpu{}, Graph(30), 5, 3, {1, 11, 64}, ulp);  // neither a power of two nor a multiple of four
+    check_sizes<T>(Cpu{}, Graph(7), 1, 1, {1, 40}, ulp);
+    check_sizes<T>(Cpu{}, Graph(64, true), 2, 1, {3, 30}, ulp);
+}
+
+TEST(Energy, DoubleMatchesNaiveLoops) { check_cpu<double>(1e-14); }
+TEST(Energy, FloatMatchesDouble) { check_cpu<float>(1.2e-7); }
+
+TEST(Energy, EigenvectorsOfThePathHaveTheirEigenvalues) {
+    for (const int dim : {7, 16, 64}) {
+        Problem p(Graph(dim), dim, 1, 1);
+        p.x = p.graph.eigenvectors;
+        p.eps = 0;
+        EXPECT_TRUE(close_to(run<double>(Cpu{}, p).energy, p.graph.eigenvalues, 1e-14));
+    }
+}
+TEST(Energy, BandsSumToTheFullEnergy) {
+    for (const int scalars : {2, 4, 8, 16}) {
+        const Problem one(Graph(64), 20, 3, 1), bands(Graph(64), 20, 3, scalars);
+        const Values all = run<double>(Cpu{}, bands).energy;
+        Values sum(all.size() / std::size_t(scalars), 0.0);
+        for (std::size_t i = 0; i < all.size(); ++i) sum[i / std::size_t(scalars)] += all[i];
+        EXPECT_TRUE(close_to(sum, run<double>(Cpu{}, one).energy, 1e-13));
+    }
+}
+TEST(Energy, DoesNotDependOnScale) {
+    for (const int scalars : {1, 4}) {
+        Problem p(Graph(32), 9, 2, scalars);
+        p.eps = 0;
+        const Result before = run<double>(Cpu{}, p);
+        for (double& x : p.x) x *= 1e3;
+        Result after = run<double>(Cpu{}, p);
+        for (double& v : after.dx) v *= 1e3;
+        EXPECT_TRUE(close_to(after.a, before.a, 1e-13));
+        EXPECT_TRUE(close_to(after.dx, before.dx, 1e-12));
+    }
+}
+TEST(Energy, GradientsMatchFiniteDifferences) {
+    for (const int scalars : {1, 2, 4, 8, 16}) {
+        Problem p(Graph(16), 5, 3, scalars);
+        std::fill(p.dtau0.begin(), p.dtau0.end(), 0);
+        std::fill(p.dtemp0.begin(), p.dtemp0.end(), 0);
+        const Result analytic = run<double>(Cpu{}, p);
+        const auto objective = [&] { return inner(p.da, run<double>(Cpu{}, p).a); };
+        EXPECT_TRUE(gradient_matches(analytic.dx, p.x, objective)) << "R " << scalars;
+        EXPECT_TRUE(gradient_matches(analytic.dtau, p.log_tau, objective)) << "R " << scalars;
+        EXPECT_TRUE(gradient_matches(analytic.dtemp, p.log_temp, objective)) << "R " << scalars;
+    }
+}
+TEST(Energy, ConstantAndZeroVectorsHaveNoEnergy) {
+    for (const int scalars : {1, 8}) {
+        Problem p(Graph(64), 4, 1, scalars);
+        std::fill(p.x.begin(), p.x.end(), 0);
+        std::fill(p.x.begin(), p.x.begin() + 64, 0.3);
+        const Result r = run<float>(Cpu{}, p);
+        for (const double v : r.a) EXPECT_NEAR(v, 0, 1e-5);
+        for (const double v : r.energy) EXPECT_GE(v, 0);
+        for (const double v : r.dx) EXPECT_NEAR(v, 0, 1e-3);
+    }
+}
+TEST(Energy, ANaNIsNotHidden) {
+    for (const int scalars : {1, 8}) {
+        Problem p(Graph(64), 2, 1, scalars);
+        p.x[5] = std::nan("");
+        const Result r = run<float>(Cpu{}, p);
+        EXPECT_TRUE(std::isnan(r.energy[0]) && std::isnan(r.a[0]) && std::isnan(r.dx[5]));
+        EXPECT_TRUE(std::isfinite(r.a[std::size_t(scalars)]));
+    }
+}
+TEST(Energy, ThreadsDoNotMatter) {
+    const Problem p(Graph(32), 300, 3, 4);
+    expect_identical(run<float>(Cpu{1}, p), run<float>(Cpu{3}, p));
+}
+TEST(Energy, BrokenContractsAreRefused) { EXPECT_THROW(run<float>(Cpu{}, Problem(Graph(64), 1, 1, 3)), ContractError); }
+
+#if FIEDLER_CUDA
+TEST(Energy, GpuMatchesReference) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const int dim : kDims)
+        for (const int scalars : kScalars)
+            for (const int heads : {1, 6}) {
+                const std::int64_t largest = dim == 64 && heads == 6 ? 1000 : 200;
+                check_sizes<bf16>(gpu(), Graph(dim), heads, scalars, {1, 3, 7, 15, 16, 17, 64, 129, largest}, 1.2e-7);
+            }
+}
+TEST(Energy, GpuDenseLaplacian) {  // values that are not bf16 numbers, and every entry of the matrix
+    FIEDLER_GPU_OR_SKIP();
+    for (const int dim : kDims) check_sizes<bf16>(gpu(), Graph(dim, true), 3, 1, {1, 7, 129}, 1.2e-7);
+}
+TEST(Energy, GpuManyTokensAndBitEqual) {  // several rounds of the token loop
+    FIEDLER_GPU_OR_SKIP();
+    for (const int scalars : {1, 8}) {
+        check_sizes<bf16>(gpu(), Graph(16), 2, scalars, {70001}, 1.2e-7);
+        const Problem p(Graph(64), 5000, 6, scalars);
+        const Result once = run<bf16>(gpu(), p);
+        expect_identical(once, run<bf16>(gpu(), p));
+        const Result alone = run<bf16>(gpu(), p, 0, false);  // without dlog_tau and dlog_temp
+        EXPECT_EQ(alone.dx, once.dx);
+        EXPECT_EQ(alone.dtau, from(to<float>(p.dtau0)));
+    }
+}
+TEST(Energy, GpuIsolatedNodesAndNaN) {
+    FIEDLER_GPU_OR_SKIP();
+    Graph graph(32);  // the path of the first 8 nodes; the others have no entry at all
+    graph.columns.resize(std::size_t(graph.offsets[8]) - 1), graph.values.resize(graph.columns.size());
+    graph.values.back() = 1;
+    for (std::size_t i = 8; i < graph.offsets.size(); ++i) graph.offsets[i] = std::int32_t(graph.columns.size());
+    check_sizes<bf16>(gpu(), graph, 2, 1, {5, 33}, 1.2e-7);
+    for (const int scalars : {1, 8}) {
+        Problem p(Graph(64), 20, 1, scalars);
+        p.x[5] = std::nan("");
+        const Result r = run<bf16>(gpu(), p);
+        EXPECT_TRUE(std::isnan(r.energy[0]) && std::isnan(r.a[0]) && std::isnan(r.dx[5]));
+        for (std::size_t i = std::size_t(scalars); i < r.a.size(); ++i) EXPECT_TRUE(std::isfinite(r.a[i]));
+    }
+}
+#endif
+
+}  // namespace
+}  // namespace fiedler::test

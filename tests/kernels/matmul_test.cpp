@@ -1,0 +1,340 @@
+// matmul: naive loops in double, finite differences, and on the GPU every shape that training meets and several it
+// should not.
+#include "kernels/matmul.h"
+
+#include "tests/support/buffer.h"
+#include "tests/support/gradcheck.h"
+
+namespace fiedler::test {
+namespace {
+
+using Shape = std::vector<std::int64_t>;  // rows, in, out
+
+// How the sum over the inner dimension is evaluated. exact: double. tensor_core: as tensor cores do it, some 8 products
+// at a time added to an f32 sum that is cut off, not rounded (Fasi et al. 2021); what the GPU's tolerance comes from.
+enum class Sum { exact, tensor_core };
+
+float cut_off(double exact) {
+    const float f = static_cast<float>(exact);
+    return std::abs(double(f)) > std::abs(exact) ? std::nextafter(f, 0.f) : f;
+}
+
+// out[i, j] = start[i, j] + sum_k a(i, k) b(j, k), naively.
+template <class A, class B>
+Values product(Sum how, std::int64_t rows, std::int64_t cols, std::int64_t depth, const Values& start, A&& a, B&& b) {
+    Values r(static_cast<std::size_t>(rows * cols), 0.0);
+    for (std::int64_t i = 0; i < rows; ++i)
+        for (std::int64_t j = 0; j < cols; ++j) {
+            const std::int64_t step = how == Sum::exact ? depth : 8;
+            double sum = 0;
+            for (std::int64_t first = 0; first < depth; first += step) {
+                for (std::int64_t k = first; k < std::min(first + step, depth); ++k) sum += a(i, k) * b(j, k);
+                if (how == Sum::tensor_core) sum = cut_off(sum);
+            }
+            if (!start.empty()) sum += start[std::size_t(i * cols + j)];
+            r[std::size_t(i * cols + j)] = how == Sum::exact ? sum : double(static_cast<float>(sum));
+        }
+    return r;
+}
+
+struct Problem {
+    std::int64_t rows, in, out;
+    Values x, w, dy, y0, dx0, dw0;
+
+    explicit Problem(const Shape& n, double weight_scale = 0.3) : rows(n[0]), in(n[1]), out(n[2]) {
+        const auto size = [](std::int64_t a, std::int64_t b) { return static_cast<std::size_t>(a * b); };
+        x = random_values(size(rows, in), 1);
+        w = random_values(size(out, in), 2, weight_scale);
+        dy = random_values(size(rows, out), 3);
+        y0 = random_values(size(rows, out), 4);
+        dx0 = random_values(size(rows, in), 5);
+        dw0 = random_values(size(out, in), 6);
+    }
+    template <class T>
+    void round() {
+        for (Values* v : {&x, &w, &dy, &y0, &dx0}) *v = round_to<T>(*v);
+        dw0 = round_to<acc_t<T>>(dw0);
+    }
+    Values forward(bool accumulate, bool relu, Sum how = Sum::exact) const {
+        Values y = product(
+            how, rows, out, in, accumulate ? y0 : Values{}, [&](auto i, auto k) { return x[std::size_t(i * in + k)]; },
+            [&](auto j, auto k) { return w[std::size_t(j * in + k)]; });
+        if (relu)
+            for (double& v : y) v = std::max(v, 0.0);
+        return y;
+    }
+    Values grad_x(bool accumulate, Sum how = Sum::exact) const {
+        return product(
+            how, rows, in, out, accumulate ? dx0 : Values{},
+            [&](auto i, auto k) { return dy[std::size_t(i * out + k)]; },
+            [&](auto j, auto k) { return w[std::size_t(k * in + j)]; });
+    }
+    Values grad_w(Sum how = Sum::exact) const {
+        return product(
+            how, out, in, rows, dw0, [&](auto i, auto k) { return dy[std::size_t(k * out + i)]; },
+            [&](auto j, auto k) { return x[std::size_t(k * in + j)]; });
+    }
+};
+
+// A matrix in a wider buffer: `pad` columns after each row belong to others and must stay as they are.
+template <class T, class Dev>
+struct Padded {
+    std::int64_t rows, cols, ld;
+    Buffer<T, Dev> buffer;
+
+    Padded(const Dev& dev, std::int64_t r, std::int64_t c, std::int64_t stride)
+        : rows(r), cols(c), ld(stride), buffer(dev, static_cast<std::size_t>(r * stride)) {}
+    Padded(const Dev& dev, std::int64_t r, std::int64_t c, std::int64_t stride, const Values& v)
+        : Padded(dev, r, c, stride) {
+        std::vector<T> all = buffer.host();
+        for (std::int64_t i = 0; i < r; ++i)
+            for (std::int64_t j = 0; j < c; ++j) all[std::size_t(i * ld + j)] = narrow<T>(v[std::size_t(i * c + j)]);
+        copy_to_device(dev, buffer.data(), all.data(), buffer.bytes());
+        synchronize(dev);
+    }
+    Mat<T> mat() const { return {buffer.data(), rows, cols, ld}; }
+    // The values, after a look at the padding (NaN from the poison, untouched).
+    Values values() const {
+        const Values all = buffer.values();
+        Values v;
+        for (std::int64_t i = 0; i < rows; ++i)
+            for (std::int64_t j = 0; j < ld; ++j) {
+                const double value = all[std::size_t(i * ld + j)];
+                if (j < cols)
+                    v.push_back(value);
+                else
+                    EXPECT_TRUE(std::isnan(value)) << "padding written at row " << i << ", column " << j;
+            }
+        return v;
+    }
+};
+
+const std::vector<Shape> kShapes = {{1, 1, 1},     {1, 7, 3},    {3, 1, 7},    {7, 3, 1},
+                                    {1, 384, 513}, {2, 17, 33},  {63, 64, 65}, {64, 65, 63},
+                                    {65, 63, 64},  {130, 48, 6}, {5, 6, 520},  {300, 20, 18}};
+
+template <class T>
+class MatmulCpu : public testing::Test {};
+using CpuTypes = testing::Types<float, double>;
+TYPED_TEST_SUITE(MatmulCpu, CpuTypes);
+
+template <class T>
+testing::AssertionResult agrees(const Values& got, const Values& ref) {
+    // Sums of up to some hundred products of order one: a few rounding units of T at the scale of the result.
+    return close_to(got, ref, std::is_same_v<T, double> ? 1e-13 : 2e-5);
+}
+
+TYPED_TEST(MatmulCpu, AllThreeMatchNaiveLoops) {
+    using T = TypeParam;
+    const Cpu cpu;
+    for (const Shape& n : kShapes) {
+        SCOPED_TRACE(testing::PrintToString(n));
+        Problem q(n);
+        q.template round<T>();
+        const Padded<T, Cpu> x(cpu, q.rows, q.in, q.in + 3, q.x), w(cpu, q.out, q.in, q.in + 5, q.w),
+            dy(cpu, q.rows, q.out, q.out + 2, q.dy);
+        for (const bool accumulate : {false, true})
+            for (const bool relu : {false, true}) {
+                const Padded<T, Cpu> y = accumulate ? Padded<T, Cpu>(cpu, q.rows, q.out, q.out + 1, q.y0)
+                                                    : Padded<T, Cpu>(cpu, q.rows, q.out, q.out + 1);
+                const Mat<const T> residual = accumulate ? y.mat() : Mat<T>();
+                matmul_forward(cpu, MatmulForward<T, T>{y.mat(), x.mat(), w.mat(), residual, relu});
+                const Values ref = q.forward(accumulate, relu);
+                EXPECT_TRUE(agrees<T>(y.values(), ref));
+                if (!accumulate) continue;
+                const Padded<T, Cpu> apart(cpu, q.rows, q.out, q.out + 6), addend(cpu, q.rows, q.out, q.out, q.y0);
+                matmul_forward(cpu, MatmulForward<T, T>{apart.mat(), x.mat(), w.mat(), addend.mat(), relu});
+                EXPECT_TRUE(identical(apart.values().data(), y.values().data(), ref.size() * sizeof(double)));
+            }
+        for (const bool accumulate : {false, true}) {
+            const Padded<T, Cpu> dx = accumulate ? Padded<T, Cpu>(cpu, q.rows, q.in, q.in + 4, q.dx0)
+                                                 : Padded<T, Cpu>(cpu, q.rows, q.in, q.in + 4);
+            matmul_dx(cpu, MatmulDx<T>{dx.mat(), dy.mat(), w.mat(), accumulate});
+            EXPECT_TRUE(agrees<T>(dx.values(), q.grad_x(accumulate)));
+        }
+        const Padded<T, Cpu> dw(cpu, q.out, q.in, q.in + 7, q.dw0);
+        matmul_dw(cpu, MatmulDw<T>{dw.mat(), dy.mat(), x.mat()});
+        EXPECT_TRUE(agrees<T>(dw.values(), q.grad_w()));
+    }
+}
+
+TYPED_TEST(MatmulCpu, DoesNotDependOnThreads) {
+    using T = TypeParam;
+    for (const Shape& n : {Shape{700, 130, 600}, Shape{1, 384, 3000}}) {
+        const Problem q(n);
+        std::vector<std::vector<T>> results;
+        for (const int threads : {1, 2, 3, 8}) {
+            const Cpu cpu{threads};
+            const Padded<T, Cpu> x(cpu, q.rows, q.in, q.in, q.x), w(cpu, q.out, q.in, q.in, q.w),
+                dy(cpu, q.rows, q.out, q.out, q.dy), y(cpu, q.rows, q.out, q.out), dx(cpu, q.rows, q.in, q.in),
+                dw(cpu, q.out, q.in, q.in, q.dw0);
+            matmul_forward(cpu, MatmulForward<T, T>{y.mat(), x.mat(), w.mat()});
+            matmul_dx(cpu, MatmulDx<T>{dx.mat(), dy.mat(), w.mat()});
+            matmul_dw(cpu, MatmulDw<T>{dw.mat(), dy.mat(), x.mat()});
+            std::vector<T> all = y.buffer.host();
+            for (const std::vector<T>& v : {dx.buffer.host(), dw.buffer.host()})
+                all.insert(all.end(), v.begin(), v.end());
+            results.push_back(all);
+        }
+        for (std::size_t i = 1; i < results.size(); ++i)
+            EXPECT_TRUE(identical(results[0].data(), results[i].data(), results[0].size() * sizeof(T)));
+    }
+}
+
+TEST(Matmul, GradientsMatchFiniteDifferences) {
+    const Cpu cpu;
+    Problem q({5, 7, 3});
+    const Mat<const double> x(q.x.data(), 5, 7), w(q.w.data(), 3, 7), dy(q.dy.data(), 5, 3);
+    const auto objective = [&] {
+        Values y(15);
+        matmul_forward(cpu, MatmulForward<double>{{y.data(), 5, 3}, x, w});
+        return inner(q.dy, y);
+    };
+    Values dx(35, std::nan("")), dw(21, 0.0);
+    matmul_dx(cpu, MatmulDx<double>{{dx.data(), 5, 7}, dy, w});
+    matmul_dw(cpu, MatmulDw<double>{{dw.data(), 3, 7}, dy, x});
+    EXPECT_TRUE(gradient_matches(dx, q.x, objective));
+    EXPECT_TRUE(gradient_matches(dw, q.w, objective));
+}
+
+TEST(Matmul, NanIsNotHiddenByRelu) {
+    const Cpu cpu;
+    Values x(3 * 4, 1.0), w(2 * 4, 1.0), y(3 * 2);
+    x[5] = std::nan("");
+    matmul_forward(cpu, MatmulForward<double>{{y.data(), 3, 2}, {x.data(), 3, 4}, {w.data(), 2, 4}, {}, true});
+    EXPECT_EQ(y[0], 4.0);
+    EXPECT_TRUE(std::isnan(y[2]));
+}
+
+TEST(Matmul, BrokenContractThrows) {
+    const Cpu cpu;
+    Values x(6), w(6), y(9);
+    EXPECT_THROW(matmul_forward(cpu, MatmulForward<double>{{y.data(), 3, 3}, {x.data(), 3, 2}, {w.data(), 2, 3}}),
+                 ContractError);
+    EXPECT_THROW(matmul_forward(cpu, MatmulForward<double>{{y.data(), 3, 2}, {x.data(), 3, 2}, {w.data(), 3, 2}}),
+                 ContractError);
+    EXPECT_THROW(
+        matmul_forward(cpu,
+                       MatmulForward<double>{{y.data(), 3, 3}, {x.data(), 3, 2}, {w.data(), 3, 2}, {y.data(), 3, 2}}),
+        ContractError);
+}
+
+#if FIEDLER_CUDA
+
+std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
+
+template <class O>
+void check_forward(const Problem& q, const Padded<bf16, Cuda>& x, const Padded<bf16, Cuda>& w, std::int64_t ld,
+                   bool accumulate, bool relu) {
+    const Padded<O, Cuda> y =
+        accumulate ? Padded<O, Cuda>(gpu(), q.rows, q.out, ld, q.y0) : Padded<O, Cuda>(gpu(), q.rows, q.out, ld);
+    SCOPED_TRACE(testing::Message() << "accumulate " << accumulate << ", relu " << relu << ", output of " << sizeof(O)
+                                    << " bytes");
+    const Values ref = q.forward(accumulate, relu), low = round_to<O>(q.forward(accumulate, relu, Sum::tensor_core));
+    matmul_forward(gpu(), MatmulForward<bf16, O>{y.mat(), x.mat(), w.mat(), accumulate ? y.mat() : Mat<O>(), relu});
+    EXPECT_TRUE(close(y.values(), ref, low));
+    // Again, with the residual in a matrix of its own.
+    const Padded<O, Cuda> addend(gpu(), q.rows, q.out, ld, q.y0), apart(gpu(), q.rows, q.out, ld);
+    const MatmulForward<bf16, O> p{apart.mat(), x.mat(), w.mat(), accumulate ? addend.mat() : Mat<O>(), relu};
+    matmul_forward(gpu(), p);
+    EXPECT_TRUE(close(apart.values(), ref, low));
+    const std::vector<O> first = apart.buffer.host();
+    matmul_forward(gpu(), p);
+    EXPECT_TRUE(identical(first.data(), apart.buffer.host().data(), apart.buffer.bytes()));
+}
+
+void check_gradients(const Problem& q, const Padded<bf16, Cuda>& x, const Padded<bf16, Cuda>& w) {
+    const Padded<bf16, Cuda> dy(gpu(), q.rows, q.out, round_up(q.out, 8), q.dy);
+    for (const bool accumulate : {false, true}) {
+        const std::int64_t ld = round_up(q.in, 8) + 8;
+        const Padded<bf16, Cuda> dx = accumulate ? Padded<bf16, Cuda>(gpu(), q.rows, q.in, ld, q.dx0)
+                                                 : Padded<bf16, Cuda>(gpu(), q.rows, q.in, ld);
+        matmul_dx(gpu(), MatmulDx<bf16>{dx.mat(), dy.mat(), w.mat(), accumulate});
+        EXPECT_TRUE(close(dx.values(), q.grad_x(accumulate), round_to<bf16>(q.grad_x(accumulate, Sum::tensor_core))))
+            << "accumulate " << accumulate;
+    }
+    const Values ref = q.grad_w(), low = q.grad_w(Sum::tensor_core);
+    const std::int64_t ld = round_up(q.in, 4);
+    const Padded<float, Cuda> dw(gpu(), q.out, q.in, ld, q.dw0), again(gpu(), q.out, q.in, ld, q.dw0);
+    matmul_dw(gpu(), MatmulDw<bf16>{dw.mat(), dy.mat(), x.mat()});
+    matmul_dw(gpu(), MatmulDw<bf16>{again.mat(), dy.mat(), x.mat()});
+    EXPECT_TRUE(close(dw.values(), ref, low));
+    EXPECT_TRUE(identical(dw.buffer.host().data(), again.buffer.host().data(), dw.buffer.bytes()));
+}
+
+void check_on_gpu(const Shape& n) {
+    SCOPED_TRACE(testing::PrintToString(n));
+    Problem q(n);
+    q.round<bf16>();
+    const Padded<bf16, Cuda> x(gpu(), q.rows, q.in, round_up(q.in, 8), q.x),
+        w(gpu(), q.out, q.in, round_up(q.in, 8) + 16, q.w);
+    for (const bool accumulate : {false, true})
+        for (const bool relu : {false, true}) {
+            check_forward<bf16>(q, x, w, round_up(q.out, 8), accumulate, relu);
+            check_forward<float>(q, x, w, round_up(q.out, 4) + 4, accumulate, relu);
+        }
+    check_gradients(q, x, w);
+}
+
+TEST(Matmul, GpuSmallMatchesReference) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const Shape& n : {Shape{1, 8, 8}, Shape{7, 16, 6}, Shape{33, 64, 18}}) check_on_gpu(n);
+}
+TEST(Matmul, GpuHostileShapesMatchReference) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const Shape& n : kShapes) check_on_gpu(n);
+}
+TEST(Matmul, GpuTrainingShapesMatchReference) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const Shape& n : {Shape{514, 384, 96}, Shape{255, 384, 384}, Shape{129, 384, 6}}) check_on_gpu(n);
+}
+TEST(Matmul, GpuOddVocabularyMatchesReference) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const Shape& n : {Shape{1, 64, 30522}, Shape{9, 64, 30522}}) check_on_gpu(n);
+}
+TEST(Matmul, GpuLongSumIsStable) {  // a split inner dimension, as dw of a whole batch has
+    FIEDLER_GPU_OR_SKIP();
+    check_on_gpu({8194, 40, 24});
+}
+TEST(Matmul, GpuViewsAtAnOffset) {  // columns of a wider matrix, 16-byte aligned but not more
+    FIEDLER_GPU_OR_SKIP();
+    Problem q({66, 32, 40});
+    q.round<bf16>();
+    const Padded<bf16, Cuda> x(gpu(), q.rows, q.in, q.in, q.x), w(gpu(), q.out, q.in, q.in, q.w);
+    const Buffer<bf16, Cuda> wide(gpu(), static_cast<std::size_t>(q.rows * 120));
+    const Mat<bf16> y = wide.mat(q.rows, 120).columns(8, q.out);
+    matmul_forward(gpu(), MatmulForward<bf16>{y, x.mat(), w.mat()});
+    const Values all = wide.values();
+    Values got;
+    for (std::int64_t i = 0; i < q.rows; ++i)
+        for (std::int64_t c = 0; c < 120; ++c) {
+            const double v = all[std::size_t(i * 120 + c)];
+            if (c >= 8 && c < 8 + q.out)
+                got.push_back(v);
+            else
+                EXPECT_TRUE(std::isnan(v)) << "row " << i << ", column " << c;
+        }
+    EXPECT_TRUE(close(got, q.forward(false, false), round_to<bf16>(q.forward(false, false, Sum::tensor_core))));
+}
+TEST(Matmul, GpuOddStrideOfF32Output) {  // gates: as many columns as heads
+    FIEDLER_GPU_OR_SKIP();
+    Problem q({70, 64, 6});
+    q.round<bf16>();
+    const Padded<bf16, Cuda> x(gpu(), q.rows, q.in, q.in, q.x), w(gpu(), q.out, q.in, q.in, q.w);
+    check_forward<float>(q, x, w, 6, false, false);
+}
+TEST(Matmul, GpuWithoutWorkspace) {
+    FIEDLER_GPU_OR_SKIP();
+    Cuda bare;
+    Problem q({2050, 48, 24});
+    q.round<bf16>();
+    const Padded<bf16, Cuda> x(bare, q.rows, q.in, q.in, q.x), dy(bare, q.rows, q.out, q.out, q.dy);
+    const Padded<float, Cuda> dw(bare, q.out, q.in, q.in, q.dw0);
+    matmul_dw(bare, MatmulDw<bf16>{dw.mat(), dy.mat(), x.mat()});
+    EXPECT_TRUE(close(dw.values(), q.grad_w(), q.grad_w(Sum::tensor_core)));
+}
+
+#endif
+
+}  // namespace
+}  // namespace fiedler::test

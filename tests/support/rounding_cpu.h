@@ -1,0 +1,83 @@
+// tests/support/rounding_cpu.h: the CPU float kernels with every output that the GPU stores as bf16 rounded to bf16.
+//
+// Model<RoundingCpu, float> is the naive evaluation of the model in the GPU's precision: the yardstick of the computed tolerance.
+// Outputs that the GPU keeps in f32 (scalars, gates, softmax statistics, weight gradients) are left alone.
+#pragma once
+#include <vector>
+
+#include "kernels/adamw.h"
+#include "kernels/attention.h"
+#include "kernels/conv.h"
+#include "kernels/coordinate.h"
+#include "kernels/dot.h"
+#include "kernels/embedding.h"
+#include "kernels/energy.h"
+#include "kernels/gate.h"
+#include "kernels/loss.h"
+#include "kernels/matmul.h"
+#include "kernels/mlp.h"
+#include "kernels/norm.h"
+#include "kernels/rotary.h"
+
+namespace fiedler {
+
+struct RoundingCpu : Cpu {
+    std::vector<const float*> f32_products;  // outputs of matmul_forward that stay f32: the layers' scalars and gate logits
+    const Cpu& plain() const { return *this; }
+};
+
+inline void round_matrix(const Mat<float>& m) {
+    for (std::int64_t i = 0; i < m.rows; ++i)
+        for (std::int64_t j = 0; j < m.cols; ++j) m.row(i)[j] = float(bf16(m.row(i)[j]));
+}
+inline void round_vector(const Vec<float>& v) {
+    for (std::int64_t i = 0; i < v.size; ++i) v.data[i] = float(bf16(v.data[i]));
+}
+
+inline void norm_forward(const RoundingCpu& d, const NormForward<float>& p) { norm_forward(d.plain(), p), round_matrix(p.y); }
+inline void norm_backward(const RoundingCpu& d, const NormBackward<float>& p) {
+    norm_backward(d.plain(), p), round_matrix(p.dx);
+}
+inline void conv_forward(const RoundingCpu& d, const ConvForward<float>& p) { conv_forward(d.plain(), p), round_matrix(p.y); }
+inline void conv_backward(const RoundingCpu& d, const ConvBackward<float>& p) {
+    conv_backward(d.plain(), p), round_matrix(p.dx);
+}
+inline void rotary_forward(const RoundingCpu& d, const RotaryForward<float>& p) {
+    rotary_forward(d.plain(), p), round_matrix(p.y);
+}
+inline void rotary_backward(const RoundingCpu& d, const RotaryBackward<float>& p) {
+    rotary_backward(d.plain(), p), round_matrix(p.dx);
+}
+inline void mlp_forward(const RoundingCpu& d, const MlpForward<float>& p) { mlp_forward(d.plain(), p), round_vector(p.h); }
+inline void mlp_backward(const RoundingCpu& d, const MlpBackward<float>& p) { mlp_backward(d.plain(), p), round_vector(p.du); }
+inline void matmul_forward(const RoundingCpu& d, const MatmulForward<float, float>& p) {
+    matmul_forward(d.plain(), p);
+    for (const float* kept : d.f32_products)
+        if (p.y.data == kept) return;
+    round_matrix(p.y);
+}
+inline void matmul_dx(const RoundingCpu& d, const MatmulDx<float>& p) { matmul_dx(d.plain(), p), round_matrix(p.dx); }
+inline void attention_forward(const RoundingCpu& d, const AttentionForward<float>& p) {
+    attention_forward(d.plain(), p), round_matrix(p.o);
+}
+inline void attention_backward(const RoundingCpu& d, const AttentionBackward<float>& p) {
+    attention_backward(d.plain(), p), round_matrix(p.dv);
+}
+inline void dot_forward(const RoundingCpu& d, const DotForward<float>& p) { dot_forward(d.plain(), p), round_matrix(p.o); }
+inline void dot_backward(const RoundingCpu& d, const DotBackward<float>& p) {
+    dot_backward(d.plain(), p);
+    round_matrix(p.dq), round_matrix(p.dk), round_matrix(p.dv);
+}
+inline void energy_backward(const RoundingCpu& d, const EnergyBackward<float>& p) {
+    energy_backward(d.plain(), p), round_matrix(p.dx);
+}
+inline void coordinate_backward(const RoundingCpu& d, const CoordinateBackward<float>& p) {
+    coordinate_backward(d.plain(), p), round_matrix(p.ds);
+}
+inline void gate_backward(const RoundingCpu& d, const GateBackward<float>& p) { gate_backward(d.plain(), p), round_matrix(p.dz); }
+inline void loss_forward(const RoundingCpu& d, const LossForward<float>& p) {
+    loss_forward(d.plain(), p);
+    if (p.gradient) round_matrix(p.logits);
+}
+
+}  // namespace fiedler

@@ -1,0 +1,254 @@
+#!/usr/bin/env python3
+"""Tests of tools/: python3 -m unittest tests/tools_test.py (standard library only, no GPU)."""
+import argparse
+import importlib.machinery
+import importlib.util
+import json
+import os
+import pathlib
+import stat
+import subprocess
+import sys
+import tempfile
+import textwrap
+import unittest
+
+sys.dont_write_bytecode = True
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+
+def load(name):
+    loader = importlib.machinery.SourceFileLoader(name, str(ROOT / "tools" / name))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    loader.exec_module(module)
+    return module
+
+
+import bench_peers  # noqa: E402
+import gpu_report  # noqa: E402
+import sources_hash  # noqa: E402
+
+gpu_check = load("gpu_check")
+check_results = load("check_results")
+gpu_check.say = lambda text: None
+
+
+def piece(stage, date="2025-01-01T00:00:00Z", **found):
+    return {"stage": stage, "sources_sha256": "s" * 64, "commit": "abc", "date": date, "command": "tools/gpu_check",
+            "gpu": "NVIDIA H200", "driver": "1.2", "cuda": "13.0", **found}
+
+
+class Folder(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = pathlib.Path(folder.name)
+
+    def write(self, name, content):
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+
+class SourcesHash(Folder):
+    def test_changes_with_content_and_name_only(self):
+        self.write("kernels/a.cu", "one")
+        self.write("engine/b/c.cpp", "two")
+        before = sources_hash.sources_sha256(self.folder)
+        self.write("tests/t.cpp", "elsewhere")
+        self.write("kernels/.hidden", "x")
+        self.write("kernels/__pycache__/a.pyc", "x")
+        os.utime(self.folder / "kernels/a.cu", (1, 1))
+        self.assertEqual(before, sources_hash.sources_sha256(self.folder))
+        self.write("kernels/a.cu", "One")
+        changed = sources_hash.sources_sha256(self.folder)
+        self.assertNotEqual(before, changed)
+        (self.folder / "kernels/a.cu").rename(self.folder / "kernels/z.cu")
+        self.assertNotEqual(changed, sources_hash.sources_sha256(self.folder))
+
+    def test_boundary_between_files_counts(self):
+        self.write("kernels/a", "xy")
+        self.write("kernels/b", "z")
+        before = sources_hash.sources_sha256(self.folder)
+        self.write("kernels/a", "x")
+        self.write("kernels/b", "yz")
+        self.assertNotEqual(before, sources_hash.sources_sha256(self.folder))
+
+    def test_no_sources_is_an_error(self):
+        with self.assertRaises(FileNotFoundError):
+            sources_hash.sources_sha256(self.folder)
+
+
+class CheckResults(Folder):
+    def test_verdicts(self):
+        good = self.write("good.json", {"sources_sha256": "a" * 64})
+        bad = self.write("bad.json", "{}")
+        self.assertTrue(check_results.verdict(good, "a" * 64)[0])
+        self.assertFalse(check_results.verdict(good, "b" * 64)[0])
+        self.assertIn("STALE", check_results.verdict(good, "b" * 64)[1])
+        self.assertFalse(check_results.verdict(bad, "a" * 64)[0])
+        self.assertFalse(check_results.verdict(self.folder / "missing.json", "a" * 64)[0])
+
+
+class Report(Folder):
+    def programs_piece(self, date, name, failed=0):
+        return piece("tests", date, binaries=[{"name": name, "passed": 5, "failed": failed, "skipped": 1,
+                                               "failures": [f"{name} broke"] * failed}])
+
+    def run_entry(self, name, preset, loss):
+        return {"name": name, "preset": preset, "data": "headers", "steps": 1000, "tokens": 32768000, "val_loss": loss,
+                "val_bits_per_byte": 1.0, "tokens_per_second": 1e6, "share_of_peak": 0.3, "peak_memory_bytes": 2**33,
+                "parameters": 27600000}
+
+    def test_merges_pieces_and_later_ones_win(self):
+        self.write("tests-1.json", self.programs_piece("2025-01-01T00:00:00Z", "kernel_tests", failed=1))
+        self.write("tests-2.json", self.programs_piece("2025-01-02T00:00:00Z", "kernel_tests"))
+        self.write("tests-3.json", self.programs_piece("2025-01-03T00:00:00Z", "engine_tests"))
+        self.write("train-1.json", piece("train", runs=[self.run_entry("fiedler30m-headers", "fiedler30m", 1.9),
+                                                        {"name": "x", "skipped": "no data"}]))
+        self.write("train-2.json", piece("train", runs=[self.run_entry("t", "tau30m-same-shape", 3.0)]))
+        row = {"family": "norm", "case": "forward", "time_us": 10.0, "noise": 0.01, "gb_s": 1000.0, "tflop_s": 1.0,
+               "share_of_peak": 0.5}
+        self.write("bench-1.json", piece("bench", peak={"copy_gb_s": 2000.0, "gemm_tflop_s": 700.0}, bench=[row],
+                                         failed={}, runs_per_sample={}))
+        self.write("other.json", {"unrelated": 1})
+        path, result = gpu_report.write_report(self.folder, self.folder / "results", "s" * 64)
+        self.assertEqual(path.name, "nvidia-h200.json")
+        self.assertEqual(result["tests"], {"passed": 10, "failed": 0, "skipped": 2})
+        self.assertEqual([run["name"] for run in result["runs"]], ["fiedler30m-headers", "t"])
+        self.assertEqual(result["failures"], [])
+        self.assertEqual(result["peak"]["gemm_tflop_s"], 700.0)
+        self.assertEqual(set(result["bench"][0]), set(gpu_report.BENCH_KEYS))
+        self.assertEqual(json.loads(path.read_text()), json.loads(json.dumps(result)))
+        text = path.with_suffix(".md").read_text()
+        self.assertIn("1.100 nats below tau30m-same-shape", text)
+        self.assertIn("no data", text)
+
+    def test_failures_are_named(self):
+        self.write("tests-1.json", self.programs_piece("2025-01-01T00:00:00Z", "kernel_tests", failed=1))
+        self.write("train-1.json", piece("train", runs=[{"name": "a", "failure": "exit code 1"}]))
+        self.write("resume-1.json", piece("resume", checks=[{"name": "r", "summary": "", "failure": "differs"}]))
+        _, result = gpu_report.write_report(self.folder, self.folder, "s" * 64)
+        self.assertEqual(len(result["failures"]), 3)
+        self.assertEqual(result["runs"], [])
+
+    def test_failed_benchmark_counts_until_it_is_measured(self):
+        def bench(date, rows, failed):
+            peak = {"copy_gb_s": 1.0, "gemm_tflop_s": None}
+            return piece("bench", date, peak=peak, bench=rows, failed=failed, runs_per_sample={})
+
+        row = {"family": "norm", "case": "forward", "time_us": 1.0}
+        first = bench("1", [], {"norm/forward": "x", "loss/setup": "y"})
+        self.assertEqual(len(gpu_report.failed_benchmarks([first])), 2)
+        self.assertEqual(gpu_report.failed_benchmarks([first, bench("2", [row], {})]), {"loss/setup": "y"})
+
+    def test_refuses_other_sources_other_gpus_and_nothing(self):
+        with self.assertRaises(gpu_report.Refused):
+            gpu_report.read_pieces(self.folder, "s" * 64)
+        self.write("tests-1.json", self.programs_piece("2025-01-01T00:00:00Z", "kernel_tests"))
+        with self.assertRaisesRegex(gpu_report.Refused, "sources"):
+            gpu_report.read_pieces(self.folder, "t" * 64)
+        other = self.programs_piece("2025-01-01T00:00:00Z", "engine_tests")
+        other["gpu"] = "NVIDIA GeForce RTX 4090"
+        self.write("tests-2.json", other)
+        with self.assertRaisesRegex(gpu_report.Refused, "different GPUs"):
+            gpu_report.read_pieces(self.folder, "s" * 64)
+
+
+class BenchPeers(unittest.TestCase):
+    def test_shapes_from_names(self):
+        self.assertEqual(bench_peers.attention_shape("backward 32x1024 causal"), (32, 6, 1024, 64, True))
+        self.assertEqual(bench_peers.attention_shape("forward 32x1024 bidirectional width 16"), (32, 24, 1024, 16, False))
+        self.assertEqual(bench_peers.attention_shape("forward B4 T512 H3 D128 R8 causal"), (4, 3, 512, 128, True))
+        self.assertEqual(bench_peers.word_number("backward 32768x384 of 256", "of", 0), 256)
+        self.assertEqual(bench_peers.shape_of("forward 32768x384x1536 relu", 3), [32768, 384, 1536])
+        self.assertEqual(bench_peers.shape_of("forward+gradient 4096x30522", 2), [4096, 30522])
+        for case in ("forward 32x1024 causal window 256", "decode 1024", "forward causal"):
+            with self.assertRaises(bench_peers.NoPeer):
+                bench_peers.attention_shape(case)
+
+    def test_fastest_peer_counts_and_failures_are_said(self):
+        row = {"time_us": 10.0}
+        bench_peers.merge(row, {"a": 30.0, "b": 20.0, "c": "cannot run it: x"})
+        self.assertEqual((row["peer"], row["peer_time_us"], row["ratio"]), ("b", 20.0, 2.0))
+        bench_peers.merge(row, {"c": "cannot run it: x"})
+        self.assertEqual((row["peer"], row["ratio"]), ("none: c cannot run it: x", None))
+
+
+class GpuCheck(Folder):
+    def options(self, **values):
+        return argparse.Namespace(bin=self.folder / "bin", work=self.folder, timeout=60, test_filter="*Gpu*", keep=False,
+                                  data={"headers": str(self.folder)}, seed=3, **values)
+
+    def program(self, name, text):
+        path = self.write(f"bin/{name}", "#!/usr/bin/env python3\n" + textwrap.dedent(text))
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+    def test_counts_googletest(self):
+        tests = [{"name": "A", "status": "RUN", "result": "COMPLETED"},
+                 {"name": "B", "status": "RUN", "result": "SKIPPED"},
+                 {"name": "C", "status": "RUN", "result": "COMPLETED", "failures": [{"failure": "x"}]}]
+        counts = gpu_check.count_tests({"testsuites": [{"name": "S", "testsuite": tests}]})
+        self.assertEqual(counts, {"passed": 1, "failed": 1, "skipped": 1, "failures": ["S.C failed"]})
+
+    def test_missing_crashing_and_empty_test_programs_fail(self):
+        self.assertEqual(gpu_check.run_test_program(self.options(), "kernel_tests")["failed"], 1)
+        self.program("kernel_tests", "import sys; sys.exit(139)")
+        self.assertEqual(gpu_check.run_test_program(self.options(), "kernel_tests")["failed"], 1)
+        self.program("kernel_tests", """
+            import sys
+            open(sys.argv[2].split(":", 1)[1], "w").write('{"testsuites": []}')""")
+        self.assertEqual(gpu_check.run_test_program(self.options(), "kernel_tests")["failed"], 1)
+
+    # A stand-in for fiedler: its "weights" are the steps it took; broken: it forgets that it was stopped.
+    FIEDLER = """
+        import json, os, signal, sys, time
+        args = sys.argv[2:]
+        out, steps = args[args.index("--out") + 1], int(args[args.index("--steps") + 1])
+        stop = []
+        signal.signal(signal.SIGINT, lambda *_: stop.append(1))
+        os.makedirs(out, exist_ok=True)
+        first = int(open(out + "/state").read()) if "--resume" in args else 0
+        with open(out + "/log.jsonl", "a") as log:
+            for step in range(first + 1, steps + 1):
+                time.sleep(0.02)
+                print(json.dumps({"event": "step", "step": step, "tokens_per_second": 5}), file=log, flush=True)
+                if stop:
+                    open(out + "/state", "w").write(str(step))
+                    sys.exit(0)
+            print(json.dumps({"event": "end", "val_loss": 1.5, "tokens": 10}), file=log, flush=True)
+        open(out + "/weights.fdl", "w").write(str(steps + (FORGETS and first)))
+    """
+
+    def test_training_reads_the_end_record(self):
+        self.program("fiedler", self.FIEDLER.replace("FORGETS", "0"))
+        run = gpu_check.Run("n", "tiny", "headers", 5, ())
+        result = gpu_check.train(self.options(), run)
+        self.assertEqual((result.get("failure"), result["val_loss"], result["tokens_per_second"]), (None, 1.5, 5))
+        self.assertIn("skipped", gpu_check.train(self.options(), run._replace(data="novels")))
+        self.program("fiedler", "import sys; sys.exit(2)")
+        self.assertIn("failure", gpu_check.train(self.options(), run))
+
+    def test_resume_compares_weights(self):
+        run = gpu_check.Run("n", "tiny", "headers", 40, ())
+        self.program("fiedler", self.FIEDLER.replace("FORGETS", "0"))
+        check = gpu_check.check_resume(self.options(), run)
+        self.assertEqual(check["failure"], "")
+        self.assertIn("bit-equal", check["summary"])
+        self.program("fiedler", self.FIEDLER.replace("FORGETS", "1"))
+        self.assertIn("differ", gpu_check.check_resume(self.options(), run)["failure"])
+        self.program("fiedler", "import time; time.sleep(0.2)")
+        self.assertIn("by itself", gpu_check.check_resume(self.options(), run)["failure"])
+
+    def test_without_gpu_exit_code_3(self):
+        env = {**os.environ, "PATH": str(self.folder)}
+        done = subprocess.run([sys.executable, ROOT / "tools/gpu_check", "--out", self.folder, "--only", "tests"], env=env,
+                              capture_output=True, text=True, check=False)
+        self.assertEqual(done.returncode, 3, done.stderr)
+        self.assertIn("no GPU", done.stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()

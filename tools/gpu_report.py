@@ -1,0 +1,189 @@
+"""tools/gpu_report.py: turns the pieces that gpu_check's stages wrote into <gpu>.json and <gpu>.md.
+
+A piece is one JSON file, <stage>-<time>.json: {"stage", "sources_sha256", "commit", "date", "command", "gpu", "driver",
+"cuda", ...what the stage found}. Pieces of other sources or of another GPU are refused. Of two answers to the same
+question (a test program, a training run, a benchmark case) the later one counts.
+"""
+import json
+import pathlib
+import re
+
+RUN_KEYS = ("name", "preset", "data", "steps", "tokens", "val_loss", "val_bits_per_byte", "tokens_per_second",
+            "share_of_peak", "peak_memory_bytes", "parameters")
+BENCH_KEYS = ("family", "case", "time_us", "noise", "gb_s", "tflop_s", "share_of_peak", "peer", "peer_time_us", "ratio")
+
+
+class Refused(Exception):
+    """Pieces that must not be put into one report."""
+
+
+def slug(gpu):
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") or "unknown-gpu"
+
+
+def read_pieces(folder, sources):
+    pieces = []
+    for path in sorted(pathlib.Path(folder).glob("*.json")):
+        try:
+            piece = json.loads(path.read_text())
+        except ValueError as error:
+            raise Refused(f"{path}: not JSON ({error}); delete it and run its stage again") from error
+        if not isinstance(piece, dict) or "stage" not in piece:
+            continue
+        if piece["sources_sha256"] != sources:
+            raise Refused(f"{path}: measured on sources {piece['sources_sha256'][:12]}, these are {sources[:12]}; "
+                          "delete it and run its stage again")
+        pieces.append((piece["date"], path.name, piece))
+    if not pieces:
+        raise Refused(f"{folder}: no pieces; run a stage first")
+    pieces = [piece for _, _, piece in sorted(pieces, key=lambda entry: entry[:2])]
+    gpus = sorted({piece["gpu"] for piece in pieces})
+    if len(gpus) > 1:
+        raise Refused(f"{folder}: pieces of different GPUs: {', '.join(gpus)}")
+    return pieces
+
+
+def latest(pieces, stage, key, identity):
+    """All entries of a stage's list `key`, by identity; later pieces replace earlier ones."""
+    found = {}
+    for piece in pieces:
+        if piece["stage"] == stage:
+            for entry in piece[key]:
+                found[tuple(entry[field] for field in identity)] = entry
+    return list(found.values())
+
+
+def combine(pieces):
+    last = pieces[-1]
+    binaries = latest(pieces, "tests", "binaries", ("name",))
+    benches = [piece for piece in pieces if piece["stage"] == "bench"]
+    runs = latest(pieces, "train", "runs", ("name",))
+    return {
+        "gpu": last["gpu"],
+        "driver": last["driver"],
+        "cuda": next((piece["cuda"] for piece in reversed(pieces) if piece["cuda"]), ""),
+        "commit": last["commit"],
+        "sources_sha256": last["sources_sha256"],
+        "command": "; ".join(dict.fromkeys(piece["command"] for piece in pieces)),
+        "date": last["date"],
+        "peak": benches[-1]["peak"] if benches else {"copy_gb_s": None, "gemm_tflop_s": None},
+        "tests": {count: sum(binary[count] for binary in binaries) for count in ("passed", "failed", "skipped")},
+        "runs": [{key: run.get(key) for key in RUN_KEYS} for run in runs
+                 if not run.get("failure") and not run.get("skipped")],
+        "bench": [{key: row.get(key) for key in BENCH_KEYS}
+                  for row in latest(pieces, "bench", "bench", ("family", "case"))],
+        "sanitizer": latest(pieces, "sanitizer", "checks", ("tool", "binary")),
+        "resume": latest(pieces, "resume", "checks", ("name",)),
+        "not_run": [f"training {run['name']}: {run['skipped']}" for run in runs if run.get("skipped")],
+        "failures": failures(pieces, binaries, runs),
+    }
+
+
+def failures(pieces, binaries, runs):
+    """Every failure in words: what a reader must see before any figure."""
+    found = [f"{binary['name']}: {name}" for binary in binaries for name in binary["failures"]]
+    found += [f"training {run['name']}: {run['failure']}" for run in runs if run.get("failure")]
+    for check in latest(pieces, "sanitizer", "checks", ("tool", "binary")):
+        if check["failure"]:
+            found.append(f"compute-sanitizer {check['tool']} on {check['binary']}: {check['failure']}")
+    for check in latest(pieces, "resume", "checks", ("name",)):
+        if check["failure"]:
+            found.append(f"resume of {check['name']}: {check['failure']}")
+    return found + [f"benchmark {name}: {why}" for name, why in failed_benchmarks(pieces).items()]
+
+
+def failed_benchmarks(pieces):
+    """Cases that failed and were not measured by a later piece."""
+    failed = {}
+    for piece in pieces:
+        if piece["stage"] != "bench":
+            continue
+        for row in piece["bench"]:
+            for name in (row["case"], "setup"):
+                failed.pop(f"{row['family']}/{name}", None)
+        failed.pop("bench_peers.py", None)
+        failed.update(piece["failed"])
+    return failed
+
+
+# ---- Markdown -----------------------------------------------------------------------------------------------------------
+
+
+def number(value, digits=2, scale=1.0):
+    return "-" if value is None else f"{value * scale:,.{digits}f}"
+
+
+def table(header, rows):
+    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
+    return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+
+
+def comparisons(runs):
+    """The distances that the presets are for: fiedler30m against the published form and against the dot product."""
+    loss = {(run["preset"], run["data"]): run["val_loss"] for run in runs if run["val_loss"] is not None}
+    lines = []
+    for data in sorted({data for _, data in loss}):
+        ours = loss.get(("fiedler30m", data))
+        for other in ("tau30m-same-shape", "gpt30m"):
+            theirs = loss.get((other, data))
+            if ours is not None and theirs is not None:
+                where = "below" if ours < theirs else "above"
+                lines.append(f"* {data}: fiedler30m ends {abs(theirs - ours):.3f} nats {where} {other}.")
+    return lines
+
+
+def runs_markdown(runs):
+    if not runs:
+        return []
+    rows = [(run["name"], run["data"], number(run["parameters"], 1, 1e-6), run["steps"], number(run["val_loss"], 4),
+             number(run["val_bits_per_byte"], 4), number(run["tokens_per_second"], 0),
+             number(run["share_of_peak"], 1, 100), number(run["peak_memory_bytes"], 2, 2**-30)) for run in runs]
+    header = ("run", "data", "parameters, M", "steps", "validation loss, nats", "bits per byte", "tokens/s",
+              "% of measured peak", "peak memory, GiB")
+    return ["", "## Trainings", "", *table(header, rows), "", *comparisons(runs)]
+
+
+def bench_markdown(result):
+    if not result["bench"]:
+        return []
+    peak = result["peak"]
+    rows = [(row["family"], row["case"], number(row["time_us"]), number(row["noise"], 1, 100), number(row["gb_s"], 0),
+             number(row["tflop_s"], 1), number(row["share_of_peak"], 1, 100), row["peer"] or "",
+             number(row["peer_time_us"]), number(row["ratio"])) for row in result["bench"]]
+    header = ("family", "case", "time, us", "noise, %", "GB/s", "TFLOP/s", "% of peak", "peer", "peer, us",
+              "peer / ours")
+    return ["", "## Kernels", "",
+            f"Measured peak: copy {number(peak['copy_gb_s'], 0)} GB/s (bytes read and written), bf16 matrix product of "
+            f"8192 x 8192 x 8192 {number(peak['gemm_tflop_s'], 0)} TFLOP/s. Each sample is one run after the L2 cache "
+            "has been overwritten, the time the median of 20 samples, noise (p90 - p10) / median; runs under 10 us are "
+            "timed 20 at a time after one such flush. Peers are timed the same way in the same session.", "",
+            *table(header, rows)]
+
+
+def markdown(result):
+    tests = result["tests"]
+    lines = [f"# {result['gpu']}", "",
+             f"Driver {result['driver']}, CUDA {result['cuda']}; {result['date']}; commit {result['commit']}; "
+             f"sources {result['sources_sha256'][:12]} (`tools/check_results` says whether they are still these).", "",
+             f"Command: `{result['command']}`", "",
+             f"Tests on the GPU: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped."]
+    for check in result["sanitizer"]:
+        lines.append(f"compute-sanitizer {check['tool']}, {check['binary']}: {check['summary']}.")
+    for check in result["resume"]:
+        lines.append(f"Resume, {check['name']}: {check['summary']}.")
+    if result["failures"]:
+        lines += ["", "## Failures", "", *(f"* {failure}" for failure in result["failures"])]
+    if result["not_run"]:
+        lines += ["", "## Not run", "", *(f"* {line}" for line in result["not_run"])]
+    return "\n".join(lines + runs_markdown(result["runs"]) + bench_markdown(result)) + "\n"
+
+
+def write_report(pieces_folder, results_folder, sources):
+    """Writes both files and returns (path of the JSON, result)."""
+    result = combine(read_pieces(pieces_folder, sources))
+    folder = pathlib.Path(results_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / (slug(result["gpu"]) + ".json")
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(result))
+    return path, result

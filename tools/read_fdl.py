@@ -1,0 +1,35 @@
+#!/usr/bin/env python3
+"""Reads a Fiedler weights file (.fdl) with nothing but NumPy: read_fdl(path) -> (config, {name: array}).
+
+From a shell, `read_fdl.py FILE` lists the tensors and `read_fdl.py FILE TENSOR` prints one. The format: engine/weights.h."""
+import json
+import sys
+
+import numpy as np
+
+
+def read_fdl(path):
+    raw = np.memmap(path, dtype=np.uint8, mode="r")
+    header = raw[:1024].view("<i4")
+    if bytes(raw[:4]) != b"FDLW" or header[1] != 1:
+        raise ValueError(f"{path}: not a .fdl file of version 1")
+    table_bytes, table, _, _, payload = raw[16:56].view("<u8").tolist()
+    description = json.loads(bytes(raw[table : table + table_bytes]))
+    tensors = {}
+    for t in description["tensors"]:
+        data = raw[payload + t["offset"] : payload + t["offset"] + t["bytes"]]
+        if t["dtype"] == "bf16":  # the upper half of a 32-bit float
+            values = (data.view("<u2").astype("<u4") << 16).view("<f4")
+        else:
+            values = data.view("<f4")
+        tensors[t["name"]] = values.reshape(t["shape"])
+    return description["config"], tensors
+
+
+if __name__ == "__main__":
+    config, tensors = read_fdl(sys.argv[1])
+    for name, values in tensors.items():
+        if len(sys.argv) > 2 and name == sys.argv[2]:
+            print(values)
+        elif len(sys.argv) == 2:
+            print(f"{name:40} {str(values.shape):16} mean {values.mean():+.4f}  deviation {values.std():.4f}")
