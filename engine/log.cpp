@@ -54,12 +54,15 @@ void RunLog::write(const std::string& event, const Json& fields) {
                     std::strerror(errno));
 }
 
+std::string count_text(double n) { return std::abs(n) < 1e18 ? format_count(std::llround(n)) : "?"; }
+std::string duration_text(double seconds) { return seconds >= 0 && seconds < 1e12 ? format_seconds(seconds) : "?"; }
+
 std::string progress_text(const StepProgress& p) {
     const int width = static_cast<int>(std::to_string(p.steps).size());
     std::string text = fmt::format("step {:>{}}/{}  loss {:.4f}  lr {:.2e}  norm {:.3f}  {} tok/s", p.step, width,
-                                   p.steps, p.loss, p.lr, p.norm, format_count(std::llround(p.tokens_per_second)));
+                                   p.steps, p.loss, p.lr, p.norm, count_text(p.tokens_per_second));
     if (p.share_of_peak >= 0) text += fmt::format("  {:.1f}% of peak", 100 * p.share_of_peak);
-    if (p.eta_seconds >= 0) text += "  eta " + format_seconds(p.eta_seconds);
+    if (p.eta_seconds >= 0) text += "  eta " + duration_text(p.eta_seconds);
     return text;
 }
 

@@ -38,6 +38,8 @@ struct StepProgress {
 };
 // "step  120/1000  loss 4.1234  lr 2.00e-03  norm 0.512  1.23M tok/s  43.2% of peak  eta 01:05"
 std::string progress_text(const StepProgress&);
+std::string count_text(double n);           // 1234567 -> "1.23M"; "?" when not finite
+std::string duration_text(double seconds);  // 65 -> "01:05"; "?" when not finite or negative
 
 // Shows lines on a stream: on a terminal the progress line stays in place and is written over, elsewhere each is a
 // line.

@@ -191,29 +191,20 @@ __global__ void __launch_bounds__(256) attention_delta_kernel(AttentionBackward<
     if (valid && part == 0) p.delta.data[token * p.delta.ld + head] = sum;
 }
 
-// What a pass of the backward has as rows, the other side being streamed, and what it writes. Keys and values in one
-// pass share scores and weights; they are kept apart only where both do not fit in registers.
-enum class Pass { kQueries, kKeys, kKeyScalars, kKeyValues };  // da; db, dF and dv; db and dF; dv
-template <Pass pass>
-constexpr bool has_keys = pass != Pass::kQueries;
-template <Pass pass>
-constexpr bool has_scalars = pass != Pass::kKeyValues;
-template <Pass pass>
-constexpr bool has_values = pass == Pass::kKeys || pass == Pass::kKeyValues;
-
+// The backward has two passes: rows are queries (da), or keys (db, dF and dv); the other side is streamed.
 struct OfQueries {
     ColumnTile lse, delta;
 };
 struct Nothing {};
-template <int D, int R, Pass pass>
-struct Streamed : std::conditional_t<has_keys<pass>, OfQueries, Nothing> {
+template <int D, int R, bool kKeys>
+struct Streamed : std::conditional_t<kKeys, OfQueries, Nothing> {
     ValueTile<D> values;    // V, or dO where rows are keys
     ScalarTile<R> scalars;  // b, or a
     ColumnTile gate;        // F
 
     __device__ void load(const AttentionBackward<bf16>& p, int head, int column) {
         const int tokens = p.seq.tokens;
-        if constexpr (has_keys<pass>) {
+        if constexpr (kKeys) {
             values.load(bits(p.do_.data) + head * D, p.do_.ld, column, tokens);
             scalars.load(p.a.data + head * p.scalars, p.a.ld, p.scalars, column, tokens);
             this->lse.load(p.lse.data + head, p.lse.ld, column, tokens, p.a.data);
@@ -229,7 +220,7 @@ struct Streamed : std::conditional_t<has_keys<pass>, OfQueries, Nothing> {
 
 // A thread's two rows in a pass of the backward. Per pair and scalar, sign(d) ds is summed as 2 step(d) ds - ds with
 // step(0) = 1/2, which is exact at ties; d = a - b for queries, b - a for keys.
-template <int D, int R, Pass pass>
+template <int D, int R, bool kKeys>
 struct BackwardRows {
     const Rows rows;
     float x[2][R], gate[2], lse[2] = {}, delta[2] = {};
@@ -239,7 +230,7 @@ struct BackwardRows {
     __device__ BackwardRows(const AttentionBackward<bf16>& p, const Sight& sight, int head, int warp_first)
         : rows(sight, warp_first) {
         load_row_numbers(gate, gate_of_head(p, head), p.F.ld, rows);
-        if constexpr (has_keys<pass>) {
+        if constexpr (kKeys) {
             load_row_scalars<R>(x, p.b.data + head * p.scalars, p.b.ld, p.scalars, rows);
             load_operand<D>(fixed, bits(p.v.data) + head * D, p.v.ld, rows);
         } else {
@@ -251,9 +242,9 @@ struct BackwardRows {
     }
 
     // Whether the gate alone puts every weight of the tile out of sight, for all rows of the warp.
-    __device__ bool faded(const Streamed<D, R, pass>& tile) const {
+    __device__ bool faded(const Streamed<D, R, kKeys>& tile) const {
         const float most = tile_max([&](int j) {
-            if constexpr (has_keys<pass>)
+            if constexpr (kKeys)
                 return tile.gate.data[j] - tile.lse.data[j];
             else
                 return -tile.gate.data[j];
@@ -261,31 +252,29 @@ struct BackwardRows {
         bool below = true;
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-            const float of_row = has_keys<pass> ? -gate[k] : gate[k] - lse[k];
+            const float of_row = kKeys ? -gate[k] : gate[k] - lse[k];
             below &= !rows.valid(k) || of_row + most < -kFaded;
         }
         return __all_sync(0xffffffffu, below) != 0;
     }
 
     // 16 columns of a tile; column: token of the tile's first one; whole: every row sees all 16.
-    __device__ void add(const Streamed<D, R, pass>& tile, int column, int chunk, bool whole) {
+    __device__ void add(const Streamed<D, R, kKeys>& tile, int column, int chunk, bool whole) {
         float weight[2][4], ds[2][4] = {};
-        if constexpr (has_scalars<pass>) {
 #pragma unroll
-            for (int n = 0; n < D / 16; ++n) {  // dP = dO V', or its transpose V dO'
-                std::uint32_t b[4];
-                tile.values.columns_inside(b, chunk, 16 * n);
-                mma_bf16(ds[0], fixed[n], b[0], b[1]);
-                mma_bf16(ds[1], fixed[n], b[2], b[3]);
-            }
+        for (int n = 0; n < D / 16; ++n) {  // dP = dO V', or its transpose V dO'
+            std::uint32_t b[4];
+            tile.values.columns_inside(b, chunk, 16 * n);
+            mma_bf16(ds[0], fixed[n], b[0], b[1]);
+            mma_bf16(ds[1], fixed[n], b[2], b[3]);
         }
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
             const int local = chunk + 8 * n + 2 * (static_cast<int>(threadIdx.x) % 4);
             weigh(weight[n], tile, column, local, whole);
-            if constexpr (has_scalars<pass>) step(ds[n], weight[n], tile, local);
+            step(ds[n], weight[n], tile, local);
         }
-        if constexpr (has_values<pass>) {  // dv += P' dO
+        if constexpr (kKeys) {  // dv += P' dO
             const std::uint32_t weights[4] = {
                 pack_bf16(weight[0][0], weight[0][1]), pack_bf16(weight[0][2], weight[0][3]),
                 pack_bf16(weight[1][0], weight[1][1]), pack_bf16(weight[1][2], weight[1][3])};
@@ -301,34 +290,31 @@ struct BackwardRows {
 
     __device__ void store(const AttentionBackward<bf16>& p, int head) const {
         const int t = threadIdx.x % 4;
-        if constexpr (has_scalars<pass>) {
-            float* out = (has_keys<pass> ? p.db.data : p.da.data) + head * p.scalars;
+        float* out = (kKeys ? p.db.data : p.da.data) + head * p.scalars;
 #pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                const float total = row_sum(sum[k]);
+        for (int k = 0; k < 2; ++k) {
+            const float total = row_sum(sum[k]);
 #pragma unroll
-                for (int r = 0; r < R; ++r) {
-                    const float half = row_sum(stepped[k][r]);
-                    if (rows.valid(k) && r < p.scalars && t == r % 4)
-                        out[rows.token(k) * p.a.ld + r] = total - 2.f * half;
-                }
-                if (has_keys<pass> && p.dF.data != nullptr && rows.valid(k) && t == 0)
-                    p.dF.data[rows.token(k) * p.dF.ld + head] = -total;
+            for (int r = 0; r < R; ++r) {
+                const float half = row_sum(stepped[k][r]);
+                if (rows.valid(k) && r < p.scalars && t == r % 4) out[rows.token(k) * p.a.ld + r] = total - 2.f * half;
             }
+            if (kKeys && p.dF.data != nullptr && rows.valid(k) && t == 0)
+                p.dF.data[rows.token(k) * p.dF.ld + head] = -total;
         }
-        if constexpr (has_values<pass>) store_rows<D>(bits(p.dv.data) + head * D, p.dv.ld, dv, {1.f, 1.f}, rows);
+        if constexpr (kKeys) store_rows<D>(bits(p.dv.data) + head * D, p.dv.ld, dv, {1.f, 1.f}, rows);
     }
 
   private:
     // The weights of two rows and of the columns local and local + 1.
-    __device__ void weigh(float (&weight)[4], const Streamed<D, R, pass>& tile, int column, int local,
+    __device__ void weigh(float (&weight)[4], const Streamed<D, R, kKeys>& tile, int column, int local,
                           bool whole) const {
         const float2 f = tile.gate.pair(local);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
             const int k = e / 2;
             const float other = e % 2 ? f.y : f.x;
-            if constexpr (has_keys<pass>) {
+            if constexpr (kKeys) {
                 const float2 l = tile.lse.pair(local);
                 weight[e] = (other - gate[k]) - (e % 2 ? l.y : l.x);
             } else {
@@ -341,37 +327,36 @@ struct BackwardRows {
             weight[e] = whole || rows.sees(e / 2, column + local + e % 2) ? exp2_fast(weight[e] * kLog2e) : 0.f;
     }
     // dP to ds, in place, and into the sums.
-    __device__ void step(float (&ds)[4], const float (&weight)[4], const Streamed<D, R, pass>& tile, int local) {
+    __device__ void step(float (&ds)[4], const float (&weight)[4], const Streamed<D, R, kKeys>& tile, int local) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
             float shift = delta[e / 2];
-            if constexpr (has_keys<pass>) {
+            if constexpr (kKeys) {
                 const float2 of_columns = tile.delta.pair(local);
                 shift = e % 2 ? of_columns.y : of_columns.x;
             }
             ds[e] = weight[e] * (ds[e] - shift);
             sum[e / 2] += ds[e];
         }
-        // The differences that made the scores serve the steps too: 4 R registers. Where those are not to be had, they are
-        // made again.
-        constexpr bool kForget = R > 8 || (R == 8 && D * (has_values<pass> ? 2 : 1) >= 128);
+        // The differences that made the scores serve the steps too, in 4 R registers; where those are not to be had,
+        // they are made again.
+        constexpr bool kForget = R > 8 || (R == 8 && D * (kKeys ? 2 : 1) >= 128);
         tile.scalars.template differences<kForget>(x, local, [&](int k, int r, int j, float d) {
             stepped[k][r] = fmaf(half_step(d), ds[2 * k + j], stepped[k][r]);
         });
     }
 };
 
-template <int D, int R, Pass pass>
+template <int D, int R, bool kKeys>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm(D, R)) attention_backward_kernel(AttentionBackward<bf16> p) {
-    __shared__ Streamed<D, R, pass> stages[2];
-    constexpr bool kKeys = has_keys<pass>;
+    __shared__ Streamed<D, R, kKeys> stages[2];
     const int head = blockIdx.y, tile = kKeys ? blockIdx.x : gridDim.x - 1 - blockIdx.x;  // causal: long rows first
     const int first = tile * kTile, warp_first = first + warp_number() * kWarpRows;
     const Sight sight =
         kKeys ? Sight::of_keys(p.seq, p.window, p.causal) : Sight::of_queries(p.seq, p.window, p.causal);
     const Band block(sight, first, min(first + kTile, p.seq.tokens) - 1);
     const Band warp(sight, warp_first, min(warp_first + kWarpRows, p.seq.tokens) - 1);
-    BackwardRows<D, R, pass> rows(p, sight, head, warp_first);
+    BackwardRows<D, R, kKeys> rows(p, sight, head, warp_first);
 
     const int begin = block.lo / kTile, tiles = ceil_div(block.hi, kTile) - begin;
     stages[0].load(p, head, begin * kTile);
@@ -477,12 +462,6 @@ dim3 tiles_of(const Args& p) {
     return dim3(static_cast<unsigned>(ceil_div(p.seq.tokens, kTile)), static_cast<unsigned>(p.heads));
 }
 
-template <int D, int R, Pass pass>
-void launch_backward(const Cuda& device, const AttentionBackward<bf16>& p) {
-    attention_backward_kernel<D, R, pass><<<tiles_of(p), kThreads, 0, stream_of(device)>>>(p);
-    LAUNCH_CHECK("attention_backward");
-}
-
 }  // namespace
 
 void attention_forward(const Cuda& device, const AttentionForward<bf16>& p) {
@@ -504,13 +483,10 @@ void attention_backward(const Cuda& device, const AttentionBackward<bf16>& p) {
         p, parts);
     LAUNCH_CHECK("attention_delta");
     with_sizes(static_cast<int>(p.v.cols / p.heads), p.scalars, [&]<int D, int R>() {
-        launch_backward<D, R, Pass::kQueries>(device, p);
-        if constexpr (D == 128 && R == 16) {
-            launch_backward<D, R, Pass::kKeyScalars>(device, p);
-            launch_backward<D, R, Pass::kKeyValues>(device, p);
-        } else {
-            launch_backward<D, R, Pass::kKeys>(device, p);
-        }
+        attention_backward_kernel<D, R, false><<<tiles_of(p), kThreads, 0, stream_of(device)>>>(p);
+        LAUNCH_CHECK("attention_backward, queries");
+        attention_backward_kernel<D, R, true><<<tiles_of(p), kThreads, 0, stream_of(device)>>>(p);
+        LAUNCH_CHECK("attention_backward, keys");
     });
 }
 void attention_decode(const Cuda& device, const AttentionDecode<bf16>& p) {

@@ -20,11 +20,10 @@ namespace fiedler {
 
 namespace {
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kTokens = 16;      // of one warp at a time
+constexpr int kTokens = 16;  // of one warp at a time
 constexpr int kMaxBlocks = kEnergyBlocks;
 constexpr int kMaxScalars = 16;
 constexpr int kParts = 3;
-template <int D>
 
 // ---- layout ----
 

@@ -82,7 +82,7 @@ __global__ __launch_bounds__(kThreads) void forward_rows(ForwardArgs a) {
     float sum = 0;
 #pragma unroll
     for (int k = 0; k < W::packs; ++k) sum += dot(x[k], x[k]);
-    const float r = rsqrtf(lanes_sum<W::lanes>(sum) / float(a.channels) + a.eps);
+    const float r = 1.f / sqrtf(lanes_sum<W::lanes>(sum) / float(a.channels) + a.eps);
     if (!active) return;
     if (lane == 0) a.rstd[row] = r;
 #pragma unroll
@@ -125,7 +125,7 @@ __global__ __launch_bounds__(kThreads) void forward_wide(ForwardArgs a) {
         const Pack<nv_bf16> v = load16(x + pack * kPackSize);
         sum += dot(v, v);
     }
-    const float r = rsqrtf(block_sum(sum, shared) / float(a.channels) + a.eps);
+    const float r = 1.f / sqrtf(block_sum(sum, shared) / float(a.channels) + a.eps);
     if (threadIdx.x == 0) a.rstd[row] = r;
     for (int pack = threadIdx.x; pack < packs; pack += kThreads)
         store16(a.y + row * a.ld_y + pack * kPackSize, scaled(load16(x + pack * kPackSize), r));

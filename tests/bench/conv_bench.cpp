@@ -4,18 +4,6 @@
 #include "tests/bench/harness.h"
 
 namespace fiedler::bench {
-namespace {
-
-#if FIEDLER_CUDA
-std::int64_t scratch_elements(std::int64_t tokens, std::int64_t channels) {
-    return conv_scratch_elements(tokens, channels);
-}
-#else
-std::int64_t scratch_elements(std::int64_t, std::int64_t) { return 1; }  // none is used
-#endif
-
-}  // namespace
-
 FIEDLER_BENCH(conv) {
     const std::int32_t count = suite.small ? 4 : 32, length = suite.small ? 256 : 1024;
     for (const std::int64_t channels : {std::int64_t(384), std::int64_t(1152)}) {
@@ -24,7 +12,7 @@ FIEDLER_BENCH(conv) {
         const auto input = [&] { return Mat<const Storage>(suite.random<Storage>(n), tokens, channels); };
         const Mat<const Accum> w(suite.random<Accum>(4 * channels), channels, 4);
         const Mat<Accum> dw(suite.zeros<Accum>(4 * channels), channels, 4);
-        const std::int64_t scratch = scratch_elements(tokens, channels);
+        const std::int64_t scratch = conv_scratch_elements(tokens, channels);
         const Mat<Storage> out(suite.zeros<Storage>(n), tokens, channels);
         const ConvForward<Storage> f{out, input(), w, Packed::uniform(count, length)};
         const ConvBackward<Storage> b{out, dw, input(), f.x, w, f.seq, {suite.zeros<Accum>(scratch), scratch}};

@@ -6,20 +6,12 @@
 namespace fiedler::bench {
 namespace {
 
-#if FIEDLER_CUDA
-std::int64_t scratch_elements(std::int64_t sequences, std::int64_t heads) {
-    return gate_scratch_elements(sequences, heads);
-}
-#else
-std::int64_t scratch_elements(std::int64_t, std::int64_t) { return 1; }  // none is used
-#endif
-
 void add_gate(Suite& s, std::int32_t count, std::int32_t length, std::int64_t heads) {
     const std::int64_t tokens = std::int64_t(count) * length, n = tokens * heads;
     const std::string shape = std::to_string(count) + "x" + std::to_string(length) + "x" + std::to_string(heads);
     const auto input = [&] { return Mat<const Accum>(s.random<Accum>(n), tokens, heads); };
     const Vec<const Accum> bias(s.random<Accum>(heads), heads);
-    const std::int64_t scratch = scratch_elements(count, heads);
+    const std::int64_t scratch = gate_scratch_elements(count, heads);
     GateForward<Accum> f;
     f.F = Mat<Accum>(s.zeros<Accum>(n), tokens, heads);
     f.z = input();

@@ -79,6 +79,9 @@ TEST(StepProgress, HasEveryNumberOnOneLine) {
         text.starts_with("step  120/1000  loss 4.1235  lr 2.00e-03  norm 0.512  1.23M tok/s  43.2% of peak  eta "));
     EXPECT_NE(text.find("eta "), std::string::npos);
     EXPECT_EQ(text.find('\n'), std::string::npos);
+    EXPECT_EQ(count_text(std::numeric_limits<double>::infinity()), "?");
+    EXPECT_EQ(duration_text(std::numeric_limits<double>::quiet_NaN()), "?");
+    EXPECT_EQ(duration_text(-1), "?");
     const std::string unknown = progress_text({1, 10, std::numeric_limits<double>::quiet_NaN(), 0, 0, 0, -1, -1});
     EXPECT_EQ(unknown.find("peak"), std::string::npos);
     EXPECT_EQ(unknown.find("eta"), std::string::npos);

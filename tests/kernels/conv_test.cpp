@@ -107,11 +107,6 @@ Values forward(const Dev& dev, const Problem& q, bool uniform, std::int64_t gap 
     return y.values();
 }
 
-std::int64_t scratch_elements(const Cpu&, const Problem&) { return 1; }
-#if FIEDLER_CUDA
-std::int64_t scratch_elements(const Cuda&, const Problem& q) { return conv_scratch_elements(q.tokens, q.channels); }
-#endif
-
 struct Gradients {
     Values dx, dw;
 };
@@ -121,7 +116,7 @@ Gradients backward(const Dev& dev, const Problem& q, bool uniform, std::int64_t 
     const Padded<T, Dev> x(dev, q.tokens, q.channels, q.channels + gap, q.x),
         dy(dev, q.tokens, q.channels, q.channels + 2 * gap, q.dy), dx(dev, q.tokens, q.channels, q.channels + 3 * gap);
     const Buffer<acc_t<T>, Dev> w(dev, to<acc_t<T>>(q.w)), dw(dev, to<acc_t<T>>(q.dw0)),
-        scratch(dev, std::size_t(scratch_elements(dev, q)));
+        scratch(dev, std::size_t(conv_scratch_elements(q.tokens, q.channels)));
     conv_backward(dev, ConvBackward<T>{dx.mat(), dw.mat(q.channels, 4), dy.mat(), x.mat(), w.mat(q.channels, 4),
                                        packing.seq, scratch.vec()});
     return {dx.values(), dw.values()};

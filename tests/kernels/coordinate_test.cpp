@@ -47,11 +47,12 @@ Result naive(const Problem& p) {
     const auto at = [](const Values& v, std::int64_t i) { return A(v[static_cast<std::size_t>(i)]); };
     const auto tap = [&](std::int64_t c, int k) { return p.convolution ? at(p.w, c * 4 + k) : A(k == 3); };
     Result r{Values(p.da.size()), Values(p.da.size()), Values(p.s.size()), p.dw0, p.dtemp0};
-    std::vector<A> dw(p.w.size(), A(0)), dtemp(p.log_temp.size(), A(0));
+    std::vector<A> dw(p.w.size(), A(0)), dtemp(p.log_temp.size(), A(0)), inverse_temp;
+    for (const double t : p.log_temp) inverse_temp.push_back(std::exp(-A(t)));
     for (std::int64_t i = 0; i < p.tokens; ++i)
         for (std::int64_t c = 0; c < width; ++c) {
             const std::int64_t h = c % half / p.scalars, out = i * half + c % half;
-            const A scale = std::exp(-at(p.log_temp, h));
+            const A scale = inverse_temp[static_cast<std::size_t>(h)];
             A lam = 0, ds = 0;
             for (int k = 0; k < 4; ++k) {
                 const std::int64_t before = i - 3 + k, after = i + 3 - k;

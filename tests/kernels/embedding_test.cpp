@@ -78,17 +78,12 @@ Values forward(const Dev& dev, const Problem& q, std::int64_t gap = 0) {
     return x.values();
 }
 
-std::size_t scratch_bytes(const Cpu&, const Problem&) { return 1; }
-#if FIEDLER_CUDA
-std::size_t scratch_bytes(const Cuda&, const Problem& q) { return embedding_scratch_bytes(q.count); }
-#endif
-
 template <class T, class Dev>
 Values backward(const Dev& dev, const Problem& q, std::int64_t gap = 0) {
     const Buffer<std::int32_t, Dev> tokens(dev, q.tokens);
     const Padded<T, Dev> dx(dev, q.count, q.channels, q.channels + gap, q.dx);
     const Padded<acc_t<T>, Dev> dtable(dev, q.vocab, q.channels, q.channels + 2 * gap, q.dtable0);
-    const Buffer<std::uint8_t, Dev> scratch(dev, scratch_bytes(dev, q));
+    const Buffer<std::uint8_t, Dev> scratch(dev, embedding_scratch_bytes(q.count));
     const Vec<std::byte> lent(reinterpret_cast<std::byte*>(scratch.data()), std::int64_t(scratch.size()));
     embedding_backward(dev, EmbeddingBackward<T>{dtable.mat(), tokens.vec(), dx.mat(), lent});
     return dtable.values();

@@ -105,13 +105,6 @@ Values forward(const Dev& dev, const Problem& q, bool uniform, std::int64_t gap 
     return F.values();
 }
 
-std::int64_t scratch_elements(const Cpu&, const Problem&) { return 1; }
-#if FIEDLER_CUDA
-std::int64_t scratch_elements(const Cuda&, const Problem& q) {
-    return gate_scratch_elements(std::int64_t(q.lengths.size()), q.heads);
-}
-#endif
-
 struct Gradients {
     Values dz, dbias;
 };
@@ -123,7 +116,7 @@ Gradients backward(const Dev& dev, const Problem& q, bool uniform, std::int64_t 
         dF(dev, q.tokens, q.heads, q.heads + 2 * gap, q.dF);
     const Padded<T, Dev> dz(dev, q.tokens, q.heads, q.heads + 3 * gap);
     const Buffer<A, Dev> bias(dev, to<A>(q.bias)), dbias(dev, to<A>(q.dbias0)),
-        scratch(dev, std::size_t(scratch_elements(dev, q)));
+        scratch(dev, std::size_t(gate_scratch_elements(packing.seq.count, q.heads)));
     gate_backward(dev,
                   GateBackward<T>{dz.mat(), dbias.vec(), dF.mat(), z.mat(), bias.vec(), packing.seq, scratch.vec()});
     return {dz.values(), dbias.values()};

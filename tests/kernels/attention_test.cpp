@@ -1,0 +1,499 @@
+// Scalar-distance attention: CPU against naive loops, finite differences and closed forms; GPU against the CPU.
+#include "kernels/attention.h"
+
+#include <algorithm>
+#include <sstream>
+
+#include "tests/support/buffer.h"
+#include "tests/support/compare.h"
+#include "tests/support/gradcheck.h"
+
+namespace fiedler::test {
+namespace {
+
+enum class Points { kNormal, kTied, kFar };  // how a and b lie: at random, many equal, up to 1e4 apart
+
+struct Case {
+    std::vector<std::int32_t> lengths;  // equal lengths run as a uniform packing
+    std::int32_t heads = 1, scalars = 1, width = 16, window = 0;
+    bool causal = true, gate = false;
+    Points points = Points::kNormal;
+
+    bool uniform() const {
+        return std::all_of(lengths.begin(), lengths.end(), [&](auto n) { return n == lengths[0]; });
+    }
+    std::string name() const {
+        std::ostringstream s;
+        s << "lengths";
+        for (const auto n : lengths) s << ' ' << n;
+        s << ", H " << heads << ", R " << scalars << ", D " << width << ", window " << window;
+        s << (causal ? ", causal" : "") << (gate ? ", gate" : "") << ", points " << int(points);
+        return s.str();
+    }
+};
+
+// Inputs of a case, all exactly representable in the precision of their role on the GPU.
+struct Inputs {
+    Case c;
+    Ragged ragged;
+    Values a, b, F, v, dout;
+
+    explicit Inputs(const Case& c_, std::uint64_t seed = 1) : c(c_), ragged(c_.lengths) {
+        const auto n = std::size_t(tokens()), hr = n * std::size_t(c.heads * c.scalars);
+        const double spread = c.points == Points::kFar ? 2500 : 1;
+        a = round_to<float>(random_values(hr, seed, spread));
+        b = round_to<float>(random_values(hr, seed + 1, spread));
+        if (c.points == Points::kTied) {
+            for (double& x : a) x = std::round(x);
+            for (double& x : b) x = std::round(x);
+        }
+        v = round_to<bf16>(random_values(n * std::size_t(c.heads * c.width), seed + 2));
+        dout = round_to<bf16>(random_values(v.size(), seed + 3));
+        if (!c.gate) return;
+        F = random_uniform(n * std::size_t(c.heads), seed + 4, -3, 0);  // log sigmoid, then its sum from each begin
+        for (std::int32_t i = 0; i < tokens(); ++i)
+            for (std::int32_t h = 0; h < c.heads; ++h) {
+                const auto k = std::size_t(i * c.heads + h);
+                F[k] *= std::exp(-double(h));
+                if (i > ragged.begin[std::size_t(i)]) F[k] += F[k - std::size_t(c.heads)];
+            }
+        F = round_to<float>(F);
+    }
+    std::int32_t tokens() const { return ragged.tokens(); }
+    std::int64_t values() const { return std::int64_t(c.heads) * c.width; }
+    Packed packed() const {
+        return c.uniform() ? Packed::uniform(std::int32_t(c.lengths.size()), c.lengths[0]) : ragged.packed();
+    }
+    bool sees(std::int32_t i, std::int32_t j) const {
+        return ragged.begin[std::size_t(i)] == ragged.begin[std::size_t(j)] && (!c.causal || j <= i) &&
+               (c.window == 0 || std::abs(i - j) < c.window);
+    }
+};
+
+struct Outputs {
+    Values o, lse, da, db, dF, dv, delta;
+};
+
+// The contract, pair by pair, in arithmetic A; weights of the two matrix products rounded to W, o and dv to S.
+template <class A, class W, class S>
+Outputs naive(const Inputs& in, const Values& o_given = {}, const Values& lse_given = {}) {
+    const auto n = in.tokens(), H = in.c.heads, R = in.c.scalars, D = in.c.width;
+    const auto a = to<A>(in.a), b = to<A>(in.b), F = to<A>(in.F), v = to<A>(in.v), g = to<A>(in.dout);
+    std::vector<A> o(v.size()), lse(std::size_t(n * H)), da(a.size()), db(a.size()), dF(F.size()), dv(v.size());
+    for (std::int32_t h = 0; h < H; ++h)
+        for (std::int32_t i = 0; i < n; ++i) {
+            const auto score = [&](std::int32_t j) {
+                A s = 0;
+                for (std::int32_t r = 0; r < R; ++r)
+                    s -= std::abs(a[std::size_t((i * H + h) * R + r)] - b[std::size_t((j * H + h) * R + r)]);
+                return F.empty() ? s : s + (F[std::size_t(i * H + h)] - F[std::size_t(j * H + h)]);
+            };
+            const auto ih = std::size_t(i * H + h);
+            A top = -INFINITY, sum = 0;
+            for (std::int32_t j = 0; j < n; ++j)
+                if (in.sees(i, j)) top = std::max(top, score(j));
+            for (std::int32_t j = 0; j < n; ++j) {
+                if (!in.sees(i, j)) continue;
+                const A p = std::exp(score(j) - top);
+                sum += p;
+                for (std::int32_t d = 0; d < D; ++d)
+                    o[ih * D + d] += A(widen(narrow<W>(p))) * v[std::size_t(j * H + h) * D + d];
+            }
+            for (std::int32_t d = 0; d < D; ++d) o[ih * D + d] /= sum;
+            lse[ih] = lse_given.empty() ? top + std::log(sum) : A(lse_given[ih]);
+            A delta = 0;
+            for (std::int32_t d = 0; d < D; ++d)
+                delta += g[ih * D + d] * (o_given.empty() ? o[ih * D + d] : A(o_given[ih * D + d]));
+            for (std::int32_t j = 0; j < n; ++j) {
+                if (!in.sees(i, j)) continue;
+                const auto jh = std::size_t(j * H + h);
+                const A p = std::exp(score(j) - lse[ih]);
+                A dp = 0;
+                for (std::int32_t d = 0; d < D; ++d) {
+                    dp += g[ih * D + d] * v[jh * D + d];
+                    dv[jh * D + d] += A(widen(narrow<W>(p))) * g[ih * D + d];
+                }
+                const A ds = p * (dp - delta);
+                for (std::int32_t r = 0; r < R; ++r) {
+                    const A x = a[ih * R + r], y = b[jh * R + r], sign = x > y ? 1 : x < y ? -1 : 0;
+                    da[ih * R + r] -= sign * ds;
+                    db[jh * R + r] += sign * ds;
+                }
+                if (!F.empty()) dF[jh] -= ds;
+            }
+        }
+    return {round_to<S>(from(o)), from(lse), from(da), from(db), from(dF), round_to<S>(from(dv)), {}};
+}
+
+// One case in the memory of a device, with padding between the rows of v, o and their gradients.
+template <class T, class Dev>
+struct Trial {
+    using A = acc_t<T>;
+    static constexpr std::int64_t kPad = 8;
+    const Dev& dev;
+    const Inputs& in;
+    std::int64_t n, ld;
+    Buffer<A, Dev> a, b, F, lse, delta, da, db, dF;
+    Buffer<T, Dev> v, o, dout, dv;
+    Buffer<std::int32_t, Dev> offsets, begin, end;
+
+    Trial(const Dev& d, const Inputs& i)
+        : dev(d),
+          in(i),
+          n(i.tokens()),
+          ld(i.values() + kPad),
+          a(d, to<A>(i.a)),
+          b(d, to<A>(i.b)),
+          F(d, to<A>(i.F)),
+          lse(d, std::size_t(n * i.c.heads)),
+          delta(d, lse.size()),
+          da(d, i.a.size()),
+          db(d, i.a.size()),
+          dF(d, i.F.size()),
+          v(d, padded(i.v)),
+          o(d, v.size()),
+          dout(d, padded(i.dout)),
+          dv(d, v.size()),
+          offsets(d, i.ragged.offsets),
+          begin(d, i.ragged.begin),
+          end(d, i.ragged.end) {}
+
+    std::vector<T> padded(const Values& x) const {
+        std::vector<T> y(std::size_t(n * ld), narrow<T>(NAN));
+        for (std::int64_t i = 0; i < n; ++i)
+            for (std::int64_t k = 0; k < in.values(); ++k)
+                y[std::size_t(i * ld + k)] = narrow<T>(x[std::size_t(i * in.values() + k)]);
+        return y;
+    }
+    // Without the padding, which must still hold the poison.
+    Values compact(const Buffer<T, Dev>& x) const {
+        const auto all = x.host();
+        Values y;
+        for (std::int64_t i = 0; i < n * ld; ++i) {
+            if (i % ld < in.values())
+                y.push_back(widen(all[std::size_t(i)]));
+            else
+                EXPECT_TRUE(std::isnan(widen(all[std::size_t(i)]))) << "padding written at " << i;
+        }
+        return y;
+    }
+    Packed packed() const {
+        Packed p = in.packed();
+        if (p.length == 0) p.offsets = offsets.data(), p.begin = begin.data(), p.end = end.data();
+        return p;
+    }
+    Mat<A> scalars(const Buffer<A, Dev>& x) const { return x.mat(n, in.c.heads * in.c.scalars); }
+    Mat<A> numbers(const Buffer<A, Dev>& x) const { return x.mat(n, in.c.heads); }
+    Mat<T> rows(const Buffer<T, Dev>& x) const { return {x.data(), n, in.values(), ld}; }
+
+    void forward() {
+        AttentionForward<T> p;
+        p.o = rows(o), p.lse = numbers(lse), p.a = scalars(a), p.b = scalars(b), p.v = rows(v);
+        if (in.c.gate) p.F = numbers(F);
+        p.seq = packed(), p.heads = in.c.heads, p.scalars = in.c.scalars, p.window = in.c.window,
+        p.causal = in.c.causal;
+        attention_forward(dev, p);
+    }
+    void backward() {
+        AttentionBackward<T> p;
+        p.da = scalars(da), p.db = scalars(db), p.dv = rows(dv), p.delta = numbers(delta);
+        p.a = scalars(a), p.b = scalars(b), p.v = rows(v), p.o = rows(o), p.do_ = rows(dout), p.lse = numbers(lse);
+        if (in.c.gate) p.F = numbers(F), p.dF = numbers(dF);
+        p.seq = packed(), p.heads = in.c.heads, p.scalars = in.c.scalars, p.window = in.c.window,
+        p.causal = in.c.causal;
+        attention_backward(dev, p);
+    }
+    // o and lse as the backward pass finds them
+    void give(const Values& o_values, const Values& lse_values) {
+        const auto x = padded(o_values);
+        const auto y = to<A>(lse_values);
+        copy_to_device(dev, o.data(), x.data(), o.bytes());
+        copy_to_device(dev, lse.data(), y.data(), lse.bytes());
+    }
+    Outputs outputs() const {
+        return {compact(o), lse.values(), da.values(), db.values(), dF.values(), compact(dv), delta.values()};
+    }
+};
+
+const Cpu kCpu;
+
+template <class T>
+Outputs cpu(const Inputs& in, const Cpu& dev = kCpu) {
+    Trial<T, Cpu> run(dev, in);
+    run.forward();
+    run.backward();
+    return run.outputs();
+}
+
+const std::vector<Case> kCpuCases = {
+    {.lengths = {1}},
+    {.lengths = {7, 7}, .heads = 2, .scalars = 3, .width = 5, .gate = true},
+    {.lengths = {33, 33}, .heads = 2, .scalars = 8, .width = 32, .gate = true},
+    {.lengths = {40}, .heads = 3, .scalars = 2, .width = 64, .causal = false},
+    {.lengths = {40}, .scalars = 2, .window = 5, .causal = false},
+    {.lengths = {40}, .scalars = 16, .window = 5, .gate = true},
+    {.lengths = {40}, .window = 1},
+    {.lengths = {1, 3, 70, 64, 17}, .heads = 2, .scalars = 4, .width = 24, .gate = true},
+    {.lengths = {1, 3, 70, 64, 17}, .scalars = 1, .causal = false},
+    {.lengths = {50}, .heads = 2, .scalars = 2, .gate = true, .points = Points::kTied},
+    {.lengths = {50}, .scalars = 4, .points = Points::kFar},
+};
+
+TEST(Attention, MatchesNaiveLoops) {
+    for (const Case& c : kCpuCases) {
+        SCOPED_TRACE(c.name());
+        const Inputs in(c);
+        const Outputs got = cpu<double>(in), want = naive<double, double, double>(in);
+        // lse of up to 1e4 has an absolute error of 1e-12, which the weights of the far points inherit
+        const double tolerance = c.points == Points::kFar ? 1e-10 : 1e-12;
+        EXPECT_TRUE(close_to(got.o, want.o, tolerance));
+        EXPECT_TRUE(close_to(got.lse, want.lse, tolerance));
+        EXPECT_TRUE(close_to(got.dv, want.dv, tolerance));
+        if (in.tokens() == 1 || c.window == 1) continue;  // one key: ds is rounding
+        EXPECT_TRUE(close_to(got.da, want.da, tolerance));
+        EXPECT_TRUE(close_to(got.db, want.db, tolerance));
+        if (c.gate) {
+            EXPECT_TRUE(close_to(got.dF, want.dF, tolerance));
+        }
+    }
+}
+TEST(Attention, FloatMatchesDouble) {
+    for (const Case& c : kCpuCases) {
+        SCOPED_TRACE(c.name());
+        const Inputs in(c);
+        const Outputs got = cpu<float>(in), want = cpu<double>(in), low = naive<float, float, float>(in);
+        EXPECT_TRUE(close(got.o, want.o, low.o));
+        EXPECT_TRUE(close(got.lse, want.lse, low.lse));
+        EXPECT_TRUE(close(got.dv, want.dv, low.dv));
+        if (in.tokens() == 1 || c.window == 1) continue;
+        EXPECT_TRUE(close(got.da, want.da, low.da));
+        EXPECT_TRUE(close(got.db, want.db, low.db));
+        if (c.gate) {
+            EXPECT_TRUE(close(got.dF, want.dF, low.dF));
+        }
+    }
+}
+TEST(Attention, GradientsMatchFiniteDifferences) {
+    for (const Case& c :
+         std::vector<Case>{{.lengths = {6, 6}, .heads = 2, .scalars = 3, .width = 4, .gate = true},
+                           {.lengths = {2, 9, 1}, .heads = 2, .scalars = 1, .width = 3, .window = 4, .gate = true},
+                           {.lengths = {9}, .scalars = 2, .width = 4, .window = 3, .causal = false},
+                           {.lengths = {4, 7}, .scalars = 5, .width = 4, .causal = false}}) {
+        SCOPED_TRACE(c.name());
+        Inputs in(c);
+        // a on multiples of 0.1 and b half-way between: no difference within 10 h of the kink at zero
+        for (double& x : in.a) x = std::round(10 * x) / 10;
+        for (double& x : in.b) x = std::round(10 * x) / 10 + 0.05;
+        const Outputs grad = cpu<double>(in);
+        const auto loss = [&] {
+            Trial<double, Cpu> run(kCpu, in);
+            run.forward();
+            return inner(in.dout, run.compact(run.o));
+        };
+        EXPECT_TRUE(gradient_matches(grad.da, in.a, loss));
+        EXPECT_TRUE(gradient_matches(grad.db, in.b, loss));
+        EXPECT_TRUE(gradient_matches(grad.dv, in.v, loss));
+        if (c.gate) {
+            EXPECT_TRUE(gradient_matches(grad.dF, in.F, loss));
+        }
+    }
+}
+// Equal scalars, no gate: the output is the running mean, lse the logarithm of the count, and every sign is zero.
+TEST(Attention, EqualScalarsAverageAndHaveNoScalarGradient) {
+    Inputs in({.lengths = {100}, .scalars = 3});
+    std::fill(in.a.begin(), in.a.end(), 0.7);
+    std::fill(in.b.begin(), in.b.end(), 0.7);
+    const Outputs got = cpu<double>(in);
+    Values mean(in.v.size()), lse(100), sum(16);
+    for (std::size_t i = 0; i < 100; ++i) {
+        lse[i] = std::log(double(i + 1));
+        for (std::size_t d = 0; d < 16; ++d) mean[i * 16 + d] = (sum[d] += in.v[i * 16 + d]) / double(i + 1);
+    }
+    EXPECT_TRUE(close_to(got.o, mean, 1e-13));
+    EXPECT_TRUE(close_to(got.lse, lse, 1e-13));
+    for (const double x : got.da) ASSERT_EQ(x, 0);
+    for (const double x : got.db) ASSERT_EQ(x, 0);
+}
+TEST(Attention, DistantScalarsDoNotUnderflow) {
+    Inputs in({.lengths = {2}});
+    in.a = {0, 0}, in.b = {1e4, 1e4 + std::log(2.0)};  // exp(-1e4) is zero in double
+    const Outputs got = cpu<double>(in);
+    for (std::size_t d = 0; d < 16; ++d) EXPECT_NEAR(got.o[16 + d], (2 * in.v[d] + in.v[16 + d]) / 3, 1e-11);
+    EXPECT_NEAR(got.lse[1], -1e4 + std::log(1.5), 1e-11);
+}
+TEST(Attention, ResultsDoNotDependOnThreads) {
+    const Inputs in({.lengths = {1, 3, 70, 64, 17}, .heads = 3, .scalars = 3, .width = 24, .gate = true});
+    const Outputs one = cpu<float>(in, Cpu{1}), four = cpu<float>(in, Cpu{4});
+    const auto same = [](const Values& x, const Values& y) { return identical(x.data(), y.data(), x.size() * 8); };
+    EXPECT_TRUE(same(one.o, four.o));
+    EXPECT_TRUE(same(one.lse, four.lse));
+    EXPECT_TRUE(same(one.da, four.da));
+    EXPECT_TRUE(same(one.db, four.db));
+    EXPECT_TRUE(same(one.dF, four.dF));
+    EXPECT_TRUE(same(one.dv, four.dv));
+}
+TEST(Attention, RefusesBrokenContracts) {
+    const Inputs in({.lengths = {8}, .gate = true});
+    Trial<float, Cpu> run(kCpu, in);
+    AttentionForward<float> p;
+    p.o = run.rows(run.o), p.lse = run.numbers(run.lse), p.a = run.scalars(run.a), p.b = run.scalars(run.b);
+    p.v = run.rows(run.v), p.F = run.numbers(run.F), p.seq = run.packed();
+    EXPECT_NO_THROW(attention_forward(kCpu, p));
+    p.causal = false;  // a gate needs causality
+    EXPECT_THROW(attention_forward(kCpu, p), ContractError);
+    p.causal = true, p.scalars = 2;
+    EXPECT_THROW(attention_forward(kCpu, p), ContractError);
+}
+
+// The last query of a sequence, decoded, against the last row of the forward pass.
+template <class T, class Dev>
+Values decode(const Dev& dev, const Inputs& in) {
+    Trial<T, Dev> run(dev, in);
+    Buffer<T, Dev> o(dev, std::size_t(in.values()));
+    AttentionDecode<T> p;
+    p.o = o.vec(), p.b = run.scalars(run.b), p.v = run.rows(run.v);
+    const auto hr = std::int64_t(in.c.heads) * in.c.scalars;
+    p.a = {run.a.data() + (run.n - 1) * hr, hr};
+    if (in.c.gate) p.F = run.numbers(run.F);
+    p.heads = in.c.heads, p.scalars = in.c.scalars, p.window = in.c.window;
+    attention_decode(dev, p);
+    return o.values();
+}
+Values last_row(const Values& x, std::int64_t width) { return Values(x.end() - width, x.end()); }
+
+TEST(Attention, DecodeMatchesForward) {
+    for (const Case& c : std::vector<Case>{{.lengths = {1}},
+                                           {.lengths = {77}, .heads = 3, .scalars = 3, .width = 24, .gate = true},
+                                           {.lengths = {77}, .heads = 2, .scalars = 8, .window = 20}}) {
+        SCOPED_TRACE(c.name());
+        const Inputs in(c);
+        EXPECT_TRUE(close_to(decode<double>(kCpu, in), last_row(cpu<double>(in).o, in.values()), 1e-13));
+    }
+}
+
+#if FIEDLER_CUDA
+void check_gpu(const Case& c) {
+    SCOPED_TRACE(c.name());
+    const Inputs in(c);
+    Trial<double, Cpu> reference(kCpu, in);
+    reference.forward();
+    const Values want_o = reference.compact(reference.o), want_lse = reference.lse.values();
+    const Values o = round_to<bf16>(want_o), lse = round_to<float>(want_lse);
+    reference.give(o, lse);
+    reference.backward();
+    const Outputs want = reference.outputs(), low = naive<float, bf16, bf16>(in, o, lse);
+    const Outputs low_forward = naive<float, bf16, bf16>(in);
+
+    Trial<bf16, Cuda> run(gpu(), in);
+    run.forward();
+    const Values got_o = run.compact(run.o), got_lse = run.lse.values();
+    EXPECT_TRUE(close(got_o, want_o, low_forward.o)) << "o";
+    EXPECT_TRUE(close(got_lse, want_lse, low_forward.lse)) << "lse";
+    run.give(o, lse);
+    run.backward();
+    const Outputs got = run.outputs();
+    EXPECT_TRUE(close(got.dv, want.dv, low.dv)) << "dv";
+    EXPECT_TRUE(close(got.delta, want.delta, want.delta)) << "delta";
+    EXPECT_TRUE(close(got.da, want.da, low.da)) << "da";
+    EXPECT_TRUE(close(got.db, want.db, low.db)) << "db";
+    if (c.gate) {
+        EXPECT_TRUE(close(got.dF, want.dF, low.dF)) << "dF";
+    }
+
+    Trial<bf16, Cuda> again(gpu(), in);  // bit-equal from run to run
+    again.forward();
+    EXPECT_TRUE(identical(again.compact(again.o).data(), got_o.data(), got_o.size() * 8));
+    again.give(o, lse);
+    again.backward();
+    const Outputs second = again.outputs();
+    EXPECT_TRUE(identical(second.da.data(), got.da.data(), got.da.size() * 8));
+    EXPECT_TRUE(identical(second.db.data(), got.db.data(), got.db.size() * 8));
+    EXPECT_TRUE(identical(second.dv.data(), got.dv.data(), got.dv.size() * 8));
+    if (c.gate) {
+        EXPECT_TRUE(identical(second.dF.data(), got.dF.data(), got.dF.size() * 8));
+    }
+}
+
+// Every instantiation, and the scalars that are padded to one of them.
+TEST(Attention, GpuMatchesReferenceAtEveryWidthAndNumberOfScalars) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const std::int32_t width : {16, 32, 64, 128})
+        for (const std::int32_t scalars : {1, 2, 3, 4, 5, 8, 16})
+            check_gpu({.lengths = {129}, .heads = 2, .scalars = scalars, .width = width, .gate = true});
+}
+TEST(Attention, GpuMatchesReferenceAtEveryLength) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const std::int32_t n : {1, 3, 7, 15, 16, 17, 63, 64, 65, 129, 514})
+        for (const std::int32_t count : {1, 3}) {
+            const std::vector<std::int32_t> lengths(std::size_t(count), n);
+            check_gpu({.lengths = lengths, .heads = 2, .scalars = 2, .width = 64, .gate = true});
+            check_gpu({.lengths = lengths, .heads = 1, .scalars = 8, .width = 32});
+            check_gpu({.lengths = lengths, .heads = 3, .scalars = 1, .width = 32, .causal = false});
+        }
+    check_gpu({.lengths = {1024}, .heads = 3, .scalars = 8, .width = 64, .gate = true});
+    check_gpu({.lengths = {1024}, .scalars = 1, .width = 64, .causal = false});
+}
+TEST(Attention, GpuMatchesReferenceInWindows) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const std::int32_t window : {1, 5, 64, 100, 1 << 30})
+        for (const bool causal : {true, false}) {
+            check_gpu({.lengths = {300, 300},
+                       .heads = 2,
+                       .scalars = 3,
+                       .width = 32,
+                       .window = window,
+                       .causal = causal,
+                       .gate = causal});
+            check_gpu({.lengths = {1, 3, 70, 64, 129}, .scalars = 1, .width = 64, .window = window, .causal = causal});
+        }
+}
+TEST(Attention, GpuMatchesReferenceOnRaggedSequences) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const auto& lengths : std::vector<std::vector<std::int32_t>>{
+             {1, 3, 70, 64, 129}, {200, 1}, {1, 200}, {5, 9, 1, 1, 2, 30, 7, 7, 11, 22, 4, 19, 3, 63, 65}}) {
+        check_gpu({.lengths = lengths, .heads = 2, .scalars = 4, .width = 64, .gate = true});
+        check_gpu({.lengths = lengths, .heads = 2, .scalars = 1, .width = 16});
+        check_gpu({.lengths = lengths, .heads = 1, .scalars = 16, .width = 128, .causal = false});
+    }
+}
+TEST(Attention, GpuMatchesReferenceAtTiesAndFarApart) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const std::int32_t scalars : {1, 3, 8})
+        for (const Points points : {Points::kTied, Points::kFar}) {
+            check_gpu({.lengths = {129}, .heads = 2, .scalars = scalars, .width = 64, .gate = true, .points = points});
+            check_gpu({.lengths = {129}, .scalars = scalars, .width = 32, .causal = false, .points = points});
+        }
+}
+TEST(Attention, GpuScalarGradientsOfEqualScalarsAreExactlyZero) {
+    FIEDLER_GPU_OR_SKIP();
+    Inputs in({.lengths = {200}, .heads = 2, .scalars = 3, .width = 64});
+    std::fill(in.a.begin(), in.a.end(), 0.75);
+    std::fill(in.b.begin(), in.b.end(), 0.75);
+    Trial<bf16, Cuda> run(gpu(), in);
+    run.forward();
+    run.backward();
+    const Outputs got = run.outputs();
+    for (const double x : got.da) ASSERT_EQ(x, 0);
+    for (const double x : got.db) ASSERT_EQ(x, 0);
+}
+TEST(Attention, GpuDecodeMatchesReference) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const std::int32_t n : {1, 7, 32, 33, 511, 514, 1500})
+        for (const std::int32_t width : {16, 32, 64, 128})
+            for (const std::int32_t window : {0, 1, 40, 5000})
+                for (const bool gate : {false, true}) {
+                    const Inputs in({.lengths = {n},
+                                     .heads = 2,
+                                     .scalars = 1 + n % 16,
+                                     .width = width,
+                                     .window = window,
+                                     .gate = gate});
+                    SCOPED_TRACE(in.c.name());
+                    const Values want = decode<double>(kCpu, in), low = round_to<bf16>(decode<float>(kCpu, in));
+                    EXPECT_TRUE(close(decode<bf16>(gpu(), in), want, low));
+                }
+}
+#endif
+
+}  // namespace
+}  // namespace fiedler::test
