@@ -8,6 +8,7 @@
 #include "engine/bundle.h"
 #include "engine/checkpoint.h"
 #include "engine/commands.h"
+#include "engine/dataset.h"
 #include "engine/error.h"
 #include "engine/weights.h"
 #include "kernels/dtype.h"

@@ -306,6 +306,9 @@ std::unique_ptr<Decoder> Runner<Dev, T>::decoder(std::int64_t capacity) {
         plan_.tokens);
 }
 
+template struct RunLayout<float>;
+template struct RunLayout<double>;
+template struct RunLayout<bf16>;
 FIEDLER_RUNNER_INSTANCES()
 
 }  // namespace fiedler

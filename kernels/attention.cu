@@ -68,7 +68,7 @@ struct RunningSoftmax {
 #pragma unroll
             for (int n = 0; n < kTile / 8; ++n) best = fmaxf(best, fmaxf(s[n][2 * k], s[n][2 * k + 1]));
             top[k] = fmaxf(top[k], row_max(best));
-            const float wanted = top[k] * kLog2e;
+            const float wanted = __fmul_rn(top[k], kLog2e);  // not fused: base - shift is exactly 0 if top stays
             const float shift = top[k] == -INFINITY ? 0.f : wanted;  // nothing seen so far: every weight is 2^-inf
             rescale[k] = exp2_fast(base[k] - shift);
             base[k] = wanted;
@@ -335,7 +335,7 @@ struct BackwardRows {
                 const float2 of_columns = tile.delta.pair(local);
                 shift = e % 2 ? of_columns.y : of_columns.x;
             }
-            ds[e] = weight[e] * (ds[e] - shift);
+            ds[e] = __fmul_rn(weight[e], ds[e] - shift);  // rounded once: both sums must see the same number
             sum[e / 2] += ds[e];
         }
         // The differences that made the scores serve the steps too, in 4 R registers; where those are not to be had,

@@ -8,7 +8,8 @@
 //            on Cuda data and row strides 16-byte aligned. y is of type O: T, or acc_t<T> (scalars, gates).
 // Writes     y overwritten; residual (optional, same shape and type as y) may be y itself or another matrix (cuBLASLt's C and D).
 //            dx overwritten, or accumulated when `accumulate`; must not alias dy. dW always accumulated (+=).
-// Numerics   products of T, sums in acc_t<T>, one rounding to the output type after the epilogue.
+// Numerics   products of T, sums in acc_t<T>, one rounding to the output type after the epilogue
+//            (Cuda: a product of one row may be rounded to it once more before the addend comes in).
 //            Cuda: cuBLASLt, algorithm chosen once per shape by heuristic and kept: bit-equal from run to run.
 //            Cuda's workspace is used; without one (0 bytes) only algorithms that need none.
 #pragma once

@@ -68,10 +68,23 @@ struct Inputs {
         return ragged.begin[std::size_t(i)] == ragged.begin[std::size_t(j)] && (!c.causal || j <= i) &&
                (c.window == 0 || std::abs(i - j) < c.window);
     }
+    // Every query sees itself only: ds is zero, but for the rounding of two sums of do v over the width in float.
+    bool alone() const {
+        return c.window == 1 || std::all_of(c.lengths.begin(), c.lengths.end(), [](auto n) { return n == 1; });
+    }
+    double rounding_of_ds() const {
+        double largest = 0;
+        for (std::size_t row = 0; row < v.size(); row += std::size_t(c.width)) {
+            double sum = 0;
+            for (std::size_t d = row; d < row + std::size_t(c.width); ++d) sum += std::abs(dout[d] * v[d]);
+            largest = std::max(largest, sum);
+        }
+        return 8 * 1.2e-7 * largest * c.scalars;
+    }
 };
 
 struct Outputs {
-    Values o, lse, da, db, dF, dv, delta;
+    Values o, lse, da, db, dF, dv;
 };
 
 // The contract, pair by pair, in arithmetic A; weights of the two matrix products rounded to W, o and dv to S.
@@ -122,7 +135,7 @@ Outputs naive(const Inputs& in, const Values& o_given = {}, const Values& lse_gi
                 if (!F.empty()) dF[jh] -= ds;
             }
         }
-    return {round_to<S>(from(o)), from(lse), from(da), from(db), from(dF), round_to<S>(from(dv)), {}};
+    return {round_to<S>(from(o)), from(lse), from(da), from(db), from(dF), round_to<S>(from(dv))};
 }
 
 // One case in the memory of a device, with padding between the rows of v, o and their gradients.
@@ -210,9 +223,7 @@ struct Trial {
         copy_to_device(dev, o.data(), x.data(), o.bytes());
         copy_to_device(dev, lse.data(), y.data(), lse.bytes());
     }
-    Outputs outputs() const {
-        return {compact(o), lse.values(), da.values(), db.values(), dF.values(), compact(dv), delta.values()};
-    }
+    Outputs outputs() const { return {compact(o), lse.values(), da.values(), db.values(), dF.values(), compact(dv)}; }
 };
 
 const Cpu kCpu;
@@ -249,7 +260,7 @@ TEST(Attention, MatchesNaiveLoops) {
         EXPECT_TRUE(close_to(got.o, want.o, tolerance));
         EXPECT_TRUE(close_to(got.lse, want.lse, tolerance));
         EXPECT_TRUE(close_to(got.dv, want.dv, tolerance));
-        if (in.tokens() == 1 || c.window == 1) continue;  // one key: ds is rounding
+        if (in.alone()) continue;  // ds is rounding
         EXPECT_TRUE(close_to(got.da, want.da, tolerance));
         EXPECT_TRUE(close_to(got.db, want.db, tolerance));
         if (c.gate) {
@@ -265,7 +276,7 @@ TEST(Attention, FloatMatchesDouble) {
         EXPECT_TRUE(close(got.o, want.o, low.o));
         EXPECT_TRUE(close(got.lse, want.lse, low.lse));
         EXPECT_TRUE(close(got.dv, want.dv, low.dv));
-        if (in.tokens() == 1 || c.window == 1) continue;
+        if (in.alone()) continue;
         EXPECT_TRUE(close(got.da, want.da, low.da));
         EXPECT_TRUE(close(got.db, want.db, low.db));
         if (c.gate) {
@@ -393,11 +404,15 @@ void check_gpu(const Case& c) {
     run.backward();
     const Outputs got = run.outputs();
     EXPECT_TRUE(close(got.dv, want.dv, low.dv)) << "dv";
-    EXPECT_TRUE(close(got.delta, want.delta, want.delta)) << "delta";
-    EXPECT_TRUE(close(got.da, want.da, low.da)) << "da";
-    EXPECT_TRUE(close(got.db, want.db, low.db)) << "db";
-    if (c.gate) {
-        EXPECT_TRUE(close(got.dF, want.dF, low.dF)) << "dF";
+    if (in.alone()) {
+        for (const Values* gradient : {&got.da, &got.db, &got.dF})
+            for (const double x : *gradient) EXPECT_LE(std::abs(x), in.rounding_of_ds());
+    } else {
+        EXPECT_TRUE(close(got.da, want.da, low.da)) << "da";
+        EXPECT_TRUE(close(got.db, want.db, low.db)) << "db";
+        if (c.gate) {
+            EXPECT_TRUE(close(got.dF, want.dF, low.dF)) << "dF";
+        }
     }
 
     Trial<bf16, Cuda> again(gpu(), in);  // bit-equal from run to run
@@ -426,9 +441,10 @@ TEST(Attention, GpuMatchesReferenceAtEveryLength) {
     for (const std::int32_t n : {1, 3, 7, 15, 16, 17, 63, 64, 65, 129, 514})
         for (const std::int32_t count : {1, 3}) {
             const std::vector<std::int32_t> lengths(std::size_t(count), n);
-            check_gpu({.lengths = lengths, .heads = 2, .scalars = 2, .width = 64, .gate = true});
-            check_gpu({.lengths = lengths, .heads = 1, .scalars = 8, .width = 32});
-            check_gpu({.lengths = lengths, .heads = 3, .scalars = 1, .width = 32, .causal = false});
+            const std::int32_t heads = n < 63 ? 8 : 2;  // enough values for an error to be typical
+            check_gpu({.lengths = lengths, .heads = heads, .scalars = 2, .width = 64, .gate = true});
+            check_gpu({.lengths = lengths, .heads = heads, .scalars = 8, .width = 32});
+            check_gpu({.lengths = lengths, .heads = heads + 1, .scalars = 1, .width = 32, .causal = false});
         }
     check_gpu({.lengths = {1024}, .heads = 3, .scalars = 8, .width = 64, .gate = true});
     check_gpu({.lengths = {1024}, .scalars = 1, .width = 64, .causal = false});
