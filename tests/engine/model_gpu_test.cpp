@@ -1,5 +1,6 @@
 // tests/engine/model_gpu_test.cpp: the whole model on the GPU against the double CPU reference: loss and every parameter's
-// gradient. The tolerance is twice the error of the CPU model whose outputs are rounded to bf16 where the GPU's are.
+// gradient. The tolerance is twice the error of the CPU model whose outputs are rounded to bf16 where the GPU's are
+// (tests/support/rounding_cpu.h).
 #include "tests/support/rounding_cpu.h"
 // The model's templates for RoundingCpu: their sources, without the instances that the engine library holds.
 #include "engine/model_instances.h"
@@ -79,11 +80,12 @@ RunPlan plan_of(const Shape& s) {
 
 // The rounded model, laid out like a Runner but without one.
 double rounded_gradients(const ModelSpec& spec, const RunPlan& run, const std::vector<float>& w, const Batch& host,
-                         std::vector<float>& grads) {
+                         std::uint32_t dither, std::vector<float>& grads) {
     const ParamTable table(spec);
     const HostLaplacian lap = path_laplacian(spec.head_dim());
     const ActivationPlan plan = activation_plan(spec, run, true);
     RoundingCpu cpu;
+    cpu.dither = dither;
     Arena arena;
     RunLayout<float>(arena, spec, table, lap, plan, false);
     arena.commit(memory_of(cpu));
@@ -123,16 +125,34 @@ TEST_P(ModelGpu, LossAndGradientsMatchTheCpu) {
     reference.write(Block::master, w.data());
     device.write(Block::master, w.data());
     std::vector<double> want;
-    std::vector<float> got, low, again;
+    std::vector<float> got, again;
     const double want_loss = reference.loss_and_gradients(batch, want);
     const double got_loss = device.loss_and_gradients(batch, got);
-    const double low_loss = rounded_gradients(spec, plan, w, batch, low);
-    EXPECT_LE(std::abs(got_loss - want_loss), 2 * std::abs(low_loss - want_loss) + 2e-3 * want_loss);
+    constexpr std::uint32_t kEvaluations = 16;
+    std::vector<std::vector<float>> low(kEvaluations);
+    double low_error = 0, largest = 0;
+    for (std::uint32_t k = 0; k < kEvaluations; ++k)
+        low_error = std::max(low_error, std::abs(rounded_gradients(spec, plan, w, batch, k, low[k]) - want_loss));
+    for (const double g : want) largest = std::max(largest, std::abs(g));
+    EXPECT_LE(std::abs(got_loss - want_loss), 2 * low_error + 1e-6 * want_loss);
     for (const ParamTensor& t : reference.table().tensor) {
         if (t.group == Group::frozen) continue;
         SCOPED_TRACE(t.name);
         const auto part = [&](const auto& block) { return Values(block.begin() + t.offset, block.begin() + t.offset + t.size()); };
-        EXPECT_TRUE(test::close(part(got), part(want), part(low)));
+        test::Error allowed;
+        for (const auto& evaluation : low) {
+            const test::Error e = test::measure(part(evaluation), part(want));
+            ASSERT_EQ(e.nonfinite, 0u);
+            allowed.max = std::max(allowed.max, e.max);
+            allowed.rms = std::max(allowed.rms, e.rms);
+        }
+        // Gradients that vanish identically (one token alone) leave the rounding of f32 sums at the scale of the others.
+        const double floor = 1e-6 * largest;
+        const test::Error e = test::measure(part(got), part(want));
+        ASSERT_GT(e.count, 0u);
+        EXPECT_EQ(e.nonfinite, 0u);
+        EXPECT_LE(e.max, 2 * allowed.max + floor) << "worst at " << e.worst << ", scale " << e.scale;
+        EXPECT_LE(e.rms, 2 * allowed.rms + floor) << "scale " << e.scale;
     }
     EXPECT_EQ(device.loss_and_gradients(batch, again), got_loss);
     EXPECT_TRUE(test::identical(again.data(), got.data(), got.size() * sizeof(float))) << "two runs differ";

@@ -408,10 +408,17 @@ void check_gpu(const Case& c) {
         for (const Values* gradient : {&got.da, &got.db, &got.dF})
             for (const double x : *gradient) EXPECT_LE(std::abs(x), in.rounding_of_ds());
     } else {
-        EXPECT_TRUE(close(got.da, want.da, low.da)) << "da";
-        EXPECT_TRUE(close(got.db, want.db, low.db)) << "db";
+        // Far apart, a query may have one key with all the weight: then ds is the difference of two equal numbers, and what is
+        // left is their rounding, whatever the size of the gradient.
+        const auto coarse = [&](Values gradient) {
+            if (c.points == Points::kFar)
+                for (double& x : gradient) x += in.rounding_of_ds() / 8;
+            return gradient;
+        };
+        EXPECT_TRUE(close(got.da, want.da, coarse(low.da))) << "da";
+        EXPECT_TRUE(close(got.db, want.db, coarse(low.db))) << "db";
         if (c.gate) {
-            EXPECT_TRUE(close(got.dF, want.dF, low.dF)) << "dF";
+            EXPECT_TRUE(close(got.dF, want.dF, coarse(low.dF))) << "dF";
         }
     }
 
