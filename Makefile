@@ -21,7 +21,7 @@ endif
 PACKAGES := build-essential cmake ninja-build pkg-config clang-format python3 libcli11-dev libfmt-dev libgtest-dev \
             nlohmann-json3-dev libeigen3-dev libsentencepiece-dev libxxhash-dev
 
-.PHONY: all setup build cuda release train test bench gpu-check format format-check clean
+.PHONY: all setup build cuda release train test bench gpu-check smoke format format-check clean
 all: build
 
 setup:
@@ -32,6 +32,7 @@ build: setup
 	@cmake --build build -j $(JOBS)
 
 cuda: setup
+	@[ -n "$(NVCC)" ] || { echo "make cuda needs nvcc (the CUDA toolkit), and there is none on the PATH"; exit 1; }
 	@cmake -S . -B build/cuda -G "$(GENERATOR)" -DFIEDLER_CUDA=ON -DFIEDLER_ARCHS="$(call list,$(ARCHS))" -DCMAKE_CUDA_COMPILER=$(NVCC)
 	@cmake --build build/cuda -j $(JOBS)
 
@@ -39,10 +40,10 @@ release: setup
 	@cmake -S . -B build/release -G "$(GENERATOR)" -DFIEDLER_CUDA=ON -DFIEDLER_ARCHS="$(call list,$(RELEASE_ARCHS))" -DCMAKE_CUDA_COMPILER=$(NVCC)
 	@cmake --build build/release -j $(JOBS)
 
-# A model from this machine's own C and C++ headers: no download, a few minutes without a GPU.
+# A model from this machine's own C and C++ headers: no download, a few minutes without a GPU. make train TRAIN_FLAGS="--steps 1000"
 TRAIN_FLAGS ?=
 train: build
-	@build/bin/fiedler train --data /usr/include $(TRAIN_FLAGS)
+	@build/bin/fiedler train --data /usr/include --extensions h,hh,hpp,hxx --max-bytes 32MB $(TRAIN_FLAGS)
 
 test: build
 	@ctest --test-dir build --output-on-failure -j $(JOBS)
@@ -53,6 +54,13 @@ bench: build
 
 gpu-check: build
 	@tools/gpu_check --bin build/bin
+
+# Small enough for any machine: is the loss below that of a model that only counts tokens?
+smoke: build
+	@rm -rf build/smoke
+	@build/bin/fiedler train --data /usr/include --extensions h --max-bytes 8MB --steps 80 --val-every 40 --device cpu \
+	    --log-every 10 --data-cache build/smoke/cache --out build/smoke/run
+	@python3 tools/check_run build/smoke/run
 
 FORMATTED := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 format:

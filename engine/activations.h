@@ -1,8 +1,8 @@
 // engine/activations.h: ONE table of activations: name, shape, type, lifetime. The arena places what it lists, the
 // model reads the views, `fiedler plan` prints it.
 //
-// N tokens of a micro-batch, C channels, H heads, R scalars, M hidden, S = columns of the f32 product (scalars and gate
-// logits). Lifetimes under a recomputation level:
+// N tokens of a micro-batch, C channels, H heads, R scalars, M hidden, S = columns of the f32 product (scalars and
+// gate logits). Lifetimes under a recomputation level:
 //   none    everything the backward pass reads is saved, per layer
 //   mlp     u and h (the MLP's hidden values) are recomputed from n2: one buffer for all layers
 //   layer   only x, the layer's input, is saved; the rest is recomputed in one set of buffers
@@ -36,8 +36,7 @@ struct LayerActivations {
     Mat<T> x, n1, projected, mixed, rotated, o, mid, n2, u, h;
     Vec<A> rstd1, rstd2;
     Mat<A> aux, a, b, F, lse;
-    // mixed is `projected` after the convolution (the same view without one); the queries, keys and values of this
-    // layer:
+    // mixed is `projected` after the convolution (the same view without one). Queries, keys and values of this layer:
     Mat<T> q(std::int64_t c) const { return rotated ? rotated.columns(0, c) : mixed.columns(0, c); }
     Mat<T> k(std::int64_t c) const { return rotated ? rotated.columns(c, c) : mixed.columns(c, c); }
     Mat<T> v(std::int64_t c) const { return mixed.columns(mixed.cols - c, c); }

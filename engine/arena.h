@@ -1,15 +1,15 @@
 // engine/arena.h: every byte of a run, planned before it is allocated.
 //
 //   Arena arena;
-//   Layout(arena);                              dry run: take() gives addresses on a null base, never to be read or
-//   written arena.peak(), arena.table()                 what it will need, by name arena.commit(memory_of(device),
-//   budget);    ONE allocation; InputError when the peak exceeds the budget Layout layout(arena); the same calls again:
-//   take() gives the real addresses
+//   Layout(arena);                              dry run: addresses on a null base, never to be read or written
+//   arena.peak(), arena.table()                 what it will need, by name
+//   arena.commit(memory_of(device), budget);    ONE allocation; InputError when the peak exceeds the budget
+//   Layout layout(arena);                       the same calls again: take() gives the real addresses
 //
 // Blocks are 256-byte aligned. Blocks taken inside a scope end with it, and later blocks use their memory again; scopes
 // close in the reverse order of opening. Calls that break these rules, or a second run that differs from the first, are
-// programming errors: std::logic_error. A block of no elements takes no memory and has no address (nullptr: an absent
-// view).
+// programming errors: std::logic_error. A block of no elements takes no memory and has no address (nullptr, which is an
+// absent view).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -114,8 +114,7 @@ class Arena {
     std::vector<const Block*> alive_at_peak() const;
     std::size_t bytes_at_peak(Lifetime) const;
 
-    // The plan for people: a line per block ("layers.*.x 12 times" for a layer's blocks), its share of the peak, and
-    // totals.
+    // The plan for people: a line per block ("layers.*.x 12 times" for a layer's blocks), share of the peak, totals.
     std::string table() const;
     // "needs 25.1 GiB, 1.1 GiB more than the budget of 24.0 GiB; largest: ...", or "" when it fits.
     std::string shortage(std::size_t budget) const;

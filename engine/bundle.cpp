@@ -12,14 +12,17 @@ namespace fiedler {
 namespace {
 
 void load_tokenizer(Bundle& b, const std::string& path) {
-    if (file_exists(path)) b.tokenizer = Tokenizer::load(path);
+    if (!file_exists(path)) return;
+    b.tokenizer = Tokenizer::load(path);
+    b.tokenizer_path = path;
 }
 
 Bundle from_weights(const std::string& path) {
     const WeightsFile file(path);
     Bundle b;
     b.path = path;
-    if (!file.config().contains("model")) input_error("{}: holds tensors but no model's config; it cannot be run", path);
+    if (!file.config().contains("model"))
+        input_error("{}: holds tensors but no model's config; it cannot be run", path);
     b.config = config_from_json(file.config()["model"], path);
     b.spec = model_spec(b.config);
     const ParamTable table(b.spec);
@@ -47,7 +50,8 @@ Bundle from_checkpoint(const std::string& folder) {
 Bundle load_bundle(const std::string& path) {
     if (path.empty()) throw InputError("model: name the folder of a run, a checkpoint or a .fdl file");
     if (!folder_exists(path)) {
-        if (!file_exists(path)) input_error("{}: there is no such model; name the folder of a run, a checkpoint or a .fdl file", path);
+        if (!file_exists(path))
+            input_error("{}: there is no such model; name the folder of a run, a checkpoint or a .fdl file", path);
         return from_weights(path);
     }
     if (is_checkpoint(path)) return from_checkpoint(path);

@@ -1,4 +1,5 @@
-// engine/bundle.h: a trained model as the commands find it: a run's folder, a checkpoint, or a .fdl file, with its tokenizer.
+// engine/bundle.h: a trained model as the commands find it: a run's folder, a checkpoint, or a .fdl file, with its
+// tokenizer beside it.
 #pragma once
 #include <optional>
 #include <string>
@@ -11,11 +12,12 @@
 namespace fiedler {
 
 struct Bundle {
-    std::string path;                    // what the weights were read from
-    Config config;                       // the model's knobs; others at their defaults
+    std::string path;  // what the weights were read from
+    Config config;     // the model's knobs; others at their defaults
     ModelSpec spec;
     std::vector<float> master;           // as ParamTable(spec) lays it out
     std::optional<Tokenizer> tokenizer;  // absent where the model was trained on foreign shards
+    std::string tokenizer_path;          // empty then
 };
 
 // InputError when there is no model, or its tensors do not fit its own config.

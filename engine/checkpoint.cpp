@@ -189,23 +189,39 @@ std::string Checkpoint::file(const std::string& name) const {
     return join_file(folder_, name);
 }
 
-std::string latest_checkpoint(const std::string& run_folder, const Notice& notice) {
+namespace {
+
+// Also says what was wrong with those passed over, newest first.
+std::string search(const std::string& run_folder, std::vector<std::string>& damages) {
     for (const auto& [step, folder] : candidates(run_folder)) {
         try {
             return Checkpoint(folder).folder();
         } catch (const TornCheckpoint& e) {
-            if (notice) notice(std::string(e.what()) + "; the checkpoint before it is used");
+            damages.emplace_back(e.what());
         }
     }
     return "";
 }
 
+}  // namespace
+
+std::string latest_checkpoint(const std::string& run_folder, const Notice& notice) {
+    std::vector<std::string> damages;
+    const std::string found = search(run_folder, damages);
+    if (notice && !found.empty())
+        for (const std::string& damage : damages) notice(damage + "; the checkpoint before it is used");
+    return found;
+}
+
 std::string find_checkpoint(const std::string& path, const Notice& notice) {
     if (is_checkpoint(path) || step_of(fs::path(path).filename().string()) >= 0) return Checkpoint(path).folder();
     if (!folder_exists(path)) input_error("{}: there is no such run or checkpoint", path);
-    const std::string found = latest_checkpoint(path, notice);
-    if (found.empty()) input_error("{}: holds no complete checkpoint", path);
-    return found;
+    if (const std::string found = latest_checkpoint(path, notice); !found.empty()) return found;
+    std::vector<std::string> damages;
+    search(path, damages);
+    if (damages.empty()) input_error("{}: holds no complete checkpoint; start the run anew", path);
+    input_error("{}: holds no complete checkpoint, the newest one is damaged ({}); start the run anew", path,
+                damages[0]);
 }
 
 }  // namespace fiedler

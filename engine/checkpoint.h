@@ -2,9 +2,9 @@
 //
 //   RUN/step_00001000/   master.bin, moment1.bin, ...   raw little-endian blocks, as given to the writer
 //                        tokenizer.model                a copy of the run's tokenizer
-//                        manifest.json                  written last: step, seed, data cursor, config, state, and the
-//                        size and
+//                        manifest.json                  written last: step, seed, data cursor, config, state, size and
 //                                                       XXH3-64 of every file; its own XXH3-64 is its last field
+//
 // The folder is built under a temporary name and renamed: a checkpoint exists when its manifest does. A process that is
 // killed while writing leaves the checkpoints before it as they were.
 #pragma once
@@ -68,8 +68,8 @@ class Checkpoint {
 
 using Notice = std::function<void(const std::string&)>;
 
-// The newest complete checkpoint of a run, or "". Torn ones are skipped, with a notice for each; a newer format is an
-// InputError.
+// The newest complete checkpoint of a run, or "". Torn ones are skipped, with a notice for each.
+// A newer format is an InputError.
 std::string latest_checkpoint(const std::string& run_folder, const Notice& notice = {});
 // `path` is a checkpoint or a run with checkpoints: the checkpoint to use. InputError when there is none.
 std::string find_checkpoint(const std::string& path, const Notice& notice = {});

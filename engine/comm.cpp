@@ -58,8 +58,7 @@ std::unique_ptr<Comm> make_comm(const World& w) {
 #if FIEDLER_CUDA
 namespace {
 
-// The five functions of NCCL that are used, by its documented C interface; declared here so that building needs no
-// NCCL.
+// The five functions of NCCL that are used, by its documented C interface. Declared here, so building needs no NCCL.
 struct NcclId {
     char bytes[128];
 };

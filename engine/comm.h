@@ -1,10 +1,10 @@
-// engine/comm.h: data parallelism. One process per GPU; gradients are summed over the processes. World size 1 is a
-// no-op.
+// engine/comm.h: data parallelism. One process per GPU; gradients are summed over the processes. With one process every
+// call is a no-op.
 //
 // Spans are typed and count elements. Start-up reads the environment: FIEDLER_RANK, FIEDLER_WORLD_SIZE and
 // FIEDLER_COMM_FILE (a path that all processes see: rank 0 writes NCCL's unique id there). NCCL is loaded at run time,
-// so a machine without it needs none. InputError when the environment is inconsistent or NCCL is missing; RunError when
-// NCCL fails.
+// so a machine without it needs none. InputError when the environment is inconsistent or NCCL is missing, RunError
+// when NCCL fails.
 #pragma once
 #include <memory>
 #include <string>

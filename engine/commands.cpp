@@ -53,18 +53,18 @@ Dataset data_for(const Bundle& bundle, const Config& c) {
     PrepareOptions options = prepare_options(with);
     options.val_fraction = 1;
     if (bundle.tokenizer) {
-        const std::string folder = c.data_cache.empty() ? "data/cache" : c.data_cache;
-        make_folders(folder);
-        options.tokenizer = join_path(folder, "tokenizer_" + hex64(hash_bytes(bundle.tokenizer->model())) + ".model");
-        if (!file_exists(options.tokenizer)) write_file_atomic(options.tokenizer, bundle.tokenizer->model());
+        options.tokenizer = bundle.tokenizer_path;
     } else if (!(c.data.size() == 1 && is_dataset(c.data[0]))) {
-        throw InputError(fmt::format("model: {} has no tokenizer beside it, so it can only be evaluated on shards", bundle.path));
+        throw InputError(
+            fmt::format("model: {} has no tokenizer beside it, so it can only be evaluated on shards", bundle.path));
     }
-    Dataset data = Dataset::open(prepare_if_needed(options, c.data_cache.empty() ? "data/cache" : c.data_cache, stderr).folder);
+    Dataset data =
+        Dataset::open(prepare_if_needed(options, c.data_cache.empty() ? "data/cache" : c.data_cache, stderr).folder);
     match_vocabulary(with, data);
     if (bundle.tokenizer && data.tokenizer() && data.tokenizer()->model() != bundle.tokenizer->model())
-        throw InputError(fmt::format("data: {} was prepared with another tokenizer than the model's; give the corpus itself",
-                                     data.info().folder));
+        throw InputError(
+            fmt::format("data: {} was prepared with another tokenizer than the model's; give the corpus itself",
+                        data.info().folder));
     return data;
 }
 
@@ -75,8 +75,8 @@ int run_eval(const Invocation& call) {
     const Config& c = call.config;
     const Bundle bundle = load_bundle(c.model);
     if (c.data.empty()) throw InputError("data: nothing to evaluate on; add --data with a corpus or a dataset");
+    const auto engine = engine_of(bundle, c);  // before the data: a missing device or memory is said at once
     const Dataset data = data_for(bundle, c);
-    const auto engine = engine_of(bundle, c);
     const Evaluation e = evaluate(*engine, data, call.given("val-tokens") ? c.val_tokens : 0, c.document_mask);
     fmt::print("validation loss    {:.4f} nats a token\n", e.loss);
     if (e.bits_per_byte) fmt::print("bits per byte      {:.4f}\n", *e.bits_per_byte);
@@ -91,8 +91,10 @@ int run_generate(const Invocation& call) {
     const Config& c = call.config;
     const Bundle bundle = load_bundle(c.model);
     if (!bundle.tokenizer)
-        throw InputError(fmt::format("model: {} has no {} beside it, so it cannot read a prompt", bundle.path, kTokenizerName));
-    if (!c.prompt.empty() && !c.prompt_file.empty()) throw InputError("prompt: give --prompt or --prompt-file, not both");
+        throw InputError(
+            fmt::format("model: {} has no {} beside it, so it cannot read a prompt", bundle.path, kTokenizerName));
+    if (!c.prompt.empty() && !c.prompt_file.empty())
+        throw InputError("prompt: give --prompt or --prompt-file, not both");
     const std::string prompt = c.prompt_file.empty() ? c.prompt : read_file(c.prompt_file);
     const auto engine = engine_of(bundle, c);
     GenerateSettings g;
@@ -107,9 +109,9 @@ int run_generate(const Invocation& call) {
         });
         fmt::print("\n");
         std::fflush(stdout);
-        fmt::print(stderr, "[{} tokens, {:.0f} a second; prompt of {} in {:.0f} ms; cache {} bytes a token; {}]\n", text.tokens,
-                   double(text.tokens) / std::max(text.decode_seconds, 1e-9), text.prompt_tokens, text.prefill_seconds * 1e3,
-                   text.cache_bytes_per_token, engine->device_name());
+        fmt::print(stderr, "[{} tokens, {:.0f} a second; prompt of {} in {:.0f} ms; cache {} bytes a token; {}]\n",
+                   text.tokens, double(text.tokens) / std::max(text.decode_seconds, 1e-9), text.prompt_tokens,
+                   text.prefill_seconds * 1e3, text.cache_bytes_per_token, engine->device_name());
     }
     return 0;
 }
@@ -125,8 +127,8 @@ int run_plan(const Invocation& call) {
     const RunPlan plan = plan_run(spec, options);
     fmt::print("{}\n", plan.table);
     fmt::print("model       {} parameters ({})\n", table.parameters, c.preset);
-    fmt::print("step        {} tokens: {} micro-batches of {} x {} tokens, recompute {}\n", c.batch_tokens, plan.micro_batches,
-               plan.micro_batch, c.context, name_of(plan.recompute));
+    fmt::print("step        {} tokens: {} micro-batches of {} x {} tokens, recompute {}\n", c.batch_tokens,
+               plan.micro_batches, plan.micro_batch, c.context, name_of(plan.recompute));
     fmt::print("arithmetic  {:.1f} MFLOP a token\n", training_flops_per_token(spec, spec.context) / 1e6);
     fmt::print("memory      {} on {}{}\n", bytes_text(static_cast<std::int64_t>(plan.bytes)),
                device == DeviceKind::cuda ? "the GPU" : "the CPU",

@@ -1,4 +1,5 @@
-// engine/commands.h: the commands of `fiedler` except train (train.h). Each returns the exit code; InputError, RunError otherwise.
+// engine/commands.h: the commands of `fiedler` except train (train.h). Each returns the exit code, or throws InputError
+// or RunError.
 #pragma once
 #include "engine/config.h"
 

@@ -146,8 +146,8 @@ std::vector<std::string> json_values(const Json& j, const std::string& where, co
     return all;
 }
 
-// The knobs that must hold one of a few texts, or a path that exists nowhere yet, are checked where they are used;
-// these here.
+// Knobs that must hold one of a few texts, or a path that exists nowhere yet, are checked where they are used; the
+// others here.
 void check_special(const Config& c, const Knob& k, const std::string& where) {
     if (std::string_view(k.name) == "tau") try {
             parse_tau(c.tau);

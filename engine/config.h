@@ -2,8 +2,8 @@
 // row in knobs.cpp; flags, help, TOML, the log header and the checkpoint all come from these two.
 //
 // Who wins: a flag over a line of the --config file, that over the preset, that over the default. The defaults are
-// those of the preset `tiny`. Which knobs a person set is remembered, so that `--resume` can refuse those that must not
-// change.
+// those of the preset `tiny`. Which knobs a person set is remembered, so that `--resume` can refuse those that must
+// not change.
 #pragma once
 #include <cstdint>
 #include <map>
@@ -84,8 +84,7 @@ struct Config {
     double top_p = 1;
 };
 
-// ---- the table
-// ------------------------------------------------------------------------------------------------------------
+// ---- the table ------------------------------------------------------------------------------------------------------
 enum class Command { prepare, train, eval, generate, plan, inspect };
 enum class KnobGroup { model, data, train, run, use };
 enum class Unit { none, bytes, tokens, steps };
@@ -139,8 +138,7 @@ TauChoice parse_tau(const std::string& text);
 std::int64_t parse_bytes(const std::string& text, const std::string& where);
 std::string bytes_text(std::int64_t bytes);  // "1.50 GiB"
 
-// ---- presets (presets.cpp)
-// --------------------------------------------------------------------------------------------------
+// ---- presets (presets.cpp) ------------------------------------------------------------------------------------------
 struct Preset {
     const char* name;
     const char* summary;
@@ -154,8 +152,7 @@ Config preset_config(const std::string& name);
 // Trainable numbers of the model that the knobs describe.
 std::int64_t parameter_count(const Config&);
 
-// ---- from arguments, files and checkpoints
-// ------------------------------------------------------------------------------------
+// ---- from arguments, files and checkpoints --------------------------------------------------------------------------
 enum class Source { unset, preset, file, flag };
 
 struct Invocation {
@@ -165,8 +162,7 @@ struct Invocation {
     std::map<std::string, Source> source;       // knobs that were set, by name
     bool given(const std::string& knob) const;  // by a flag or in the file
 };
-// Arguments after the command's name. InputError in one line on anything wrong; knobs are checked one by one, not
-// together.
+// Arguments after the command's name. Knobs are checked one by one, not together; InputError in one line.
 Invocation parse_arguments(Command, const std::vector<std::string>& arguments);
 // The knobs of a TOML file, in order: name and values. InputError names file, line and field.
 std::vector<std::pair<std::string, std::vector<std::string>>> read_toml(const std::string& path);
@@ -182,8 +178,7 @@ Config config_from_json(const Json&, const std::string& where);
 // A config file with every knob of the command: `fiedler train --config` of it repeats the run.
 std::string to_toml(const Config&, Command);
 
-// What a resumed run uses: the checkpoint's knobs, and over them those given now. InputError where a given knob must
-// match.
+// What a resumed run uses: the checkpoint's knobs, and over them those given now. InputError where one must not differ.
 Config resume_config(const Config& saved, const Invocation& now);
 
 // Knobs that only make sense together, training only (model_spec() checks those of the model). InputError in one line.

@@ -204,9 +204,8 @@ Dataset Dataset::open_prepared(const std::string& folder) {
     return d;
 }
 
-// llm.c: names holding "val" are held out, the others train. Where none is, the last twentieth is held out. The
-// vocabulary and the separator, which begins a document there, are those of the tokenizer that such shards are made
-// with.
+// llm.c: names holding "val" are held out, the others train. Where none is, the last twentieth is held out. Vocabulary
+// and separator, which begins a document there, are those of the tokenizer that such shards are made with.
 Dataset Dataset::open_foreign(const std::string& path) {
     const std::vector<std::string> files = folder_exists(path) ? shard_files(path) : std::vector<std::string>{path};
     if (files.empty())

@@ -77,8 +77,7 @@ class Dataset {
     std::int64_t windows_per_epoch(std::int64_t length) const;
     void train_batch(std::int64_t cursor, const TrainWindows& windows, Batch& batch) const;
 
-    // Validation: `count` windows that do not overlap, in order; all when max_windows is 0 or large, else evenly
-    // spaced.
+    // Validation: `count` windows that do not overlap, in order: all if max_windows is 0 or large, else spread evenly.
     std::int64_t val_windows(std::int64_t length, std::int64_t max_windows = 0) const;  // InputError: not even one
     void val_batch(std::int64_t first, std::int64_t count, std::int64_t rows, std::int64_t length, bool document_mask,
                    Batch& batch) const;

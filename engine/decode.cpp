@@ -95,7 +95,8 @@ DecodeLayout<T>::DecodeLayout(Arena& arena, const ModelSpec& spec, std::int64_t 
 
 template <class Dev, class T>
 ModelDecoder<Dev, T>::ModelDecoder(const Dev& dev, Model<Dev, T>& model, const ParamBlock<T>& params,
-                                   std::int64_t capacity, std::function<DeviceBatch(const std::vector<std::int32_t>&)> upload,
+                                   std::int64_t capacity,
+                                   std::function<DeviceBatch(const std::vector<std::int32_t>&)> upload,
                                    std::int64_t longest_prefill)
     : dev_(dev),
       model_(model),

@@ -9,7 +9,8 @@ namespace fiedler {
 Evaluation evaluate(Engine& engine, const Dataset& data, std::int64_t max_tokens, bool document_mask) {
     const auto start = std::chrono::steady_clock::now();
     const std::int64_t length = engine.spec().context, rows = engine.plan().tokens / length;
-    const std::int64_t windows = data.val_windows(length, max_tokens > 0 ? std::max<std::int64_t>(1, max_tokens / length) : 0);
+    const std::int64_t windows =
+        data.val_windows(length, max_tokens > 0 ? std::max<std::int64_t>(1, max_tokens / length) : 0);
     Evaluation e;
     double sum = 0;
     std::int64_t bytes = 0;

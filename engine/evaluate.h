@@ -15,7 +15,7 @@ struct Evaluation {
     double seconds = 0;
 };
 
-// At most max_tokens tokens (0: all), in windows of the engine's context that do not overlap. stop, if given, is polled.
+// At most max_tokens tokens (0: all), in windows of the engine's context that do not overlap. stop is polled, if given.
 Evaluation evaluate(Engine&, const Dataset&, std::int64_t max_tokens, bool document_mask);
 
 }  // namespace fiedler

@@ -1,4 +1,4 @@
-// engine/feature_laplacian.h: the feature-space Laplacian Lf of the energy layers (D x D), on the host, with its
+// engine/feature_laplacian.h: the feature-space Laplacian Lf of the energy layers (D x D), on the host, and its
 // eigenpairs.
 //
 // Until a domain graph is given, Lf is the combinatorial Laplacian of the path 0 - 1 - ... - (D - 1): its spectrum is

@@ -25,9 +25,9 @@ namespace {
 constexpr std::size_t kBufferBytes = std::size_t{1} << 20;
 
 [[noreturn]] void write_failed(const std::string& path, int error) {
-    if (error == ENOSPC || error == EDQUOT)
-        input_error("{}: cannot write, the disk is full ({}); free some space or choose another output folder", path,
-                    std::strerror(error));
+    if (error == ENOSPC || error == EDQUOT || error == EFBIG)
+        input_error("{}: cannot write, {} ({}); free some space or choose another output folder", path,
+                    error == EFBIG ? "a limit on file sizes is reached" : "the disk is full", std::strerror(error));
     input_error("{}: cannot write ({}); choose another output folder", path, std::strerror(error));
 }
 
@@ -111,11 +111,24 @@ bool is_free(const std::string& path) {
     return fs::is_directory(path, error) && fs::is_empty(path, error) && !error;
 }
 
-void make_folders(const std::string& path) {
-    std::error_code error;
+std::vector<std::string> make_folders(const std::string& path) {
+    std::vector<std::string> made;
+    std::error_code error, unknown;
+    for (fs::path p = path; !p.empty() && fs::status(p, unknown).type() == fs::file_type::not_found;
+         p = p.parent_path())
+        made.insert(made.begin(), p.string());
     fs::create_directories(path, error);
-    if (error) input_error("{}: cannot create this folder ({}); choose another one", path, error.message());
+    if (error) {
+        remove_empty_folders(made);
+        input_error("{}: cannot create this folder ({}); choose another one", path, error.message());
+    }
     if (!folder_exists(path)) input_error("{}: not a folder; choose another output folder", path);
+    if (::access(path.c_str(), W_OK | X_OK) != 0) write_failed(path, errno);
+    return made;
+}
+
+void remove_empty_folders(const std::vector<std::string>& outermost_first) {
+    for (auto folder = outermost_first.rbegin(); folder != outermost_first.rend(); ++folder) ::rmdir(folder->c_str());
 }
 
 std::string read_file(const std::string& path) {
@@ -224,17 +237,23 @@ void write_file_atomic(const std::string& path, std::string_view bytes) {
 StagedFolder::StagedFolder(const std::string& destination)
     : destination_(without_trailing_slash(destination).string()) {
     const fs::path target(destination_);
-    if (target.has_parent_path()) make_folders(target.parent_path().string());
+    if (target.has_parent_path()) parents_ = make_folders(target.parent_path().string());
     remove_left_overs(target);
     path_ = (target.parent_path() / (partial_prefix(target) + std::to_string(::getpid()))).string();
     std::error_code ignored;
     fs::remove_all(path_, ignored);
-    if (::mkdir(path_.c_str(), 0755) != 0) write_failed(destination_, errno);
+    if (::mkdir(path_.c_str(), 0755) != 0) {
+        const int failure = errno;
+        remove_empty_folders(parents_);
+        write_failed(destination_, failure);
+    }
 }
 
 StagedFolder::~StagedFolder() {
+    if (committed_) return;
     std::error_code ignored;
-    if (!committed_) fs::remove_all(path_, ignored);
+    fs::remove_all(path_, ignored);
+    remove_empty_folders(parents_);
 }
 
 void StagedFolder::commit(bool replace) {

@@ -6,11 +6,13 @@
 
 namespace fiedler {
 
-Generated generate(Engine& engine, const Tokenizer& tokenizer, const std::string& prompt, const GenerateSettings& settings,
-                   const std::function<bool(const std::string&)>& emit) {
+Generated generate(Engine& engine, const Tokenizer& tokenizer, const std::string& prompt,
+                   const GenerateSettings& settings, const std::function<bool(const std::string&)>& emit) {
     if (!engine.spec().causal) throw InputError("model: a bidirectional model (causal = false) does not generate text");
     using Clock = std::chrono::steady_clock;
-    const auto seconds_since = [](Clock::time_point t) { return std::chrono::duration<double>(Clock::now() - t).count(); };
+    const auto seconds_since = [](Clock::time_point t) {
+        return std::chrono::duration<double>(Clock::now() - t).count();
+    };
     std::vector<std::int32_t> tokens{tokenizer.separator()};  // a document begins where the one before it ended
     const std::vector<std::int32_t> encoded = tokenizer.encode(prompt);
     tokens.insert(tokens.end(), encoded.begin(), encoded.end());
@@ -29,7 +31,8 @@ Generated generate(Engine& engine, const Tokenizer& tokenizer, const std::string
         if (emit && !piece.empty()) wanted = emit(piece);
     };
     while (wanted && g.tokens < settings.max_tokens) {
-        const std::int32_t next = sample(decoder->logits(), settings.sampling, static_cast<std::uint64_t>(decoder->length()));
+        const std::int32_t next =
+            sample(decoder->logits(), settings.sampling, static_cast<std::uint64_t>(decoder->length()));
         if (next == tokenizer.separator()) break;
         ++g.tokens;
         give(text.push(next));

@@ -20,8 +20,8 @@ struct Generated {
     std::size_t cache_bytes_per_token = 0;
 };
 
-// An empty prompt starts a document. Ends at max_tokens or at the document's end. emit, if given, receives the text as it comes;
-// generation ends when it returns false.
+// An empty prompt starts a document. Ends at max_tokens or at the document's end. emit, if given, receives the text as
+// it comes; generation ends when it returns false.
 Generated generate(Engine&, const Tokenizer&, const std::string& prompt, const GenerateSettings&,
                    const std::function<bool(const std::string&)>& emit = {});
 

@@ -47,13 +47,14 @@ Statistics statistics(std::int64_t n, Get&& get) {
 std::string shape_text(const std::vector<std::int64_t>& shape) { return fmt::format("[{}]", fmt::join(shape, ", ")); }
 
 void print_head() {
-    fmt::print("{:<36} {:<5} {:<16} {:>12} {:>11} {:>11} {:>11} {:>11}\n", "tensor", "type", "shape", "bytes", "mean", "deviation",
-               "least", "largest");
+    fmt::print("{:<36} {:<5} {:<16} {:>12} {:>11} {:>11} {:>11} {:>11}\n", "tensor", "type", "shape", "bytes", "mean",
+               "deviation", "least", "largest");
 }
-void print_row(const std::string& name, const std::string& type, const std::vector<std::int64_t>& shape, std::size_t bytes,
-               const Statistics& s) {
-    fmt::print("{:<36} {:<5} {:<16} {:>12} {:>11.4g} {:>11.4g} {:>11.4g} {:>11.4g}{}\n", name, type, shape_text(shape), bytes,
-               s.mean, s.deviation, s.least, s.largest, s.not_finite ? fmt::format("  {} NOT FINITE", s.not_finite) : "");
+void print_row(const std::string& name, const std::string& type, const std::vector<std::int64_t>& shape,
+               std::size_t bytes, const Statistics& s) {
+    fmt::print("{:<36} {:<5} {:<16} {:>12} {:>11.4g} {:>11.4g} {:>11.4g} {:>11.4g}{}\n", name, type, shape_text(shape),
+               bytes, s.mean, s.deviation, s.least, s.largest,
+               s.not_finite ? fmt::format("  {} NOT FINITE", s.not_finite) : "");
 }
 
 // What decoding keeps of every token, beside what a key-value cache would keep.
@@ -65,7 +66,8 @@ void print_cache(const ModelSpec& spec, std::size_t element) {
         if (l.kind == LayerKind::dot)
             ours += 2 * c * element;
         else
-            ours += c * element + (h * static_cast<std::size_t>(l.scalars) + (spec.has_gate(l) ? h : 0)) * sizeof(float);
+            ours +=
+                c * element + (h * static_cast<std::size_t>(l.scalars) + (spec.has_gate(l) ? h : 0)) * sizeof(float);
     }
     fmt::print("decode cache  {} bytes a token (a key-value cache: {})\n", ours, theirs);
 }
@@ -82,7 +84,7 @@ void inspect_weights(const std::string& path) {
         print_row(t.name, t.dtype, t.shape, t.bytes(), statistics(t.elements(), get));
     }
     fmt::print("config  {}\n", file.config().dump());
-    if (file.config().contains("model")) {
+    if (file.config().contains("model") && !file.tensors().empty()) {
         const bool half = file.tensors().front().dtype == "bf16";
         print_cache(model_spec(config_from_json(file.config()["model"], path)), half ? sizeof(bf16) : sizeof(float));
     }
@@ -91,11 +93,13 @@ void inspect_weights(const std::string& path) {
 void inspect_checkpoint(const std::string& folder) {
     const Checkpoint checkpoint(folder);
     const CheckpointMeta& meta = checkpoint.meta();
-    fmt::print("{}: checkpoint of step {}, {} tokens, seed {}, checksums good\n", folder, meta.step, meta.tokens, meta.seed);
+    fmt::print("{}: checkpoint of step {}, {} tokens, seed {}, checksums good\n", folder, meta.step, meta.tokens,
+               meta.seed);
     const ParamTable table(model_spec(config_from_json(meta.config, folder)));
-    for (const std::string& name : checkpoint.names()) {
-        const auto* values = static_cast<const float*>(
-            checkpoint.block(name, static_cast<std::size_t>(table.elements) * sizeof(float)));
+    for (const Block b : kBlocks) {
+        const std::string name = name_of(b);
+        const auto* values =
+            static_cast<const float*>(checkpoint.block(name, static_cast<std::size_t>(table.elements) * sizeof(float)));
         fmt::print("\n{}\n", name);
         print_head();
         for (const ParamTensor& t : table.tensor)
@@ -123,8 +127,8 @@ void inspect_dataset(const std::string& folder) {
     const DatasetInfo& info = data.info();
     fmt::print("{}: dataset, vocabulary {}, split {}, checksums good\n", folder, info.vocab_size, info.split);
     for (const auto& [name, split] : {std::pair{"train", &info.train}, std::pair{"val", &info.val}})
-        fmt::print("{:<6} {} tokens, {} documents, {} bytes of text, {} shards\n", name, split->tokens, split->documents,
-                   split->bytes, split->files.size());
+        fmt::print("{:<6} {} tokens, {} documents, {} bytes of text, {} shards\n", name, split->tokens,
+                   split->documents, split->bytes, split->files.size());
     fmt::print("unigram entropy of val  {:.4f} nats a token\n", info.unigram_entropy);
     if (!info.skipped.empty()) fmt::print("left out  {}\n", info.skipped);
 }
@@ -139,13 +143,15 @@ void inspect_path(const std::string& path) {
     }
     if (is_weights_file(path)) return inspect_weights(path);
     if (looks_like_shard(path)) return inspect_shard(path);
-    input_error("{}: is no file that Fiedler writes (weights .fdl, token shard .bin, checkpoint, dataset or run folder)", path);
+    input_error(
+        "{}: is no file that Fiedler writes (weights .fdl, token shard .bin, checkpoint, dataset or run folder)", path);
 }
 
 }  // namespace
 
 int run_inspect(const Invocation& call) {
-    if (call.config.files.empty()) throw InputError("files: nothing to inspect; name a .fdl file, a shard, a checkpoint or a run");
+    if (call.config.files.empty())
+        throw InputError("files: nothing to inspect; name a .fdl file, a shard, a checkpoint or a run");
     for (const std::string& path : call.config.files) inspect_path(path);
     return 0;
 }

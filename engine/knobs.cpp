@@ -200,7 +200,7 @@ std::vector<Knob> run_knobs() {
          "any"},
         {"device",
          choice<&C::device>(),
-         kDevice,
+         kDevice | kPlan,
          "where to compute: auto takes a GPU if there is one",
          {.choices = {"auto", "cuda", "cpu"}}},
         {"threads", &C::threads, kDevice | kPrepare, "CPU threads", {.low = 0, .high = 4096, .zero = "all"}},

@@ -84,8 +84,7 @@ void Model<Dev, T>::backward_attention(int l, const DeviceBatch& batch) {
     norm_backward(dev_, NormBackward<T>{.dx = s.dx, .dy = s.dn, .x = act.x, .rstd = act.rstd1, .dresidual = s.dx});
 }
 
-// Through the scalar-distance attention to the values (dv), the scalars and gate logits (daux), or queries and keys
-// (dqk).
+// Through scalar-distance attention to the values (dv), the scalars and gate logits (daux), or queries and keys (dqk).
 template <class Dev, class T>
 void Model<Dev, T>::backward_scalars(int l, const DeviceBatch& batch, const Mat<T>& dv, const Mat<T>& dqk) {
     const LayerSpec& spec = spec_.layer[static_cast<std::size_t>(l)];

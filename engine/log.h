@@ -10,9 +10,9 @@
 
 namespace fiedler {
 
-// One record a line: {"event": ..., "time": seconds since 1970, ...}, flushed at once. Events: start, step, val,
-// sample, checkpoint, skip, end. Numbers that are not finite become null, bytes that are not UTF-8 the replacement
-// character.
+// One record a line: {"event": ..., "time": seconds since 1970, ...}, flushed at once. Events: start, tau, step, skip,
+// val, sample, checkpoint, end (fields: data/README.md). Numbers that are not finite become null, bytes that are not
+// UTF-8 the replacement character.
 class RunLog {
   public:
     // append: goes on with an existing file (--resume); a last line that a killed process left unfinished is cut off.
@@ -41,8 +41,7 @@ std::string progress_text(const StepProgress&);
 std::string count_text(double n);           // 1234567 -> "1.23M"; "?" when not finite
 std::string duration_text(double seconds);  // 65 -> "01:05"; "?" when not finite or negative
 
-// Shows lines on a stream: on a terminal the progress line stays in place and is written over, elsewhere each is a
-// line.
+// Shows lines on a stream. On a terminal the progress line is written over in place, elsewhere each is a line.
 class Terminal {
   public:
     explicit Terminal(std::FILE* stream);

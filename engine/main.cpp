@@ -1,7 +1,11 @@
-// engine/main.cpp: from arguments to a command, from failures to exit codes: 0 done, 1 runtime failure, 2 bad usage or bad input.
+// engine/main.cpp: from arguments to a command, from failures to exit codes: 0 done, 1 runtime failure, 2 bad usage or
+// bad input.
 #include <fmt/format.h>
 
+#include <csignal>
+#include <cstdio>
 #include <new>
+#include <system_error>
 
 #include "engine/commands.h"
 #include "engine/error.h"
@@ -13,12 +17,18 @@ namespace {
 
 int run(const Invocation& call) {
     switch (call.command) {
-        case Command::prepare: return run_prepare(call);
-        case Command::train: return run_train(call);
-        case Command::eval: return run_eval(call);
-        case Command::generate: return run_generate(call);
-        case Command::plan: return run_plan(call);
-        case Command::inspect: return run_inspect(call);
+        case Command::prepare:
+            return run_prepare(call);
+        case Command::train:
+            return run_train(call);
+        case Command::eval:
+            return run_eval(call);
+        case Command::generate:
+            return run_generate(call);
+        case Command::plan:
+            return run_plan(call);
+        case Command::inspect:
+            return run_inspect(call);
     }
     return 2;
 }
@@ -38,7 +48,8 @@ int main_of(const std::vector<std::string>& arguments) {
     const auto command = command_named(arguments[0]);
     if (!command) {
         std::vector<std::string> names;
-        for (const Command c : {Command::prepare, Command::train, Command::eval, Command::generate, Command::plan, Command::inspect})
+        for (const Command c :
+             {Command::prepare, Command::train, Command::eval, Command::generate, Command::plan, Command::inspect})
             names.emplace_back(name_of(c));
         const std::string near = nearest_name(arguments[0], names);
         throw InputError(fmt::format("{}: there is no such command{}; see fiedler --help", arguments[0],
@@ -52,24 +63,40 @@ int main_of(const std::vector<std::string>& arguments) {
     return run(call);
 }
 
+// One line, whatever names and texts the message quotes.
+int report(std::string_view message, int code) {
+    std::string line(message);
+    for (char& c : line)
+        if (static_cast<unsigned char>(c) < ' ' || c == 127) c = ' ';
+    fmt::print(stderr, "{}{}\n", line.starts_with("fiedler ") ? "" : "fiedler: ", line);
+    return code;
+}
+
+int main_reporting(int argc, char** argv) {
+    try {
+        const int code = main_of({argv + 1, argv + argc});
+        if (std::fflush(stdout) != 0 || std::ferror(stdout))
+            return report("standard output: cannot write; free some space or choose another file", 2);
+        return code;
+    } catch (const InputError& e) {
+        return report(e.what(), 2);
+    } catch (const RunError& e) {
+        return report(e.what(), 1);
+    } catch (const DeviceError& e) {
+        return report(fmt::format("the device failed: {}", e.what()), 1);
+    } catch (const std::bad_alloc&) {
+        return report("out of memory; choose a smaller --micro-batch or --context", 1);
+    } catch (const std::system_error& e) {  // of a stream, or of a file where no message of ours was possible
+        return report(fmt::format("{}; check the disk and the permissions", e.what()), 2);
+    } catch (const std::exception& e) {
+        return report(fmt::format("internal error: {}", e.what()), 1);
+    }
+}
+
 }  // namespace
 }  // namespace fiedler
 
 int main(int argc, char** argv) {
-    int code = 1;
-    try {
-        code = fiedler::main_of({argv + 1, argv + argc});
-    } catch (const fiedler::InputError& e) {
-        fmt::print(stderr, "fiedler: {}\n", e.what());
-        code = 2;
-    } catch (const fiedler::RunError& e) {
-        fmt::print(stderr, "fiedler: {}\n", e.what());
-    } catch (const fiedler::DeviceError& e) {
-        fmt::print(stderr, "fiedler: the device failed: {}\n", e.what());
-    } catch (const std::bad_alloc&) {
-        fmt::print(stderr, "fiedler: out of memory; choose a smaller --micro-batch or --context\n");
-    } catch (const std::exception& e) {
-        fmt::print(stderr, "fiedler: internal error: {}\n", e.what());
-    }
-    return code;
+    std::signal(SIGXFSZ, SIG_IGN);  // a file beyond the limit on sizes is an error of its write, like a full disk
+    return fiedler::main_reporting(argc, argv);
 }

@@ -1,5 +1,5 @@
-// engine/model.cpp: the model's ends (embedding, last norm, loss) and its views of the parameter block. Layers:
-// layers.cpp.
+// engine/model.cpp: the model's ends (embedding, last norm, loss) and its views of the parameter block. The layers are
+// in layers.cpp.
 #include "engine/model.h"
 
 #include <algorithm>
@@ -108,8 +108,7 @@ Mat<const T> Model<Dev, T>::logits(std::int64_t first, std::int64_t n) {
     return out;
 }
 
-// The head, chunk by chunk: a chunk's logits are made, turned into their own gradient in one pass and used up while in
-// cache.
+// The head, chunk by chunk: a chunk's logits are made, turned into their own gradient and used up while in cache.
 template <class Dev, class T>
 void Model<Dev, T>::loss(const DeviceBatch& batch, Vec<A> total, bool gradient, A grad_scale) {
     Range range("loss");

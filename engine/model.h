@@ -2,8 +2,8 @@
 //
 // Model<Dev, T>: <Cpu, float> trains without a GPU, <Cpu, double> is the reference of the gradient tests, <Cuda, bf16>
 // is the product. T is the storage type of activations and of the weights that matrix products read; acc_t<T> holds
-// gradients, master weights, scalars, gates and softmax statistics. The order of kernel calls is written once, for all
-// three.
+// gradients, master weights, scalars, gates and softmax statistics. The order of kernel calls is written once for the
+// three of them.
 #pragma once
 #include <functional>
 #include <vector>

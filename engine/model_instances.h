@@ -1,4 +1,4 @@
-// engine/model_instances.h: the devices and precisions that exist. Each .cpp of Model ends with
+// engine/model_instances.h: the devices and precisions that exist. Each .cpp of Model ends in
 // FIEDLER_MODEL_INSTANCES().
 #pragma once
 

@@ -102,9 +102,10 @@ ModelSpec model_spec(const Config& c) {
     s.tied = c.tied;
     s.causal = c.causal;
     s.learned_temperature = c.temperature == Temperature::learned;
-    s.measured_tau = c.tau.starts_with("median");
-    s.learned_tau = c.tau == "median-learned";
-    if (!s.measured_tau) s.tau = std::stof(c.tau);
+    const TauChoice tau = parse_tau(c.tau);
+    s.measured_tau = tau.measured;
+    s.learned_tau = tau.learned;
+    if (!tau.measured) s.tau = static_cast<float>(tau.value);
     s.rotary = c.rope;
     s.rope_theta = static_cast<float>(c.rope_theta);
     s.norm_eps = static_cast<float>(c.norm_eps);

@@ -1,5 +1,5 @@
-// engine/model_spec.h: what a model is (DESIGN 1), independent of how it is run. Made from the knobs by model_spec(),
-// checked once.
+// engine/model_spec.h: what a model is (DESIGN 1), independent of how it is run. model_spec() makes it from the knobs
+// and checks it, once.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -57,13 +57,11 @@ struct PatternItem {
 };
 std::vector<PatternItem> parse_pattern(const std::string& pattern, std::int32_t layers);
 
-// InputError naming the knob when the knobs do not make a model (channels not divisible by heads, R not dividing D,
-// ...).
+// InputError naming the knob when the knobs do not make a model (heads that do not divide the channels, and so on).
 ModelSpec model_spec(const Config&);
 
 // Floating-point operations of one training token (forward and backward, no recomputation): 6 per weight of every
-// matrix product, plus the attention's products of D-vectors per visible pair. This is the convention of "share of
-// peak".
+// matrix product, plus the attention's products of D-vectors per visible pair. "Share of peak" counts by this.
 double training_flops_per_token(const ModelSpec&, std::int32_t sequence_length);
 
 }  // namespace fiedler

@@ -1,5 +1,5 @@
-// engine/params.h: ONE table of parameter tensors. Every offset in weights, master weights, moments and gradients comes
-// from it.
+// engine/params.h: ONE table of parameter tensors. Every offset in weights, master weights, moments and gradients is
+// taken from it.
 //
 // The block is ordered: tensors with weight decay, then those without, then frozen ones; so AdamW and the gradient norm
 // see contiguous ranges. Offsets are in elements, multiples of 8 (16 bytes in bf16); tensors are [out, in] row-major as

@@ -87,6 +87,27 @@ std::vector<std::int32_t> divisors_descending(std::int32_t n) {
     return d;
 }
 
+// Says by how much the budget is too small even for `smallest`, the leanest plan that the user's choices allow, and which
+// setting would fit.
+[[noreturn]] void throw_too_small(const ModelSpec& spec, const EngineOptions& o, std::size_t budget,
+                                  const RunPlan& smallest) {
+    const RunPlan least = measured(spec, o, 1, smallest.micro_batch * smallest.micro_batches, Recompute::layer);
+    std::string mend;
+    if (o.training && least.bytes <= budget)
+        mend = "--micro-batch 1 --recompute layer would fit";
+    else if (o.memory_budget == 0)
+        mend = "choose a smaller model or a smaller --context";
+    else
+        mend =
+            fmt::format("--memory-budget {}MiB would fit, or a smaller model or --context", (smallest.bytes >> 20) + 1);
+    const auto text = [](std::size_t bytes) { return bytes_text(static_cast<std::int64_t>(bytes)); };
+    throw InputError(fmt::format("{} {} too small for this {}, which needs {} with micro-batch {} and recompute {}; {}",
+                                 o.memory_budget > 0 ? fmt::format("memory-budget: {} is", text(budget))
+                                                     : fmt::format("memory: {} is free,", text(budget)),
+                                 text(smallest.bytes - budget), o.training ? "run" : "model", text(smallest.bytes),
+                                 smallest.micro_batch, name_of(smallest.recompute), mend));
+}
+
 }  // namespace
 
 // Recomputation costs arithmetic (a tenth of a step for the MLP, a third for whole layers); a small micro-batch costs
@@ -121,16 +142,7 @@ RunPlan plan_run(const ModelSpec& spec, const EngineOptions& o) {
         if (budget == 0 || p.bytes <= budget) return p;
         if (smallest.bytes == 0 || p.bytes < smallest.bytes) smallest = std::move(p);
     }
-    const std::string mib = fmt::format("{:.1f} MiB", double(smallest.bytes - budget) / (1 << 20));
-    RunPlan least = measured(spec, o, 1, sequences, Recompute::layer);
-    const bool choices_help = least.bytes <= budget;
-    throw InputError(fmt::format(
-        "memory-budget: {} is {} too small for this run (needs {} with micro-batch {} and recompute {}); {}",
-        bytes_text(static_cast<std::int64_t>(budget)), mib, bytes_text(static_cast<std::int64_t>(smallest.bytes)),
-        smallest.micro_batch, name_of(smallest.recompute),
-        choices_help ? "--micro-batch 1 --recompute layer would fit"
-                     : fmt::format("set at least --memory-budget {}MiB, or a smaller model or --context",
-                                   (least.bytes >> 20) + 1)));
+    throw_too_small(spec, o, budget, smallest);
 }
 
 std::unique_ptr<Engine> make_engine(const ModelSpec& spec, const EngineOptions& o) {

@@ -27,8 +27,9 @@ Dataset open_dataset(const Config& c, std::FILE* log) {
 void match_vocabulary(Config& c, const Dataset& data) {
     const std::int32_t size = data.info().vocab_size;
     if (size > 0 && size != c.vocab)
-        input_error("vocab: the model has {} tokens but {} was prepared with {}; set --vocab {}, or prepare the corpus again",
-                    c.vocab, data.info().folder, size, size);
+        input_error(
+            "vocab: the model has {} tokens but {} was prepared with {}; set --vocab {}, or prepare the corpus again",
+            c.vocab, data.info().folder, size, size);
     if (size > 0) return;
     for (const auto& shard : data.train().shards())  // llm.c's shards do not say: look at what they hold
         if (shard->info().max_token >= c.vocab)

@@ -95,8 +95,7 @@ const Preset& preset_named(const std::string& name) {
     throw InputError(fmt::format("preset: there is no preset '{}': choose {}", name, fmt::join(names, ", ")));
 }
 
-// The MLP width, a multiple of 16, that brings the parameter count nearest to `target`: the count is linear in the
-// width.
+// The MLP width, a multiple of 16, that brings the parameter count nearest to `target`. The count is linear in it.
 std::int64_t solve_mlp_hidden(Config c, std::int64_t target) {
     constexpr std::int64_t kMultiple = 16;
     c.mlp_hidden = kMultiple;

@@ -1,7 +1,6 @@
 // engine/progress.h: how far a long piece of work has come.
 //
-// On a terminal one line that redraws itself; elsewhere (a log file, CI) a line when it starts to matter: every ten
-// seconds and at the end.
+// On a terminal one line that redraws itself; elsewhere (a log file, CI) a line every ten seconds and one at the end.
 #pragma once
 #include <chrono>
 #include <cstdint>

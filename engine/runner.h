@@ -1,4 +1,4 @@
-// engine/runner.h: Engine on one device in one precision: memory laid out once, then steps (step.cpp), evaluation and
+// engine/runner.h: Engine on one device in one precision: memory laid out once, then steps (step.cpp), evaluation,
 // reading.
 #pragma once
 #include "engine/comm.h"
@@ -8,7 +8,7 @@
 
 namespace fiedler {
 
-// Everything that lives in the arena, in order. Built twice: on the planning arena, where it only measures, and on the
+// Everything that lives in the arena, in order. Built twice: on the planning arena, which only measures, and on the
 // real one.
 template <class T>
 struct RunLayout {

@@ -1,4 +1,4 @@
-// engine/runner_instances.h: the devices and precisions that exist. Each .cpp of Runner ends with
+// engine/runner_instances.h: the devices and precisions that exist. Each .cpp of Runner ends in
 // FIEDLER_RUNNER_INSTANCES().
 #pragma once
 

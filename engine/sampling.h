@@ -12,7 +12,7 @@ struct SamplingSettings {
     std::uint64_t seed = 1;
 };
 
-// position: of the token to be drawn in its sequence; with the seed it decides the random number. Ties: the lowest token.
+// position: of the token to be drawn in its sequence; with the seed it decides the random number. Ties: lowest token.
 std::int32_t sample(const std::vector<float>& logits, const SamplingSettings&, std::uint64_t position);
 
 }  // namespace fiedler

@@ -40,8 +40,7 @@ class ShardWriter {
     std::unique_ptr<Hash> hash_;
 };
 
-// A shard mapped into memory. Opening it reads it once: size, checksum (where there is one) and token range are
-// checked.
+// A shard mapped into memory. Opening it reads it once and checks size, token range and, where there is one, checksum.
 class Shard {
   public:
     explicit Shard(const std::string& path);

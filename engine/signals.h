@@ -1,12 +1,12 @@
-// engine/signals.h: SIGINT and SIGTERM ask for a stop at the next step; a second SIGINT ends the process at once (code
-// 130).
+// engine/signals.h: SIGINT and SIGTERM ask for a stop at the next step; a second SIGINT ends the process at once, with
+// code 130.
 #pragma once
 #include <csignal>
 
 namespace fiedler {
 
 // While it lives, the two signals set a flag instead of ending the process; then they do again what they did before.
-// One at a time.
+// Only one may live at a time.
 class SignalGuard {
   public:
     SignalGuard();

@@ -26,6 +26,27 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point t) { return std::chrono::duration<double>(Clock::now() - t).count(); }
 
+// The folder of a run. Until keep(), a fresh run that fails takes away what it put there, and the folders made for it.
+class RunFolder {
+  public:
+    explicit RunFolder(const std::string& path) : path_(path), was_free_(is_free(path)), made_(make_folders(path)) {}
+    ~RunFolder() {
+        if (kept_ || !was_free_) return;
+        std::error_code ignored;
+        for (const auto& entry : std::filesystem::directory_iterator(path_, ignored))
+            std::filesystem::remove_all(entry.path(), ignored);
+        remove_empty_folders(made_);
+    }
+    RunFolder(const RunFolder&) = delete;
+    RunFolder& operator=(const RunFolder&) = delete;
+    void keep() { kept_ = true; }
+
+  private:
+    std::string path_;
+    bool was_free_, kept_ = false;
+    std::vector<std::string> made_;
+};
+
 class TrainingRun {
   public:
     TrainingRun(Config config, std::unique_ptr<Checkpoint> resumed, const World& world);
@@ -41,6 +62,7 @@ class TrainingRun {
     void sample_text();
     std::string save();
     void finish(bool stopped, const std::string& checkpoint);
+    bool held_out() const { return data_->val().size() > 0; }
     bool due(std::int64_t every) const { return every > 0 && (step_ % every == 0 || step_ == config_.steps); }
 
     Config config_;
@@ -48,6 +70,7 @@ class TrainingRun {
     bool leads_;  // rank 0 writes and speaks
     Terminal terminal_{stdout};
     std::string folder_;
+    std::optional<RunFolder> made_folder_;  // of the leader
     std::optional<Dataset> data_;
     std::unique_ptr<Engine> engine_;
     std::unique_ptr<RunLog> log_;
@@ -56,13 +79,13 @@ class TrainingRun {
     OutlierDetector norms_, losses_;
     std::vector<Batch> micro_batches_;
     std::int64_t step_ = 0, cursor_ = 0, tokens_ = 0, skipped_ = 0;
-    double train_seconds_ = 0;          // of all sessions, in steps alone
-    double session_seconds_ = 0;        // of this one
+    double train_seconds_ = 0;    // of all sessions, in steps alone
+    double session_seconds_ = 0;  // of this one
     std::int64_t session_steps_ = 0;
-    double interval_seconds_ = 0;       // since the last line
+    double interval_seconds_ = 0;  // since the last line
     std::int64_t interval_steps_ = 0;
     std::optional<Evaluation> last_validation_;
-    std::int64_t validated_step_ = -1;
+    std::int64_t validated_step_ = -1, saved_step_ = -1;
 };
 
 TrainingRun::TrainingRun(Config config, std::unique_ptr<Checkpoint> resumed, const World& world)
@@ -70,14 +93,18 @@ TrainingRun::TrainingRun(Config config, std::unique_ptr<Checkpoint> resumed, con
     folder_ = run_folder(config_);
     check_training(config_);
     const DeviceKind device = choose_device(config_.device);
-    (void)model_spec(config_);  // a wrong model is said before data is prepared
+    // A wrong model, too little memory and an output that cannot be written are said before data is prepared.
+    (void)plan_run(model_spec(config_), engine_options(config_, device, true));
+    if (leads_) made_folder_.emplace(folder_);
     data_ = open_dataset(config_, leads_ ? stdout : nullptr);
     match_vocabulary(config_, *data_);
     const ModelSpec spec = model_spec(config_);
     data_->require_train(config_.batch_tokens / config_.context, config_.context);
+    if (held_out()) (void)data_->val_windows(config_.context);  // at least one
     engine_ = make_engine(spec, engine_options(config_, device, true));
     if (world_.size > 1 && device == DeviceKind::cpu) (void)make_comm(world_);  // says that it needs CUDA
-    rate_ = {config_.schedule, config_.lr, config_.min_lr_fraction, config_.steps, config_.warmup, config_.decay_fraction};
+    rate_ = {config_.schedule, config_.lr,     config_.min_lr_fraction,
+             config_.steps,    config_.warmup, config_.decay_fraction};
     micro_batches_.resize(static_cast<std::size_t>(engine_->plan().micro_batches));
 }
 
@@ -89,8 +116,10 @@ void TrainingRun::initialise_weights() {
     for (const LayerSpec& l : engine_->spec().layer) energies = energies || l.kind == LayerKind::energy;
     if (!energies || !engine_->spec().measured_tau) return;
     // tau from the data: the median energies of the first micro-batch, the same on every process.
-    data_->train_batch(0, {engine_->plan().micro_batch, config_.context, static_cast<std::uint64_t>(config_.seed),
-                           config_.document_mask, 0, 1}, micro_batches_[0]);
+    data_->train_batch(0,
+                       {engine_->plan().micro_batch, config_.context, static_cast<std::uint64_t>(config_.seed),
+                        config_.document_mask, 0, 1},
+                       micro_batches_[0]);
     Json tau = Json::array();
     for (const auto& of_layer : engine_->calibrate_tau(micro_batches_[0])) tau.push_back(of_layer);
     if (log_) log_->write("tau", Json{{"tau", tau}});
@@ -106,29 +135,29 @@ void TrainingRun::restore(const Checkpoint& checkpoint) {
         cursor_ = meta.data.at("cursor").get<std::int64_t>();
         const auto fingerprint = meta.data.at("fingerprint").get<std::string>();
         if (fingerprint != data_->info().fingerprint)
-            input_error("data: {} is not what the checkpoint {} was trained on; give the same corpus, or start a new run",
-                        data_->info().folder, checkpoint.folder());
+            input_error(
+                "data: {} is not what the checkpoint {} was trained on; give the same corpus, or start a new run",
+                data_->info().folder, checkpoint.folder());
         norms_.restore(meta.state.at("norms").get<std::vector<double>>());
         losses_.restore(meta.state.at("losses").get<std::vector<double>>());
         skipped_ = meta.state.at("skipped").get<std::int64_t>();
         train_seconds_ = meta.state.at("train_seconds").get<double>();
     } catch (const nlohmann::json::exception& e) {
-        input_error("{}: its manifest lacks what a resumed run needs ({}); use another checkpoint", checkpoint.folder(), e.what());
+        input_error("{}: its manifest lacks what a resumed run needs ({}); use another checkpoint", checkpoint.folder(),
+                    e.what());
     }
 }
 
 void TrainingRun::start() {
+    if (resumed_) restore(*resumed_);  // it may not belong to this data: nothing of the run is touched before
     if (leads_) {
-        make_folders(folder_);
         log_ = std::make_unique<RunLog>(join_path(folder_, "log.jsonl"), resumed_ != nullptr);
         write_file_atomic(join_path(folder_, "config.toml"), to_toml(config_, Command::train));
         if (data_->tokenizer()) write_file_atomic(join_path(folder_, kTokenizerName), data_->tokenizer()->model());
     }
-    if (resumed_)
-        restore(*resumed_);
-    else
-        initialise_weights();
+    if (!resumed_) initialise_weights();
     if (!leads_) return;
+    made_folder_->keep();
     const RunPlan& plan = engine_->plan();
     const double flops = training_flops_per_token(engine_->spec(), engine_->spec().context);
     log_->write("start", Json{{"config", to_json(config_)},
@@ -149,14 +178,15 @@ void TrainingRun::start() {
                                bytes_text(static_cast<std::int64_t>(plan.bytes)), plan.micro_batches, plan.micro_batch,
                                name_of(plan.recompute)));
     terminal_.line(fmt::format("data: {} ({} training tokens, {} held out)", data_->info().folder,
-                               count_text(double(data_->info().train.tokens)), count_text(double(data_->info().val.tokens))));
+                               count_text(double(data_->info().train.tokens)),
+                               count_text(double(data_->info().val.tokens))));
     if (resumed_) terminal_.line(fmt::format("resumed from {} at step {}", resumed_->folder(), step_));
 }
 
 void TrainingRun::train_one_step() {
     const auto begin = Clock::now();
     const TrainWindows windows{engine_->plan().micro_batch, config_.context, static_cast<std::uint64_t>(config_.seed),
-                               config_.document_mask, world_.rank, world_.size};
+                               config_.document_mask,       world_.rank,     world_.size};
     for (Batch& b : micro_batches_) {
         data_->train_batch(cursor_, windows, b);
         cursor_ += windows.rows * world_.size;
@@ -183,15 +213,17 @@ void TrainingRun::train_one_step() {
     norms_.add(r.norm);
     losses_.add(r.loss);
     if (r.skipped && !config_.skip_nonfinite && !std::isfinite(r.norm))
-        run_error("step {}: the gradient is not finite (loss {}); lower --lr, or let such steps pass with --skip-nonfinite",
-                  step_, r.loss);
+        run_error(
+            "step {}: the gradient is not finite (loss {}); lower --lr, or let such steps pass with --skip-nonfinite",
+            step_, r.loss);
 }
 
 void TrainingRun::report(const StepResult& r, double lr) {
     if (r.skipped) {
         ++skipped_;
         if (leads_) {
-            log_->write("skip", Json{{"step", step_}, {"loss", r.loss}, {"norm", r.norm}, {"norm_z", norms_.score(r.norm)}});
+            log_->write("skip",
+                        Json{{"step", step_}, {"loss", r.loss}, {"norm", r.norm}, {"norm_z", norms_.score(r.norm)}});
             terminal_.line(fmt::format("step {}: skipped, gradient norm {:.3g}, loss {:.4f}", step_, r.norm, r.loss));
         }
     }
@@ -204,7 +236,8 @@ void TrainingRun::report(const StepResult& r, double lr) {
     p.lr = lr;
     const double tokens = double(config_.batch_tokens * world_.size);
     p.tokens_per_second = tokens * double(interval_steps_) / interval_seconds_;
-    p.share_of_peak = p.tokens_per_second / world_.size * training_flops_per_token(engine_->spec(), engine_->spec().context) /
+    p.share_of_peak = p.tokens_per_second / world_.size *
+                      training_flops_per_token(engine_->spec(), engine_->spec().context) /
                       engine_->measured_peak_flops();
     const double per_step = session_steps_ > 1 ? session_seconds_ / double(session_steps_ - 1) : interval_seconds_;
     p.eta_seconds = per_step * double(config_.steps - step_);
@@ -227,11 +260,13 @@ Evaluation TrainingRun::validate() {
     validated_step_ = step_;
     const Evaluation& e = *last_validation_;
     if (leads_) {
-        Json record{{"step", step_}, {"val_loss", e.loss}, {"unigram_entropy", e.unigram_entropy}, {"tokens", e.tokens}};
+        Json record{
+            {"step", step_}, {"val_loss", e.loss}, {"unigram_entropy", e.unigram_entropy}, {"tokens", e.tokens}};
         record["val_bits_per_byte"] = e.bits_per_byte ? Json(*e.bits_per_byte) : Json(nullptr);
         log_->write("val", record);
-        terminal_.line(fmt::format("step {}: validation loss {:.4f} nats a token{} ({} tokens, unigram entropy {:.3f})", step_,
-                                   e.loss, e.bits_per_byte ? fmt::format(", {:.4f} bits a byte", *e.bits_per_byte) : "",
+        terminal_.line(fmt::format("step {}: validation loss {:.4f} nats a token{} ({} tokens, unigram entropy {:.3f})",
+                                   step_, e.loss,
+                                   e.bits_per_byte ? fmt::format(", {:.4f} bits a byte", *e.bits_per_byte) : "",
                                    count_text(double(e.tokens)), e.unigram_entropy));
     }
     return e;
@@ -262,84 +297,112 @@ std::string TrainingRun::save() {
     meta.seed = config_.seed;
     meta.config = to_json(config_);
     meta.data = Json{{"cursor", cursor_}, {"fingerprint", data_->info().fingerprint}, {"folder", data_->info().folder}};
-    meta.state = Json{{"norms", norms_.values()}, {"losses", losses_.values()}, {"skipped", skipped_},
+    meta.state = Json{{"norms", norms_.values()},
+                      {"losses", losses_.values()},
+                      {"skipped", skipped_},
                       {"train_seconds", train_seconds_}};
     const std::string folder = writer.commit(meta, config_.keep);
+    saved_step_ = step_;
     log_->write("checkpoint", Json{{"step", step_}, {"path", folder}});
     return folder;
 }
 
 int TrainingRun::run() {
     start();
-    const SignalGuard guard;
     std::string checkpoint;
     while (step_ < config_.steps && !stop_requested()) {
         train_one_step();
-        if (due(config_.val_every)) validate();
+        if (due(config_.val_every) && held_out()) validate();
         if (due(config_.sample_every) && engine_->spec().causal) sample_text();
         if (due(config_.checkpoint_every) || stop_requested()) checkpoint = save();
     }
     const bool stopped = step_ < config_.steps;
-    if (checkpoint.empty() || stopped || config_.checkpoint_every == 0) checkpoint = save();
+    if (saved_step_ != step_) checkpoint = save();
     finish(stopped, checkpoint);
     return 0;
 }
 
 void TrainingRun::finish(bool stopped, const std::string& checkpoint) {
-    if (!stopped && validated_step_ != step_) validate();
+    if (!stopped && validated_step_ != step_ && held_out()) validate();
     if (!leads_) return;
     const std::string weights = write_bundle(folder_, config_, *engine_);
     const double counted = double(std::max<std::int64_t>(session_steps_ - 1, 0));
-    const double per_second = session_seconds_ > 0 ? counted * double(config_.batch_tokens * world_.size) / session_seconds_ : 0;
+    const double per_second =
+        session_seconds_ > 0 ? counted * double(config_.batch_tokens * world_.size) / session_seconds_ : 0;
     const double hours = train_seconds_ / 3600 * world_.size;
-    Json end{{"val_loss", last_validation_ ? Json(last_validation_->loss) : Json(nullptr)},
-             {"val_bits_per_byte",
-              last_validation_ && last_validation_->bits_per_byte ? Json(*last_validation_->bits_per_byte) : Json(nullptr)},
-             {"unigram_entropy", last_validation_ ? Json(last_validation_->unigram_entropy) : Json(nullptr)},
-             {"stopped", stopped},
-             {"steps", step_},
-             {"skipped", skipped_},
-             {"tokens", tokens_},
-             {"tokens_per_second", per_second},
-             {"share_of_peak", per_second / world_.size *
-                                   training_flops_per_token(engine_->spec(), engine_->spec().context) /
-                                   engine_->measured_peak_flops()},
-             {"parameters", engine_->table().parameters},
-             {"peak_memory_bytes", engine_->plan().bytes},
-             {"device_bytes_in_use", engine_->device_bytes_in_use()},
-             {"device", engine_->device_name()},
-             {"device_hours", hours},
-             {"checkpoint", checkpoint},
-             {"weights", weights},
-             {"log", log_->path()}};
+    Json end{
+        {"val_loss", last_validation_ ? Json(last_validation_->loss) : Json(nullptr)},
+        {"val_bits_per_byte",
+         last_validation_ && last_validation_->bits_per_byte ? Json(*last_validation_->bits_per_byte) : Json(nullptr)},
+        {"unigram_entropy", last_validation_ ? Json(last_validation_->unigram_entropy) : Json(nullptr)},
+        {"stopped", stopped},
+        {"steps", step_},
+        {"skipped", skipped_},
+        {"tokens", tokens_},
+        {"tokens_per_second", per_second},
+        {"share_of_peak", per_second / world_.size *
+                              training_flops_per_token(engine_->spec(), engine_->spec().context) /
+                              engine_->measured_peak_flops()},
+        {"parameters", engine_->table().parameters},
+        {"peak_memory_bytes", engine_->plan().bytes},
+        {"device_bytes_in_use", engine_->device_bytes_in_use()},
+        {"device", engine_->device_name()},
+        {"device_hours", hours},
+        {"checkpoint", checkpoint},
+        {"weights", weights},
+        {"log", log_->path()}};
     if (config_.price_per_hour > 0) end["cost"] = hours * config_.price_per_hour;
     log_->write("end", end);
-    terminal_.line(stopped ? fmt::format("stopped at step {} of {}; go on with --resume", step_, config_.steps)
-                           : fmt::format("done: {} steps, {} tokens in {}, {} tokens/s", step_, count_text(double(tokens_)),
-                                         duration_text(train_seconds_), count_text(per_second)));
-    terminal_.line(fmt::format("cost        {:.4f} {}-hours{}", hours, engine_->device_kind() == "cuda" ? "GPU" : "CPU",
-                               config_.price_per_hour > 0 ? fmt::format(" = {:.4f} at {} an hour", hours * config_.price_per_hour,
-                                                                        config_.price_per_hour)
-                                                          : ""));
+    terminal_.line(stopped
+                       ? fmt::format("stopped at step {} of {}; go on with --resume", step_, config_.steps)
+                       : fmt::format("done: {} steps, {} tokens in {}, {} tokens/s", step_, count_text(double(tokens_)),
+                                     duration_text(train_seconds_), count_text(per_second)));
+    terminal_.line(
+        fmt::format("cost        {:.4f} {}-hours{}", hours, engine_->device_kind() == "cuda" ? "GPU" : "CPU",
+                    config_.price_per_hour > 0
+                        ? fmt::format(" = {:.4f} at {} an hour", hours * config_.price_per_hour, config_.price_per_hour)
+                        : ""));
     terminal_.line("checkpoint  " + checkpoint);
     terminal_.line("weights     " + weights);
     terminal_.line("log         " + log_->path());
 }
 
+// Without --out: runs/PRESET, or runs/PRESET-2, -3, ... when runs are there already. A run to resume is the newest of them.
+std::string default_folder(const std::string& base, bool resume) {
+    std::string folder = base, newest = base;
+    for (int n = 2; !latest_checkpoint(folder).empty(); ++n) {
+        newest = folder;
+        folder = fmt::format("{}-{}", base, n);
+    }
+    return resume ? newest : folder;
+}
+
+std::string folder_around(const std::string& checkpoint) {
+    std::filesystem::path path = std::filesystem::path(checkpoint).lexically_normal();
+    if (!path.has_filename()) path = path.parent_path();  // it ended in a slash
+    return path.has_parent_path() ? path.parent_path().string() : ".";
+}
+
 }  // namespace
 
 int run_train(const Invocation& call) {
+    const SignalGuard guard;  // the first SIGINT or SIGTERM ends the preparation, or the run after its step
     Config config = call.config;
+    if (!call.given("out")) config.out = default_folder(run_folder(config), !config.resume.empty());
     std::unique_ptr<Checkpoint> resumed;
     if (!config.resume.empty()) {
         const auto notice = [](const std::string& text) { fmt::print(stderr, "{}\n", text); };
         const std::string from = config.resume == "latest" ? run_folder(config) : config.resume;
         resumed = std::make_unique<Checkpoint>(find_checkpoint(from, notice));
         config = resume_config(config_from_json(resumed->meta().config, resumed->folder()), call);
+        config.resume.clear();  // how this session began is no part of the run: its config.toml starts it anew
+        if (!call.given("out")) config.out = folder_around(resumed->folder());  // also where a run was moved or copied
     } else if (const std::string folder = run_folder(config); !latest_checkpoint(folder).empty()) {
-        input_error("out: {} already holds a run; add --resume to go on with it, or name another folder with --out", folder);
+        input_error("out: {} already holds a run; add --resume to go on with it, or name another folder with --out",
+                    folder);
     }
-    if (config.data.empty()) throw InputError("data: nothing to train on; add --data with files or folders of text or source code");
+    if (config.data.empty())
+        throw InputError("data: nothing to train on; add --data with files or folders of text or source code");
     return TrainingRun(std::move(config), std::move(resumed), world_from_environment()).run();
 }
 

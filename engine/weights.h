@@ -6,12 +6,12 @@
 //                        [10,11] bytes of the payload [12,13] its offset, a multiple of 256   [14,15] its XXH3-64
 //                        [254,255] XXH3-64 of the 1016 bytes before       all others 0
 //   the table          JSON: {"config": {...}, "tensors": [{"name", "dtype": "bf16" | "f32", "shape", "offset",
-//   "bytes"}, ...]} the payload        the tensors' values, row-major, in the table's order without overlap; each
-//   begins at a multiple of 256.
-//                      offset counts from the payload's first byte; gaps are 0. The file ends with the payload.
+//                      "bytes"}, ...]}; zeros follow it up to the payload
+//   the payload        the tensors' values, row-major, in the table's order without overlap; each begins at a multiple
+//                      of 256. offset counts from the payload's first byte; gaps are 0. The file ends with the payload.
 //
-// A file that is truncated, of another kind or version, or does not match its checksums or its own table is refused:
-// InputError.
+// A file that is truncated, of another kind or version, or does not match its checksums or its own table is refused
+// with an InputError.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -8,8 +8,8 @@
 // control->skip != 0: w, m, v and weights stay as they are; grad is still cleared.
 // Shapes     master, m, v, grads: [n] acc_t<T>; weights: [n] T, absent where T == acc_t<T> (the master block is the
 //            weights); on Cuda master, m, v, grads 16-byte aligned, weights 8-byte (cast: 16-byte)
-// Writes     all of them in place.   Numerics: acc_t<T>, elementwise, bit-equal. No denormal or overflow trap:
-//            eps > 0 required.
+// Writes     all of them in place.
+// Numerics   acc_t<T>, elementwise, bit-equal. No denormal or overflow trap: eps > 0 required.
 // cast       weights = master rounded to T (after loading a checkpoint).
 #pragma once
 #include "kernels/contract.h"

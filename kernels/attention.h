@@ -1,5 +1,4 @@
-// kernels/attention.h: scalar-distance attention (DESIGN 2), dense form. No Q K' product exists and T x T is never
-// stored.
+// kernels/attention.h: scalar-distance attention (DESIGN 2), dense form. No Q K' product exists, T x T is never stored.
 //
 //   s_ij = - sum_r |a_i^r - b_j^r| + F_i - F_j          over keys j that query i may see
 //   p_ij = exp(s_ij - lse_i),  lse_i = log sum_j exp(s_ij)            o_i = sum_j p_ij v_j
@@ -12,12 +11,11 @@
 //     db_j^r = + sum_i sign(a_i^r - b_j^r) ds_ij      dF_j = - sum_i ds_ij        (row sums of ds vanish: no dF_i term)
 //
 // Shapes     v, o, dv, do_: [tokens, heads D] T, any ld (16-byte aligned rows on Cuda), D in {16, 32, 64, 128} on Cuda
-//            a, b, da, db: [tokens, heads R] acc_t<T>, contiguous, R = 1..16; F, dF, lse, delta: [tokens, heads]
-//            acc_t<T>
+//            a, b, da, db: [tokens, heads R] acc_t<T>, contiguous, R = 1..16
+//            F, dF, lse, delta: [tokens, heads] acc_t<T>
 // Writes     o, lse; da, db, dF, dv, delta (scratch): overwritten. dF absent iff F is. Outputs alias nothing.
 // Numerics   scores, weights and sums in acc_t<T>; on Cuda p and ds are rounded to bf16 for the tensor-core products
-// only
-//            (P V, dO V', P' dO), f32 accumulation. Fixed order, no atomics: bit-equal from run to run.
+//            only (P V, dO V', P' dO), f32 accumulation. Fixed order, no atomics: bit-equal from run to run.
 // decode     one query, `length` cached keys of one sequence (query i = length - 1), causal: o as above.
 #pragma once
 #include "kernels/contract.h"

@@ -1,5 +1,4 @@
-// kernels/common.cuh: what every .cu shares: checks, 16-byte accesses, warp and block reductions, conversions. Device
-// side only.
+// kernels/common.cuh: what every .cu shares: checks, 16-byte accesses, warp and block reductions, conversions.
 #pragma once
 #include <cublasLt.h>
 #include <cuda_bf16.h>
@@ -17,8 +16,7 @@ namespace fiedler {
 inline const char* describe(cudaError_t e) { return cudaGetErrorString(e); }
 inline const char* describe(cublasStatus_t e) { return cublasLtGetStatusString(e); }
 
-// CUDA_CHECK(cudaMemcpyAsync(...)): throws DeviceError. The sticky error, if any, is read so that it does not surface
-// elsewhere.
+// CUDA_CHECK(cudaMemcpyAsync(...)): throws DeviceError. A pending error is read, so that it does not surface elsewhere.
 #define FIEDLER_CHECK_AS(call, success)                                                        \
     do {                                                                                       \
         const auto status_ = (call);                                                           \

@@ -1,11 +1,11 @@
-// kernels/conv.h: causal depthwise convolution over time, width 4 (the short convolution of gated linear attention
-// models).
+// kernels/conv.h: causal depthwise convolution over time, width 4 (the short convolution of linear attention models).
 //
-//   forward    y_ic = sum_{k=0..3} w_ck x_{i-3+k, c}        terms before the token's own sequence are 0
+//   forward    y_ic = sum_{k=0..3} w_ck x_{i-3+k, c}         terms before the token's own sequence are 0
 //   backward   dx_jc = sum_k w_ck dy_{j+3-k, c}              terms after the token's own sequence are 0
 //              dw_ck += sum_i dy_ic x_{i-3+k, c}
 //
 // w = (0, 0, 0, 1) is the identity: that is how it starts.
+//
 // Shapes     x, y, dx, dy: [tokens, channels] T, row-major; on Cuda rows 16-byte aligned and channels % 8 == 0
 //            w, dw: [channels, 4] acc_t<T>, ld == 4 (the f32 master weights: small and sensitive)
 // Scratch    backward on Cuda: conv_scratch_elements(tokens, channels) acc_t<T> for partial sums of dw

@@ -1,15 +1,15 @@
-// kernels/coordinate.h: coordinate scalars. lambda = n P comes from matmul; here the convolution over time and the
+// kernels/coordinate.h: coordinate scalars. s = n P comes from matmul; here the convolution over time and the
 // temperature.
 //
 //   forward    lam = conv4(s) (the causal depthwise convolution of conv.h; w absent: the identity)
 //              a_i^{hr} = lam_i^{q,hr} exp(-log_temp_h)          b_i^{hr} = lam_i^{k,hr} exp(-log_temp_h)
-//   backward   dlam = (da, db) exp(-log_temp_h)                   dlog_temp_h += - sum_i sum_r (da a + db b)
+//   backward   dlam = (da, db) exp(-log_temp_h)                  dlog_temp_h += - sum_i sum_r (da a + db b)
 //              ds, dw: the convolution's own gradients of dlam
 //
-// Shapes     s: [tokens, 2 heads R] acc_t<T>, any ld: columns [0, HR) are the queries' scalars, [HR, 2HR) the keys';
-// h-major
-//            a, b, da, db: [tokens, heads R] acc_t<T>; w, dw: [2 heads R, 4] acc_t<T> (ld 4); log_temp, dlog_temp:
-//            [heads] ds: [tokens, 2 heads R] T, any ld: the gradient in storage type, ready for matmul
+// Shapes     s: [tokens, 2 heads R] acc_t<T>, any ld: columns [0, HR) are the queries' scalars, [HR, 2HR) the keys',
+//            a head's R scalars side by side; ds: the same shape in T, any ld, ready for matmul
+//            a, b, da, db: [tokens, heads R] acc_t<T>; w, dw: [2 heads R, 4] acc_t<T>, ld 4
+//            log_temp, dlog_temp: [heads] acc_t<T>
 // Scratch    backward on Cuda: coordinate_scratch_elements(tokens, 2 heads R) floats
 // Writes     a, b, ds overwritten; dw, dlog_temp accumulated (+=); dlog_temp absent: temperature fixed, not computed.
 // Numerics   acc_t<T> throughout, fixed order, no atomics: bit-equal from run to run.
@@ -72,7 +72,8 @@ Traffic traffic(const CoordinateBackward<T>& p) {
     return {n * (3 * sizeof(acc_t<T>) + sizeof(T)), (p.w ? 19 : 3) * n};
 }
 
-// Rows of partial sums at most, on Cuda, whatever the device: the order of the sums is fixed. Five sums a column: dw, dlog_temp.
+// Rows of partial sums at most, on Cuda, whatever the device: the order of the sums is fixed. Five sums a column: four
+// of dw, one of dlog_temp.
 inline constexpr std::int64_t kCoordinatePartials = 512;
 inline std::int64_t coordinate_scratch_elements(std::int64_t tokens, std::int64_t columns) {
     return 5 * columns * (tokens < kCoordinatePartials ? tokens : kCoordinatePartials);

@@ -85,8 +85,7 @@ void fill_bytes(const Cuda& d, void* dst, int value, std::size_t bytes) {
 }
 void copy_rows_on_device(const Cuda& d, void* dst, std::size_t dst_pitch, const void* src, std::size_t src_pitch,
                          std::size_t width, std::size_t rows) {
-    CUDA_CHECK(
-        cudaMemcpy2DAsync(dst, dst_pitch, src, src_pitch, width, rows, cudaMemcpyDeviceToDevice, stream_of(d)));
+    CUDA_CHECK(cudaMemcpy2DAsync(dst, dst_pitch, src, src_pitch, width, rows, cudaMemcpyDeviceToDevice, stream_of(d)));
 }
 void synchronize(const Cuda& d) { CUDA_CHECK(cudaStreamSynchronize(stream_of(d))); }
 

@@ -1,11 +1,10 @@
 // kernels/device.h: where work runs. Two execution contexts with the same overloads; CUDA-free.
 //
-//   Cpu    threads OpenMP threads (0: all). Every operation is synchronous and, for a given number of threads,
-//   bit-equal
-//          from run to run.
+//   Cpu    `threads` OpenMP threads (0: all). Every operation is synchronous and, for a given number of threads,
+//          bit-equal from run to run.
 //   Cuda   one stream of one device; every operation is asynchronous on that stream, in order. Move-only, owns its
-//   stream,
-//          its cuBLASLt handle and nothing else; `workspace` is memory lent by the caller (the arena) for cuBLASLt.
+//          stream, its cuBLASLt handle and nothing else; `workspace` is memory lent by the caller (the arena) for
+//          cuBLASLt.
 //
 // Errors: DeviceError (std::runtime_error) with statement, file, line and the library's own words.
 #pragma once
@@ -48,8 +47,7 @@ struct CudaDeviceInfo {
     int runtime_version = 0;
 };
 
-// Number of usable CUDA devices; 0 when the driver is absent or fails (why then holds one line). Defined in every
-// build.
+// Number of usable CUDA devices; 0 when the driver is absent or fails (`why` then holds one line). In every build.
 int cuda_device_count(std::string* why = nullptr);
 CudaDeviceInfo cuda_device_info(int ordinal);
 // The cudaStream_t itself, for other libraries (NCCL).
@@ -80,8 +78,7 @@ void copy_rows_on_device(const Cuda&, void* dst, std::size_t dst_pitch, const vo
                          std::size_t width, std::size_t rows);
 void synchronize(const Cuda&);
 
-// Seconds between two marks on the device's own clock (CUDA events; steady clock on the CPU). One pending pair per
-// context.
+// Seconds between two marks on the device's own clock (CUDA events). One pending pair per context.
 void timer_start(const Cuda&);
 double timer_stop_seconds(const Cuda&);  // waits for the stream
 

@@ -3,16 +3,16 @@
 //   s_ij = scale q_i . k_j        p_ij = exp(s_ij - lse_i),  lse_i = log sum_j exp(s_ij)        o_i = sum_j p_ij v_j
 //
 // Visible keys as in attention.h (same sequence; causal or not; window).
-//   backward, ds_ij = p_ij (do_i . v_j - delta_i), delta_i = do_i . o_i:
+//
+//   backward, with delta_i = do_i . o_i and ds_ij = p_ij (do_i . v_j - delta_i):
 //     dv_j = sum_i p_ij do_i        dq_i = scale sum_j ds_ij k_j        dk_j = scale sum_i ds_ij q_i
 //
 // Shapes     q, k, v, o and gradients: [tokens, heads D] T, any ld (16-byte aligned rows on Cuda), D in {16, 32, 64,
-// 128} there
-//            lse, delta: [tokens, heads] acc_t<T>; scale > 0
+//            128} on Cuda; lse, delta: [tokens, heads] acc_t<T>; scale > 0
 // Writes     o, lse; dq, dk, dv, delta (scratch): overwritten. Outputs alias nothing.
-// Numerics   as attention.h: products of T, f32 accumulation and softmax, p and ds rounded to bf16 for the tensor cores
-// on Cuda.
-//            Fixed order, no atomics: bit-equal from run to run.   Source: FlashAttention-2 (Dao 2023), formulas only.
+// Numerics   as attention.h: products of T, accumulation and softmax in acc_t<T>; on Cuda p and ds are rounded to bf16
+//            for the tensor cores. Fixed order, no atomics: bit-equal from run to run.
+// Source     FlashAttention-2 (Dao 2023), formulas only.
 // decode     one query, `length` cached keys and values of one sequence.
 #pragma once
 #include "kernels/attention.h"

@@ -61,8 +61,8 @@ __device__ inline void load_a(std::uint32_t (&a)[4], const nv_bf16* tile, int ro
     const int lane = threadIdx.x % kWarp;
     ldmatrix_x4(a, tile + swizzle<D>(row + lane % 16, 2 * k + lane / 16));
 }
-// B operand of A X': rows [row, row + 16) of X are 16 columns of the product; b[0], b[1] the first 8, b[2], b[3] the
-// others.
+// B operand of A X': rows [row, row + 16) of X are 16 columns of the product, the first 8 in b[0] and b[1], the others
+// in b[2] and b[3].
 template <int D>
 __device__ inline void load_b_transposed(std::uint32_t (&b)[4], const nv_bf16* tile, int row, int k) {
     const int lane = threadIdx.x % kWarp;

@@ -1,9 +1,7 @@
-// kernels/dtype.h: storage types without CUDA headers, so that every contract header compiles with a plain C++
-// compiler.
+// kernels/dtype.h: storage types without CUDA headers, so that contract headers compile with a C++ compiler alone.
 //
-//   bf16       16-bit brain float: the upper half of an IEEE f32. Storage only: arithmetic is done in acc_t<bf16> =
-//   f32. acc_t<T>   the type in which values stored as T are accumulated: bf16 -> float, float -> float, double ->
-//   double.
+//   bf16       16-bit brain float: the upper half of an IEEE f32. Storage only: arithmetic is done in acc_t<bf16>, f32.
+//   acc_t<T>   the type in which values stored as T are accumulated: float for bf16 and float, double for double.
 #pragma once
 #include <bit>
 #include <cstdint>

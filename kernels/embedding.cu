@@ -57,8 +57,8 @@ struct Scatter {
     int count, channels;  // tokens, below 2^30: places and a step beyond them fit an int
 };
 
-// Sums two bf16 of each word; rows wait as raw words, two values to a register (a Pack may be spread over twice as
-// many).
+// Sums two bf16 of each word. Rows wait as raw words, two values to a register (a Pack may be spread over twice as
+// many registers).
 __device__ void add_raw(float (&sum)[kPackSize], const uint4& raw) {
     const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll

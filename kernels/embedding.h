@@ -3,9 +3,8 @@
 //   forward    x_i = E[token_i]
 //   backward   dE[v] += sum over i with token_i == v of dx_i
 //
-// Shapes     table E: [vocab, channels] T; dtable: [vocab, channels] acc_t<T>; tokens: [tokens] int32 in [0, vocab)
-// (the
-//            caller's duty; checked on the CPU only); x, dx: [tokens, channels] T, 16-byte aligned rows on Cuda
+// Shapes     table E: [vocab, channels] T; dtable: [vocab, channels] acc_t<T>; x, dx: [tokens, channels] T, 16-byte
+//            aligned rows on Cuda; tokens: [tokens] int32 in [0, vocab) (the caller's duty; checked on the CPU only)
 // Scratch    backward on Cuda sorts the tokens: embedding_scratch_bytes(tokens) bytes, 256-byte aligned
 // Writes     x overwritten; dtable accumulated (+=), rows of absent tokens untouched.
 // Numerics   each row's sum in acc_t<T>, in token order per fixed chunk: bit-equal from run to run (no atomics).
@@ -54,9 +53,9 @@ Traffic traffic(const EmbeddingBackward<T>& p) {  // as if every token were dist
     return {n * sizeof(T) + 2 * rows * double(p.dx.cols) * sizeof(acc_t<T>) + 4.0 * double(p.dx.rows), n};
 }
 
-// Three arrays of tokens, and the sort's own need. That cannot be asked without a device, and plans are made without one: it is
-// a second copy of tokens and positions, a counter for each of 256 digits and each tile of some thousand items, and histograms.
-// This is more, and the sort fails cleanly if it should ever be less.
+// Three arrays of tokens, and the sort's own need. That cannot be asked without a device, and plans are made without
+// one: it is a second copy of tokens and positions, a counter for each of 256 digits and each tile of some thousand
+// items, and histograms. This is more, and the sort fails cleanly if it should ever be less.
 inline std::size_t embedding_array_bytes(std::int64_t tokens) { return (std::size_t(tokens) * 4 + 255) / 256 * 256; }
 inline std::size_t embedding_scratch_bytes(std::int64_t tokens) {
     return 6 * embedding_array_bytes(tokens) + (std::size_t(1) << 20);

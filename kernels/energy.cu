@@ -42,8 +42,8 @@ __device__ __forceinline__ int position(int d) {
 }
 // Byte offset of (row, chunk) in one part of the matrix. The chunks of a row are exchanged so that the same chunk of
 // eight neighbouring rows lies in eight different 16-byte columns of shared memory: no bank conflicts. Rows 8 apart are
-// exchanged alike, and exchanging is an exclusive or: offset(row + 8 i, chunk ^ k) = (offset(row, chunk) ^ 16 k) + 16 D
-// i.
+// exchanged alike, and exchanging is an exclusive or:
+//     offset(row + 8 i, chunk ^ k) = (offset(row, chunk) ^ 16 k) + 16 D i
 template <int D>
 __device__ __forceinline__ unsigned matrix_offset(unsigned row, unsigned chunk) {
     const unsigned swizzle = D >= 64 ? row % 8 : D == 32 ? row / 2 % 4 : row / 4 % 2;

@@ -1,8 +1,8 @@
-// kernels/energy.h: bounded Rayleigh quotients of head vectors on a feature-space Laplacian Lf (D x D), and the
+// kernels/energy.h: bounded Rayleigh quotients of head vectors on a feature-space Laplacian Lf (D x D), over the
 // temperature.
 //
-//   R = 1   E = x'Lf x / (x'x + eps)                                                       Lf as CSR
-//   R > 1   E_r = sum_{m in band r} mu_m (u_m'x)^2 / (x'x + eps)                            Lf's eigenpairs, ascending
+//   R = 1   E = x'Lf x / (x'x + eps)                                 Lf as CSR
+//   R > 1   E_r = sum_{m in band r} mu_m (u_m'x)^2 / (x'x + eps)     Lf's eigenpairs, ascending
 //           band r holds eigenpairs [r D / R, (r + 1) D / R): D % R == 0; the R energies sum to E
 //   lambda_r = E_r / (E_r + tau_r),  tau_r = exp(log_tau_r)        a_r = lambda_r exp(-log_temp_h)
 //
@@ -12,18 +12,17 @@
 //     dlog_temp_h += sum over tokens and r of - da_r a_r
 //
 // One call treats one side (queries or keys); parameters are shared by both sides, so their gradients accumulate.
+//
 // Shapes     x, dx: [tokens, heads D] T, any ld (16-byte aligned rows on Cuda); a, da: [tokens, heads R] acc_t<T>
 //            log_tau, dlog_tau: [R]; log_temp, dlog_temp: [heads]; D in {16, 32, 64, 128} on Cuda, any on the CPU
 //            FeatureLaplacian (device memory): CSR offsets [D + 1] int32, columns [nnz] int32, values [nnz];
-//            eigenvectors [D, D], row m = u_m; eigenvalues [D]. R = 1 uses only the CSR (no entry
-//            twice), R > 1 only the eigenpairs. Lf symmetric, positive semi-definite (not checked).
+//            eigenvectors [D, D], row m = u_m; eigenvalues [D]. R = 1 uses only the CSR (no entry twice), R > 1 only
+//            the eigenpairs. Lf symmetric, positive semi-definite (not checked).
 // Scratch    backward on Cuda: energy_scratch_elements(tokens, heads, R) floats
 // Writes     a, dx overwritten; dlog_tau, dlog_temp accumulated (+=), absent: not computed. raw = true writes E_r
-// itself to a
-//            (no tau, no temperature): used once, to set tau to the median energy of the data.
+//            itself to a (no tau, no temperature): used once, to set tau to the median energy of the data.
 // Numerics   everything in acc_t<T>, recomputed in backward; fixed order, no atomics: bit-equal from run to run.
-// Source     tauformer's published form; derivative checked against finite differences in
-// tests/kernels/energy_test.cpp.
+// Source     tauformer's published form; derivative checked by finite differences in tests/kernels/energy_test.cpp.
 #pragma once
 #include "kernels/contract.h"
 #include "kernels/device.h"
@@ -107,7 +106,8 @@ Traffic traffic(const EnergyBackward<T>& p) {
             2 * n * energy_flops_per_vector(p.lap, p.scalars)};
 }
 
-// Blocks of one launch at most, on Cuda: about four a multiprocessor of the largest card; fixed, so that the order of sums is.
+// Blocks of one launch at most, on Cuda: about four a multiprocessor of the largest card. Fixed, so that the order of
+// the sums is fixed too.
 inline constexpr std::int64_t kEnergyBlocks = 528;
 inline std::int64_t energy_scratch_elements(std::int64_t, std::int64_t heads, std::int64_t scalars) {
     return (scalars + 1) * (heads < kEnergyBlocks ? kEnergyBlocks : heads);

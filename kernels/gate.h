@@ -1,16 +1,15 @@
-// kernels/gate.h: the forget gate (Forgetting Transformer, Lin et al. 2025): log-sigmoid and its cumulative sum over
-// time.
+// kernels/gate.h: the forget gate (Forgetting Transformer, Lin et al. 2025): log-sigmoid, summed up over time.
 //
-//   forward    f_ih = logsigmoid(z_ih + bias_h)        F_ih = carry_h + sum_{j = begin(i)..i} f_jh
-//   backward   g_ih = sum_{j = i..end(i)-1} dF_jh       dz_ih = g_ih sigmoid(-(z_ih + bias_h))     dbias_h += sum_i
-//   dz_ih
+//   forward    f_ih = logsigmoid(z_ih + bias_h)         F_ih = carry_h + sum_{j = begin(i)..i} f_jh
+//   backward   g_ih = sum_{j = i..end(i)-1} dF_jh       dz_ih = g_ih sigmoid(-(z_ih + bias_h))
+//              dbias_h += sum_i dz_ih
 //
 // A is float or double. logsigmoid(u) = min(u, 0) - log1p(exp(-|u|)): no overflow for any finite u.
+//
 // Shapes     z, F, dF: [tokens, heads] A (z with its own ld, F and dF contiguous or not); bias, dbias, carry: [heads] A
 //            dz: [tokens, heads] T, any ld: T is the storage type of the gradient of n Wf (bf16 on Cuda)
 // Writes     F, dz overwritten; dbias accumulated (+=). carry (optional, one sequence only) is read, then replaced by
-// the
-//            last token's F, so that decoding token by token continues a sequence.
+//            the last token's F, so that decoding token by token continues a sequence.
 // Scratch    backward on Cuda: gate_scratch_elements(seq.count, heads) floats
 // Numerics   sums restart in each sequence; fixed order, bit-equal from run to run.
 #pragma once

@@ -1,15 +1,15 @@
 // kernels/loss.h: softmax cross-entropy and its gradient on one chunk of logits, in one pass over them.
 //
-//   losses_i = logsumexp_v(logits_iv) - logits_{i, target_i}       (0 where target_i < 0: ignored)
+//   losses_i = logsumexp_v(logits_iv) - logits_{i, target_i}        (0 where target_i < 0: ignored)
 //   dlogits_iv = (softmax_v(logits_i) - [v == target_i]) scale      (0 where ignored), written over the logits
-//   loss_sum    *total += sum_i losses_i                            (one number per call, in fixed order)
+//   total += sum_i losses_i                                         (one number per call, in fixed order)
 //
 // Shapes     logits: [rows, vocab] T, ld >= vocab; columns [vocab, ld) are set to 0 when the gradient is written (so
-// that ld
-//            may be padded and used as the width of a product); targets: [rows] int32, < vocab; losses: [rows]
-//            acc_t<T>; total: [1] acc_t<T>
+//            that ld may be padded and used as the width of a product); targets: [rows] int32, < vocab
+//            losses: [rows] acc_t<T>; total: [1] acc_t<T>
 // Writes     losses overwritten; logits overwritten by dlogits when `gradient`, untouched otherwise; total accumulated
-// (+=). Numerics   acc_t<T>, running maximum subtracted: finite for any finite logits. Bit-equal from run to run.
+//            (+=).
+// Numerics   acc_t<T>, running maximum subtracted: finite for any finite logits. Bit-equal from run to run.
 #pragma once
 #include "kernels/contract.h"
 #include "kernels/device.h"

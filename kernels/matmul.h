@@ -6,7 +6,7 @@
 //
 // Shapes     x, dx: [rows, in] T; W: [out, in] T; y, dy: [rows, out]; dW: [out, in] acc_t<T>. Row-major, any ld;
 //            on Cuda data and row strides 16-byte aligned. y is of type O: T, or acc_t<T> (scalars, gates).
-// Writes     y overwritten; residual (optional, same shape and type as y) may be y itself or another matrix (cuBLASLt's C and D).
+// Writes     y overwritten; residual (optional, same shape and type as y) may be y itself or another matrix.
 //            dx overwritten, or accumulated when `accumulate`; must not alias dy. dW always accumulated (+=).
 // Numerics   products of T, sums in acc_t<T>, one rounding to the output type after the epilogue
 //            (Cuda: a product of one row may be rounded to it once more before the addend comes in).

@@ -4,7 +4,8 @@
 //
 // u may be given before or after the ReLU (matmul's relu epilogue): both give the same numbers.
 // Shapes     u, h, du, dh: n elements T, contiguous, 16-byte aligned on Cuda.
-// Writes     h, du overwritten. h may alias u; du may alias dh.   Numerics: acc_t<T>, elementwise.
+// Writes     h, du overwritten. h may alias u; du may alias dh.
+// Numerics   acc_t<T>, elementwise.
 #pragma once
 #include "kernels/contract.h"
 #include "kernels/device.h"

@@ -3,8 +3,7 @@
 //   forward    r_i = 1 / sqrt(mean_c x_ic^2 + eps)                     y = x r
 //   backward   dx = dresidual + r (dy - x r^2 mean_c(dy_c x_c))        (dresidual absent: that term is 0)
 //
-// Shapes     x, y, dx, dy, dresidual: [tokens, channels] T, row-major, 16-byte aligned rows on Cuda; channels % 8 == 0
-// there
+// Shapes     x, y, dx, dy, dresidual: [tokens, channels] T, row-major; on Cuda rows 16-byte aligned, channels % 8 == 0
 //            rstd: [tokens] acc_t<T>
 // Writes     y, rstd, dx overwritten. dx may alias dresidual or dy; y may not alias x.
 // Numerics   sums in acc_t<T>, fixed order: bit-equal from run to run.

@@ -3,9 +3,8 @@
 // tokens tokens in all, cut into count sequences; sequence s is [offsets[s], offsets[s + 1]). Every kernel that looks
 // along time (conv, coordinate, gate, attention, dot, rotary) takes a Packed and never lets one sequence see another.
 //
-//   uniform   length > 0: count = tokens / length sequences of that length (tokens % length == 0); the pointers are
-//   absent. ragged    length == 0: offsets[count + 1], begin[tokens] and end[tokens] are given, in the kernel's memory
-//   (device
+//   uniform   length > 0: count = tokens / length sequences of that length (tokens % length == 0); no pointers.
+//   ragged    length == 0: offsets[count + 1], begin[tokens] and end[tokens] are given, in the kernel's memory (device
 //             memory for Cuda, host memory for Cpu). begin[i] and end[i] are the first and one-past-last token of the
 //             sequence that holds token i: offsets spread over the tokens, so that a tile of tokens needs no search.
 #pragma once

@@ -28,7 +28,7 @@ void parallel_for_uneven(const Cpu& d, std::int64_t n, Body&& body) {
 }
 
 // Sums over rows into `width` totals: chunks of a fixed number of rows are summed on their own, then added in order.
-// The result depends on neither threads nor schedule. body(first, last, partial) adds rows [first, last) into
+// The result depends on neither threads nor schedule. body(first, last, partial) adds rows [first, last) to
 // partial[width].
 template <class A, class Body>
 void sum_over_rows(const Cpu& d, std::int64_t rows, std::int64_t width, A* total, Body&& body) {

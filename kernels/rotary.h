@@ -1,16 +1,16 @@
-// kernels/rotary.h: optional per-head RMS norm (QK-norm, no gain), then optional rotary position embedding (Su et al.
-// 2021).
+// kernels/rotary.h: RMS norm per head (QK-norm, no gain) and rotary position embedding (Su et al. 2021), both optional.
 //
-//   n = normalise ? x / sqrt(mean_d x_d^2 + eps) : x           per head, over its D values
+//   n = normalise ? x / sqrt(mean_d x_d^2 + eps) : x             per head, over its D values
 //   y = rotate ? rotate(n, pos) : n                              pos_i = i - begin(i) + position_offset
 //   rotation, half-split: for d < D/2, angle = pos theta^(-2d/D):
 //     y_d = n_d cos + n_{d+D/2} sin            y_{d+D/2} = - n_d sin + n_{d+D/2} cos
 //   backward   dn = rotation transposed of dy;   dx = normalise ? r (dn - x r^2 mean_d(dn_d x_d)) : dn
+//              with r = 1 / sqrt(mean_d x_d^2 + eps)
 //
-// Shapes     x, y, dx, dy: [tokens, heads D] T, any ld (16-byte aligned rows on Cuda); D even, in {16, 32, 64, 128} on
-// Cuda Writes     y, dx overwritten. y may alias x, dx may alias dy. Numerics   acc_t<T>; on Cuda angles are f32 and
-// reduced by sincosf itself (not the fast approximation).
-
+// Shapes     x, y, dx, dy: [tokens, heads D] T, any ld (16-byte aligned rows on Cuda); D even, on Cuda in {16, 32, 64,
+//            128}
+// Writes     y, dx overwritten. y may alias x, dx may alias dy.
+// Numerics   acc_t<T>; on Cuda angles are f32 and reduced by sincosf itself (not the fast approximation).
 #pragma once
 #include "kernels/contract.h"
 #include "kernels/device.h"

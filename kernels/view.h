@@ -1,9 +1,8 @@
-// kernels/view.h: typed, non-owning views. A view never allocates, frees or knows where its memory lives (host or
-// device).
+// kernels/view.h: typed, non-owning views. A view never allocates, frees or knows whose memory it is, host or device.
 //
 //   Vec<T>   size elements, contiguous
 //   Mat<T>   rows x cols elements, row-major; row i starts at data + i * ld, ld >= cols. Columns [cols, ld) belong to
-//   others.
+//            others.
 //
 // Sizes and strides count elements, never bytes. A view of T converts to a view of const T. A default view is "absent".
 #pragma once

@@ -1,15 +1,17 @@
-// tests/bench/harness.h: benchmarks of kernel families. One file per family adds cases; the harness times and reports
-// them.
+// tests/bench/harness.h: benchmarks of kernel families. One file per family adds cases; the harness times and reports.
 //
 // A family's file, tests/bench/<family>_bench.cpp, is one function:
 //     FIEDLER_BENCH(norm) {
-//         auto x = suite.random<Storage>(rows * cols);                 // device memory, normal values, freed by the
-//         suite NormForward<Storage> p{...}; suite.add("forward 32768x384", traffic(p), [=, &suite] {
-//         norm_forward(suite.device, p); });
+//         auto x = suite.random<Storage>(rows * cols);  // device memory, normal values, freed by the suite
+//         NormForward<Storage> p{...};
+//         suite.add("forward 32768x384", traffic(p), [=, &suite] { norm_forward(suite.device, p); });
 //     }
-// Device is Cuda with Storage bf16 where a GPU is used, Cpu with Storage float otherwise (suite.small: take small
-// shapes). Timing (Cuda): each sample is one run after the L2 cache has been flushed; median of the samples, noise =
-// (p90 - p10) / median.
+//
+// Device is Cuda with Storage bf16 where a GPU is used, Cpu with Storage float otherwise. suite.small asks for small
+// shapes.
+//
+// Timing (Cuda): each sample is one run after the L2 cache has been flushed; the median of the samples is reported, and
+// noise = (p90 - p10) / median.
 #pragma once
 #include <functional>
 #include <string>

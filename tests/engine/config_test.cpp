@@ -1,5 +1,5 @@
 // The table of knobs: flags, TOML, JSON and help from one source; presets; refusals in one line that name knob, value
-// and mend.
+// and remedy.
 #include "engine/config.h"
 
 #include <fmt/format.h>

@@ -1,6 +1,6 @@
-// tests/engine/model_gpu_test.cpp: the whole model on the GPU against the double CPU reference: loss and every parameter's
-// gradient. The tolerance is twice the error of the CPU model whose outputs are rounded to bf16 where the GPU's are
-// (tests/support/rounding_cpu.h).
+// tests/engine/model_gpu_test.cpp: the whole model on the GPU against the double CPU reference: loss and gradients of
+// every parameter. The tolerance is twice the error of the CPU model whose outputs are rounded to bf16 where the GPU's
+// are (tests/support/rounding_cpu.h).
 #include "tests/support/rounding_cpu.h"
 // The model's templates for RoundingCpu: their sources, without the instances that the engine library holds.
 #include "engine/model_instances.h"
@@ -99,7 +99,8 @@ double rounded_gradients(const ModelSpec& spec, const RunPlan& run, const std::v
     std::copy(lap.eigenvalues.begin(), lap.eigenvalues.end(), layout.lap_eigenvalues.data);
     for (int l = 0; l < spec.layers(); ++l)
         if (layout.acts->layer(l).aux) cpu.f32_products.push_back(layout.acts->layer(l).aux.data);
-    Model<RoundingCpu, float> model(cpu, spec, table, layout.params, layout.laplacian(spec.head_dim()), plan, *layout.acts);
+    Model<RoundingCpu, float> model(cpu, spec, table, layout.params, layout.laplacian(spec.head_dim()), plan,
+                                    *layout.acts);
     DeviceBatch batch;
     const auto n = static_cast<std::int64_t>(host.inputs.size());
     batch.inputs = Vec<const std::int32_t>(host.inputs.data(), n);
@@ -138,7 +139,9 @@ TEST_P(ModelGpu, LossAndGradientsMatchTheCpu) {
     for (const ParamTensor& t : reference.table().tensor) {
         if (t.group == Group::frozen) continue;
         SCOPED_TRACE(t.name);
-        const auto part = [&](const auto& block) { return Values(block.begin() + t.offset, block.begin() + t.offset + t.size()); };
+        const auto part = [&](const auto& block) {
+            return Values(block.begin() + t.offset, block.begin() + t.offset + t.size());
+        };
         test::Error allowed;
         for (const auto& evaluation : low) {
             const test::Error e = test::measure(part(evaluation), part(want));
@@ -146,7 +149,7 @@ TEST_P(ModelGpu, LossAndGradientsMatchTheCpu) {
             allowed.max = std::max(allowed.max, e.max);
             allowed.rms = std::max(allowed.rms, e.rms);
         }
-        // Gradients that vanish identically (one token alone) leave the rounding of f32 sums at the scale of the others.
+        // Gradients that vanish identically (one token alone) leave the rounding of f32 sums at the others' scale.
         const double floor = 1e-6 * largest;
         const test::Error e = test::measure(part(got), part(want));
         ASSERT_GT(e.count, 0u);
@@ -162,8 +165,10 @@ std::vector<Shape> shapes() {
     std::vector<Shape> all;
     static std::vector<std::string> names;
     names.reserve(1000);
-    const auto add = [&](const char* kind_name, const char* pattern, ScalarKind kind, int d, int t, bool causal = true) {
-        names.push_back(std::string(kind_name) + "_D" + std::to_string(d) + "_T" + std::to_string(t) + (causal ? "" : "_bidirectional"));
+    const auto add = [&](const char* kind_name, const char* pattern, ScalarKind kind, int d, int t,
+                         bool causal = true) {
+        names.push_back(std::string(kind_name) + "_D" + std::to_string(d) + "_T" + std::to_string(t) +
+                        (causal ? "" : "_bidirectional"));
         all.push_back({names.back().c_str(), pattern, kind, d, t, t >= 1024 ? 1 : 2, causal});
     };
     const auto every = [&](int d, int t) {
@@ -179,7 +184,8 @@ std::vector<Shape> shapes() {
     return all;
 }
 
-INSTANTIATE_TEST_SUITE_P(Shapes, ModelGpu, testing::ValuesIn(shapes()), [](const auto& info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(Shapes, ModelGpu, testing::ValuesIn(shapes()),
+                         [](const auto& info) { return info.param.name; });
 
 }  // namespace
 }  // namespace fiedler

@@ -15,7 +15,8 @@ TEST(Sampling, GreedyTakesTheLargestAndTheLowestOfTies) { EXPECT_EQ(sample(kLogi
 TEST(Sampling, FrequenciesFollowTheSoftmax) {
     std::map<int, int> count;
     constexpr int kDraws = 200000;
-    for (int i = 0; i < kDraws; ++i) ++count[sample(kLogits, {.temperature = 0.7, .seed = 3}, static_cast<std::uint64_t>(i))];
+    for (int i = 0; i < kDraws; ++i)
+        ++count[sample(kLogits, {.temperature = 0.7, .seed = 3}, static_cast<std::uint64_t>(i))];
     double sum = 0;
     for (const float l : kLogits) sum += std::exp(l / 0.7);
     for (int v = 0; v < 5; ++v) {

@@ -408,8 +408,8 @@ void check_gpu(const Case& c) {
         for (const Values* gradient : {&got.da, &got.db, &got.dF})
             for (const double x : *gradient) EXPECT_LE(std::abs(x), in.rounding_of_ds());
     } else {
-        // Far apart, a query may have one key with all the weight: then ds is the difference of two equal numbers, and what is
-        // left is their rounding, whatever the size of the gradient.
+        // Far apart, a query may have one key with all the weight: then ds is the difference of two equal numbers, and
+        // what is left is their rounding, whatever the size of the gradient.
         const auto coarse = [&](Values gradient) {
             if (c.points == Points::kFar)
                 for (double& x : gradient) x += in.rounding_of_ds() / 8;

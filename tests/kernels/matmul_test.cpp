@@ -1,5 +1,5 @@
-// matmul: naive loops in double, finite differences, and on the GPU every shape that training meets and several it
-// should not.
+// matmul: naive loops in double, finite differences, and on the GPU every shape that training meets and several that
+// it should not.
 #include "kernels/matmul.h"
 
 #include "tests/support/buffer.h"

@@ -28,8 +28,7 @@ Error measure(const Values& got, const Values& ref);
 
 // got against ref within the computed tolerance; low: see above. ulp: rounding unit of the accumulation type.
 testing::AssertionResult close(const Values& got, const Values& ref, const Values& low, double ulp = 1.2e-7);
-// Largest relative error (to the largest |ref|, and never less than 1e-300) at most tolerance: for double against
-// double.
+// For double against double: the largest error, relative to the largest |ref| (or 1e-300), is at most tolerance.
 testing::AssertionResult close_to(const Values& got, const Values& ref, double tolerance);
 // Bit for bit, NaN included (for runs of the same kernel).
 testing::AssertionResult identical(const void* a, const void* b, std::size_t bytes);

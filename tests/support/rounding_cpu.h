@@ -1,8 +1,9 @@
 // tests/support/rounding_cpu.h: the CPU float kernels with every output that the GPU stores as bf16 rounded to bf16.
 //
-// Model<RoundingCpu, float> is the naive evaluation of the model in the GPU's precision: the yardstick of the computed tolerance.
-// A sum over all tokens, such as the gradient of a temperature, is one number: its error in one evaluation may be small by luck.
-// So the yardstick is taken from several evaluations, whose roundings differ by a dither of half a rounding step at most.
+// Model<RoundingCpu, float> is the naive evaluation of the model in the GPU's precision: the yardstick of the computed
+// tolerance. A sum over all tokens, such as the gradient of a temperature, is one number: its error in one evaluation
+// may be small by luck. So the yardstick is taken from several evaluations, whose roundings differ by a dither of half
+// a rounding step at most.
 // Outputs that the GPU keeps in f32 (scalars, gates, softmax statistics, weight gradients) are left alone.
 #pragma once
 #include <cmath>
@@ -25,8 +26,9 @@
 namespace fiedler {
 
 struct RoundingCpu : Cpu {
-    std::vector<const float*> f32_products;  // outputs of matmul_forward that stay f32: the layers' scalars and gate logits
-    std::uint32_t dither = 0;                // 0: round to nearest; else the seed of the dither
+    // Outputs of matmul_forward that stay f32: the layers' scalars and gate logits.
+    std::vector<const float*> f32_products;
+    std::uint32_t dither = 0;  // 0: round to nearest; else the seed of the dither
     mutable std::uint32_t calls = 0;
     const Cpu& plain() const { return *this; }
 
@@ -47,11 +49,15 @@ struct RoundingCpu : Cpu {
     void round(const Vec<float>& v) const { round(Mat<float>(v.data, 1, v.size)); }
 };
 
-inline void norm_forward(const RoundingCpu& d, const NormForward<float>& p) { norm_forward(d.plain(), p), d.round(p.y); }
+inline void norm_forward(const RoundingCpu& d, const NormForward<float>& p) {
+    norm_forward(d.plain(), p), d.round(p.y);
+}
 inline void norm_backward(const RoundingCpu& d, const NormBackward<float>& p) {
     norm_backward(d.plain(), p), d.round(p.dx);
 }
-inline void conv_forward(const RoundingCpu& d, const ConvForward<float>& p) { conv_forward(d.plain(), p), d.round(p.y); }
+inline void conv_forward(const RoundingCpu& d, const ConvForward<float>& p) {
+    conv_forward(d.plain(), p), d.round(p.y);
+}
 inline void conv_backward(const RoundingCpu& d, const ConvBackward<float>& p) {
     conv_backward(d.plain(), p), d.round(p.dx);
 }
@@ -62,7 +68,9 @@ inline void rotary_backward(const RoundingCpu& d, const RotaryBackward<float>& p
     rotary_backward(d.plain(), p), d.round(p.dx);
 }
 inline void mlp_forward(const RoundingCpu& d, const MlpForward<float>& p) { mlp_forward(d.plain(), p), d.round(p.h); }
-inline void mlp_backward(const RoundingCpu& d, const MlpBackward<float>& p) { mlp_backward(d.plain(), p), d.round(p.du); }
+inline void mlp_backward(const RoundingCpu& d, const MlpBackward<float>& p) {
+    mlp_backward(d.plain(), p), d.round(p.du);
+}
 inline void matmul_forward(const RoundingCpu& d, const MatmulForward<float, float>& p) {
     matmul_forward(d.plain(), p);
     for (const float* kept : d.f32_products)
@@ -87,7 +95,9 @@ inline void energy_backward(const RoundingCpu& d, const EnergyBackward<float>& p
 inline void coordinate_backward(const RoundingCpu& d, const CoordinateBackward<float>& p) {
     coordinate_backward(d.plain(), p), d.round(p.ds);
 }
-inline void gate_backward(const RoundingCpu& d, const GateBackward<float>& p) { gate_backward(d.plain(), p), d.round(p.dz); }
+inline void gate_backward(const RoundingCpu& d, const GateBackward<float>& p) {
+    gate_backward(d.plain(), p), d.round(p.dz);
+}
 inline void loss_forward(const RoundingCpu& d, const LossForward<float>& p) {
     loss_forward(d.plain(), p);
     if (p.gradient) d.round(p.logits);
