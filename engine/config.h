@@ -63,7 +63,6 @@ struct Config {
     // run
     std::string out, resume;
     std::int64_t seed = 1;
-    bool deterministic = true;
     DeviceChoice device = DeviceChoice::automatic;
     std::int64_t threads = 0;
     RecomputeChoice recompute = RecomputeChoice::automatic;

@@ -58,10 +58,9 @@ class Engine {
     virtual const ModelSpec& spec() const = 0;
     virtual const ParamTable& table() const = 0;
     virtual const RunPlan& plan() const = 0;
-    virtual std::string device_name() const = 0;  // "cpu (2 threads)", "NVIDIA H100 80GB HBM3"
-    virtual std::string device_kind() const = 0;  // "cpu" or "cuda"
-    virtual double
-    measured_peak_flops() = 0;  // of a large matrix product in the engine's precision; measured once, then kept
+    virtual std::string device_name() const = 0;    // "cpu (2 threads)", "NVIDIA H100 80GB HBM3"
+    virtual std::string device_kind() const = 0;    // "cpu" or "cuda"
+    virtual double measured_peak_flops() = 0;       // of a large matrix product, measured once; 0: unknown
     virtual std::size_t device_bytes_in_use() = 0;  // of the whole process, where the device can tell; else 0
 
     virtual StepResult train_step(const std::vector<Batch>&, const StepSettings&) = 0;

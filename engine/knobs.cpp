@@ -174,7 +174,7 @@ std::vector<Knob> train_knobs() {
         {"skip-outliers",
          &C::skip_outliers,
          kTrain,
-         "skip a step whose loss or gradient norm is this many deviations above the last 128",
+         "skip a step whose gradient norm is this many deviations above those of the last 128",
          {.low = 0, .high = 1e6, .zero = "never"}},
         {"skip-nonfinite", &C::skip_nonfinite, kTrain,
          "skip and report a step with NaN or infinite gradients; without it the run stops there"},
@@ -184,7 +184,11 @@ std::vector<Knob> train_knobs() {
 std::vector<Knob> run_knobs() {
     using C = Config;
     return {
-        {"out", &C::out, kTrain, "folder of the run: log, checkpoints, weights", {.zero = "runs/PRESET"}},
+        {"out",
+         &C::out,
+         kTrain | kPrepare,
+         "folder to write: the run (log, checkpoints, weights), or the dataset",
+         {.zero = "runs/PRESET; prepare: below data-cache"}},
         {"resume",
          &C::resume,
          kTrain,
@@ -195,9 +199,6 @@ std::vector<Knob> run_knobs() {
          kTrain | kPrepare | kGenerate,
          "seed of everything random",
          {.low = 0, .high = 9e15, .on_resume = OnResume::must_match}},
-        {"deterministic", &C::deterministic, kTrain,
-         "sums in a fixed order: two runs are equal bit by bit; without it faster orders may be used where there are "
-         "any"},
         {"device",
          choice<&C::device>(),
          kDevice | kPlan,

@@ -173,7 +173,12 @@ double Runner<Dev, T>::measured_peak_flops() {
     if (peak_flops_ > 0) return peak_flops_;
     const std::int64_t n = std::is_same_v<Dev, Cuda> ? 8192 : 768;
     const auto elements = static_cast<std::size_t>(n * n);
-    T* memory = static_cast<T*>(device_alloc(*dev_, 3 * elements * sizeof(T)));
+    T* memory = nullptr;
+    try {
+        memory = static_cast<T*>(device_alloc(*dev_, 3 * elements * sizeof(T)));
+    } catch (const DeviceError&) {
+        return 0;  // the device is full: the peak stays unknown, the run goes on
+    }
     std::vector<T> host(2 * elements);
     std::uint32_t state = 1;
     for (T& x : host) {  // random signs and magnitudes: zeros would run faster than real data

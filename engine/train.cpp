@@ -63,6 +63,11 @@ class TrainingRun {
     std::string save();
     void finish(bool stopped, const std::string& checkpoint);
     bool held_out() const { return data_->val().size() > 0; }
+    double share_of_peak(double tokens_per_second) {  // below 0: not known
+        const double peak = engine_->measured_peak_flops() * world_.size;
+        return peak > 0 ? tokens_per_second * training_flops_per_token(engine_->spec(), engine_->spec().context) / peak
+                        : -1;
+    }
     bool due(std::int64_t every) const { return every > 0 && (step_ % every == 0 || step_ == config_.steps); }
 
     Config config_;
@@ -79,6 +84,8 @@ class TrainingRun {
     OutlierDetector norms_, losses_;
     std::vector<Batch> micro_batches_;
     std::int64_t step_ = 0, cursor_ = 0, tokens_ = 0, skipped_ = 0;
+    Clock::time_point session_start_ = Clock::now();
+    double earlier_seconds_ = 0;  // of the sessions before this one, all in all
     double train_seconds_ = 0;    // of all sessions, in steps alone
     double session_seconds_ = 0;  // of this one
     std::int64_t session_steps_ = 0;
@@ -142,6 +149,7 @@ void TrainingRun::restore(const Checkpoint& checkpoint) {
         losses_.restore(meta.state.at("losses").get<std::vector<double>>());
         skipped_ = meta.state.at("skipped").get<std::int64_t>();
         train_seconds_ = meta.state.at("train_seconds").get<double>();
+        earlier_seconds_ = meta.state.at("run_seconds").get<double>();
     } catch (const nlohmann::json::exception& e) {
         input_error("{}: its manifest lacks what a resumed run needs ({}); use another checkpoint", checkpoint.folder(),
                     e.what());
@@ -236,9 +244,7 @@ void TrainingRun::report(const StepResult& r, double lr) {
     p.lr = lr;
     const double tokens = double(config_.batch_tokens * world_.size);
     p.tokens_per_second = tokens * double(interval_steps_) / interval_seconds_;
-    p.share_of_peak = p.tokens_per_second / world_.size *
-                      training_flops_per_token(engine_->spec(), engine_->spec().context) /
-                      engine_->measured_peak_flops();
+    p.share_of_peak = share_of_peak(p.tokens_per_second);
     const double per_step = session_steps_ > 1 ? session_seconds_ / double(session_steps_ - 1) : interval_seconds_;
     p.eta_seconds = per_step * double(config_.steps - step_);
     terminal_.progress(progress_text(p));
@@ -300,7 +306,8 @@ std::string TrainingRun::save() {
     meta.state = Json{{"norms", norms_.values()},
                       {"losses", losses_.values()},
                       {"skipped", skipped_},
-                      {"train_seconds", train_seconds_}};
+                      {"train_seconds", train_seconds_},
+                      {"run_seconds", earlier_seconds_ + seconds_since(session_start_)}};
     const std::string folder = writer.commit(meta, config_.keep);
     saved_step_ = step_;
     log_->write("checkpoint", Json{{"step", step_}, {"path", folder}});
@@ -329,7 +336,7 @@ void TrainingRun::finish(bool stopped, const std::string& checkpoint) {
     const double counted = double(std::max<std::int64_t>(session_steps_ - 1, 0));
     const double per_second =
         session_seconds_ > 0 ? counted * double(config_.batch_tokens * world_.size) / session_seconds_ : 0;
-    const double hours = train_seconds_ / 3600 * world_.size;
+    const double hours = (earlier_seconds_ + seconds_since(session_start_)) / 3600 * world_.size;
     Json end{
         {"val_loss", last_validation_ ? Json(last_validation_->loss) : Json(nullptr)},
         {"val_bits_per_byte",
@@ -340,9 +347,7 @@ void TrainingRun::finish(bool stopped, const std::string& checkpoint) {
         {"skipped", skipped_},
         {"tokens", tokens_},
         {"tokens_per_second", per_second},
-        {"share_of_peak", per_second / world_.size *
-                              training_flops_per_token(engine_->spec(), engine_->spec().context) /
-                              engine_->measured_peak_flops()},
+        {"share_of_peak", share_of_peak(per_second)},
         {"parameters", engine_->table().parameters},
         {"peak_memory_bytes", engine_->plan().bytes},
         {"device_bytes_in_use", engine_->device_bytes_in_use()},

@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(D, R)) attention_forwa
     const int end = ceil_div(block.hi, kTile), tiles = end - block.lo / kTile;
     const auto load = [&](int k) {
         const int column = (end - 1 - k) * kTile;
-        values[k % 2].load(bits(p.v.data) + head * D, p.v.ld, column, tokens);
+        values[k % 2].load(nv(p.v.data) + head * D, p.v.ld, column, tokens);
         scalars[k % 2].load(p.b.data + head * p.scalars, p.b.ld, p.scalars, column, tokens);
         gate[k % 2].load(F, p.F.ld, column, tokens, p.b.data);
         cp_async_commit();
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(D, R)) attention_forwa
         scale[k] = 1.f / total;
         if (rows.valid(k) && threadIdx.x % 4 == 0) p.lse.data[rows.token(k) * p.lse.ld + head] = softmax.lse(k, total);
     }
-    store_rows<D>(bits(p.o.data) + head * D, p.o.ld, o, scale, rows);
+    store_rows<D>(nv(p.o.data) + head * D, p.o.ld, o, scale, rows);
 }
 
 // delta = dO . o per token and head; `parts` = D / 8 neighbouring lanes share one.
@@ -181,8 +181,8 @@ __global__ void __launch_bounds__(256) attention_delta_kernel(AttentionBackward<
     float sum = 0.f;
     if (valid) {
         const int column = (head * parts + part) * 8;
-        const auto g = load16(bits(p.do_.data) + token * p.do_.ld + column);
-        const auto o = load16(bits(p.o.data) + token * p.o.ld + column);
+        const auto g = load16(nv(p.do_.data) + token * p.do_.ld + column);
+        const auto o = load16(nv(p.o.data) + token * p.o.ld + column);
 #pragma unroll
         for (int i = 0; i < 8; ++i) sum = fmaf(to_float(g.v[i]), to_float(o.v[i]), sum);
     }
@@ -204,12 +204,12 @@ struct Streamed : std::conditional_t<kKeys, OfQueries, Nothing> {
     __device__ void load(const AttentionBackward<bf16>& p, int head, int column) {
         const int tokens = p.seq.tokens;
         if constexpr (kKeys) {
-            values.load(bits(p.do_.data) + head * D, p.do_.ld, column, tokens);
+            values.load(nv(p.do_.data) + head * D, p.do_.ld, column, tokens);
             scalars.load(p.a.data + head * p.scalars, p.a.ld, p.scalars, column, tokens);
             this->lse.load(p.lse.data + head, p.lse.ld, column, tokens, p.a.data);
             this->delta.load(p.delta.data + head, p.delta.ld, column, tokens, p.a.data);
         } else {
-            values.load(bits(p.v.data) + head * D, p.v.ld, column, tokens);
+            values.load(nv(p.v.data) + head * D, p.v.ld, column, tokens);
             scalars.load(p.b.data + head * p.scalars, p.b.ld, p.scalars, column, tokens);
         }
         gate.load(gate_of_head(p, head), p.F.ld, column, tokens, p.a.data);
@@ -231,10 +231,10 @@ struct BackwardRows {
         load_row_numbers(gate, gate_of_head(p, head), p.F.ld, rows);
         if constexpr (kKeys) {
             load_row_scalars<R>(x, p.b.data + head * p.scalars, p.b.ld, p.scalars, rows);
-            load_operand<D>(fixed, bits(p.v.data) + head * D, p.v.ld, rows);
+            load_operand<D>(fixed, nv(p.v.data) + head * D, p.v.ld, rows);
         } else {
             load_row_scalars<R>(x, p.a.data + head * p.scalars, p.a.ld, p.scalars, rows);
-            load_operand<D>(fixed, bits(p.do_.data) + head * D, p.do_.ld, rows);
+            load_operand<D>(fixed, nv(p.do_.data) + head * D, p.do_.ld, rows);
             load_row_numbers(lse, p.lse.data + head, p.lse.ld, rows);
             load_row_numbers(delta, p.delta.data + head, p.delta.ld, rows);
         }
@@ -301,7 +301,7 @@ struct BackwardRows {
             if (kKeys && p.dF.data != nullptr && rows.valid(k) && t == 0)
                 p.dF.data[rows.token(k) * p.dF.ld + head] = -total;
         }
-        if constexpr (kKeys) store_rows<D>(bits(p.dv.data) + head * D, p.dv.ld, dv, {1.f, 1.f}, rows);
+        if constexpr (kKeys) store_rows<D>(nv(p.dv.data) + head * D, p.dv.ld, dv, {1.f, 1.f}, rows);
     }
 
   private:
@@ -405,7 +405,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) attention_decode_kernel(A
         sum = sum * rescale + weight;
 #pragma unroll
         for (int h = 0; h < 2; ++h) o[h][0] *= rescale, o[h][1] *= rescale;
-        const nv_bf16* v = bits(p.v.data) + base * p.v.ld + head * width;
+        const nv_bf16* v = nv(p.v.data) + base * p.v.ld + head * width;
 #pragma unroll 8
         for (int k = 0; k < count; ++k) {
             const float w = __shfl_sync(0xffffffffu, weight, k);
@@ -434,7 +434,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) attention_decode_kernel(A
         total = fmaf(scale, sums[w], total);
         result = fmaf(scale, parts[w][column], result);
     }
-    bits(p.o.data)[head * width + column] = from_float<nv_bf16>(result / total);
+    nv(p.o.data)[head * width + column] = from_float<nv_bf16>(result / total);
 }
 
 // launch.template operator()<D, R>() for this head width and the least R that holds the scalars.

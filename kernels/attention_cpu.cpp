@@ -1,7 +1,6 @@
 // Scalar-distance attention on the CPU: the reference in double and real training in float. A block of 16 queries is
 // scored against the keys that it sees, so that at most 16 x T weights exist at a time; every inner loop runs over keys
 // or over the head's width.
-#include <Eigen/Core>
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -9,6 +8,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/parallel.h"
+#include "kernels/vector_math.h"
 
 namespace fiedler {
 namespace {
@@ -109,21 +109,16 @@ struct Keys {
     }
 };
 
-// s = exp(s - shift), in place. Whole fixed-size chunks, the last one padded: which code an element goes through, and
-// so its last bit, depends on neither the alignment of s nor on the thread.
+// s = exp(s - shift), in place, in chunks that suit short rows too (see vector_math.h).
 template <class T>
 void exponentials(T* s, std::int64_t count, T shift) {
-    constexpr int kChunk = 2 * Lanes<T>::size;
-    using Chunk = Eigen::Array<T, kChunk, 1>;
+    constexpr int kSize = 2 * Lanes<T>::size;
+    const auto run = [&](T* part, std::int64_t n) {
+        store_chunk(part, n, Chunk<T, kSize>((load_chunk<kSize>(part, n, shift) - shift).exp()));
+    };
     std::int64_t j = 0;
-    for (; j + kChunk <= count; j += kChunk) {
-        Eigen::Map<Chunk> x(s + j);
-        x = (x - shift).exp();
-    }
-    Chunk rest = Chunk::Zero();
-    std::copy(s + j, s + count, rest.data());
-    rest = (rest - shift).exp();
-    std::copy_n(rest.data(), count - j, s + j);
+    for (; j + kSize <= count; j += kSize) run(s + j, kSize);
+    if (j < count) run(s + j, count - j);
 }
 // Folds s lane by lane, then over the lanes: a fixed order that needs no fast-math to vectorise.
 template <class T, class Fold>

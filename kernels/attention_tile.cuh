@@ -14,10 +14,6 @@ constexpr int kWarpRows = 16;  // rows of a warp
 constexpr int kThreads = kTile / kWarpRows * kWarp;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// The same bits (kernels/dtype.h), where kernels take the contract's structs as they are.
-__device__ inline const nv_bf16* bits(const bf16* p) { return reinterpret_cast<const nv_bf16*>(p); }
-__device__ inline nv_bf16* bits(bf16* p) { return reinterpret_cast<nv_bf16*>(p); }
-
 __device__ inline float exp2_fast(float x) {  // 2 ulp; exp2(-inf) = 0
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -48,8 +48,8 @@ inline cudaStream_t stream_of(const Cuda& d) { return d.state->stream; }
 
 // bf16 is storage (kernels/dtype.h); on the device the same bits are __nv_bfloat16.
 using nv_bf16 = __nv_bfloat16;
-inline const nv_bf16* nv(const bf16* p) { return reinterpret_cast<const nv_bf16*>(p); }
-inline nv_bf16* nv(bf16* p) { return reinterpret_cast<nv_bf16*>(p); }
+inline __host__ __device__ const nv_bf16* nv(const bf16* p) { return reinterpret_cast<const nv_bf16*>(p); }
+inline __host__ __device__ nv_bf16* nv(bf16* p) { return reinterpret_cast<nv_bf16*>(p); }
 
 constexpr int kWarp = 32;
 inline __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }

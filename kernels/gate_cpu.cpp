@@ -1,29 +1,21 @@
 // kernels/gate_cpu.cpp: the forget gate on the CPU (see gate.h). The elementwise part runs over all tokens, vectorised;
 // the cumulative sums run per sequence in double, so that long sequences keep their precision.
-#ifndef EIGEN_DONT_PARALLELIZE
-#define EIGEN_DONT_PARALLELIZE
-#endif
-#include <Eigen/Core>
 #include <algorithm>
 #include <vector>
 
 #include "kernels/gate.h"
 #include "kernels/parallel.h"
+#include "kernels/vector_math.h"
 
 namespace fiedler {
 namespace {
-
-// Values pass through an aligned buffer of fixed size: neither alignment nor a tail changes how one is computed.
-constexpr std::int64_t kChunk = 64;
-template <class T>
-using Chunk = Eigen::Array<T, kChunk, 1>;
 
 // body(chunk of u = z + bias, first, count) over all elements, numbered row by row.
 template <class A, class Body>
 void for_chunks(const Cpu& dev, const Mat<const A>& z, const Vec<const A>& bias, Body&& body) {
     const std::int64_t heads = z.cols, n = z.rows * heads;
     parallel_for(dev, (n + kChunk - 1) / kChunk, [&](std::int64_t c) {
-        const std::int64_t first = c * kChunk, count = std::min(kChunk, n - first);
+        const std::int64_t first = c * kChunk, count = std::min<std::int64_t>(kChunk, n - first);
         Chunk<A> u = Chunk<A>::Zero();
         std::int64_t i = first / heads, h = first % heads;
         for (std::int64_t k = 0; k < count; ++k) {

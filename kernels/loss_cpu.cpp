@@ -1,22 +1,14 @@
 // kernels/loss_cpu.cpp: softmax cross-entropy on the CPU (see loss.h). Rows are independent; a row is walked in chunks
-// of fixed size through an aligned buffer, so that neither alignment nor tail changes how a value is computed.
-#ifndef EIGEN_DONT_PARALLELIZE
-#define EIGEN_DONT_PARALLELIZE
-#endif
-#include <Eigen/Core>
+// (see vector_math.h).
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "kernels/loss.h"
 #include "kernels/parallel.h"
+#include "kernels/vector_math.h"
 
 namespace fiedler {
 namespace {
-
-constexpr std::int64_t kChunk = 64;
-template <class T>
-using Chunk = Eigen::Array<T, kChunk, 1>;
 
 template <class T>
 T row_max(const T* x, std::int64_t n) {
@@ -35,13 +27,11 @@ template <class T>
 T sum_of_exponentials(T* x, std::int64_t n, T m, bool keep) {
     Chunk<T> sums = Chunk<T>::Zero();
     for (std::int64_t i = 0; i < n; i += kChunk) {
-        const std::int64_t count = std::min(kChunk, n - i);
-        Chunk<T> e = Chunk<T>::Constant(m);
-        std::memcpy(e.data(), x + i, static_cast<std::size_t>(count) * sizeof(T));
-        e = (e - m).exp();
+        const std::int64_t count = std::min<std::int64_t>(kChunk, n - i);
+        Chunk<T> e = (load_chunk(x + i, count, m) - m).exp();
         if (count < kChunk) e.tail(kChunk - count).setZero();
         sums += e;
-        if (keep) std::memcpy(x + i, e.data(), static_cast<std::size_t>(count) * sizeof(T));
+        if (keep) store_chunk(x + i, count, e);
     }
     return sums.sum();
 }

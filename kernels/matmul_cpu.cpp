@@ -1,8 +1,5 @@
 // kernels/matmul_cpu.cpp: the products of matmul.h on the CPU. The output is cut into blocks whose size follows from
 // the shape alone; each block is one single-threaded Eigen product, so the result does not depend on the threads.
-#ifndef EIGEN_DONT_PARALLELIZE
-#define EIGEN_DONT_PARALLELIZE
-#endif
 #include <Eigen/Core>
 #include <algorithm>
 

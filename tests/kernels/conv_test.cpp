@@ -3,39 +3,11 @@
 
 #include <algorithm>
 
-#include "tests/support/buffer.h"
 #include "tests/support/gradcheck.h"
+#include "tests/support/padded.h"
 
 namespace fiedler::test {
 namespace {
-
-// A matrix in a wider buffer: the columns after each row belong to others and must stay as they are (NaN, the poison).
-template <class T, class Dev>
-struct Padded {
-    std::int64_t rows, cols, ld;
-    Buffer<T, Dev> buffer;
-
-    Padded(const Dev& dev, std::int64_t r, std::int64_t c, std::int64_t stride)
-        : rows(r), cols(c), ld(stride), buffer(dev, std::size_t(r * stride)) {}
-    Padded(const Dev& dev, std::int64_t r, std::int64_t c, std::int64_t stride, const Values& v)
-        : Padded(dev, r, c, stride) {
-        std::vector<T> all = buffer.host();
-        for (std::int64_t i = 0; i < r * c; ++i) all[std::size_t(i / c * ld + i % c)] = narrow<T>(v[std::size_t(i)]);
-        copy_to_device(dev, buffer.data(), all.data(), buffer.bytes());
-    }
-    Mat<T> mat() const { return {buffer.data(), rows, cols, ld}; }
-    Values values() const {
-        const Values all = buffer.values();
-        Values v;
-        for (std::int64_t i = 0; i < rows * ld; ++i) {
-            if (i % ld < cols)
-                v.push_back(all[std::size_t(i)]);
-            else
-                EXPECT_TRUE(std::isnan(all[std::size_t(i)])) << "padding written at row " << i / ld;
-        }
-        return v;
-    }
-};
 
 using Lengths = std::vector<std::int32_t>;
 
@@ -83,23 +55,9 @@ struct Problem {
     }
 };
 
-// The packing in the device's memory: uniform if all lengths are equal and `uniform` asks for it.
-template <class Dev>
-struct Packing {
-    Buffer<std::int32_t, Dev> offsets, begin, end;
-    Packed seq;
-    Packing(const Dev& dev, const Problem& q, bool uniform)
-        : offsets(dev, q.ragged.offsets), begin(dev, q.ragged.begin), end(dev, q.ragged.end), seq(q.ragged.packed()) {
-        seq.offsets = offsets.data();
-        seq.begin = begin.data();
-        seq.end = end.data();
-        if (uniform) seq = Packed::uniform(std::int32_t(q.lengths.size()), q.lengths[0]);
-    }
-};
-
 template <class T, class Dev>
 Values forward(const Dev& dev, const Problem& q, bool uniform, std::int64_t gap = 0) {
-    const Packing<Dev> packing(dev, q, uniform);
+    const Packing<Dev> packing(dev, q.lengths, uniform);
     const Padded<T, Dev> x(dev, q.tokens, q.channels, q.channels + gap, q.x),
         y(dev, q.tokens, q.channels, q.channels + 2 * gap);
     const Buffer<acc_t<T>, Dev> w(dev, to<acc_t<T>>(q.w));
@@ -112,7 +70,7 @@ struct Gradients {
 };
 template <class T, class Dev>
 Gradients backward(const Dev& dev, const Problem& q, bool uniform, std::int64_t gap = 0) {
-    const Packing<Dev> packing(dev, q, uniform);
+    const Packing<Dev> packing(dev, q.lengths, uniform);
     const Padded<T, Dev> x(dev, q.tokens, q.channels, q.channels + gap, q.x),
         dy(dev, q.tokens, q.channels, q.channels + 2 * gap, q.dy), dx(dev, q.tokens, q.channels, q.channels + 3 * gap);
     const Buffer<acc_t<T>, Dev> w(dev, to<acc_t<T>>(q.w)), dw(dev, to<acc_t<T>>(q.dw0)),

@@ -3,39 +3,11 @@
 
 #include <algorithm>
 
-#include "tests/support/buffer.h"
 #include "tests/support/gradcheck.h"
+#include "tests/support/padded.h"
 
 namespace fiedler::test {
 namespace {
-
-// A matrix in a wider buffer: the columns after each row belong to others and must stay as they are (NaN, the poison).
-template <class T, class Dev>
-struct Padded {
-    std::int64_t rows, cols, ld;
-    Buffer<T, Dev> buffer;
-
-    Padded(const Dev& dev, std::int64_t r, std::int64_t c, std::int64_t stride)
-        : rows(r), cols(c), ld(stride), buffer(dev, std::size_t(r * stride)) {}
-    Padded(const Dev& dev, std::int64_t r, std::int64_t c, std::int64_t stride, const Values& v)
-        : Padded(dev, r, c, stride) {
-        std::vector<T> all = buffer.host();
-        for (std::int64_t i = 0; i < r * c; ++i) all[std::size_t(i / c * ld + i % c)] = narrow<T>(v[std::size_t(i)]);
-        copy_to_device(dev, buffer.data(), all.data(), buffer.bytes());
-    }
-    Mat<T> mat() const { return {buffer.data(), rows, cols, ld}; }
-    Values values() const {
-        const Values all = buffer.values();
-        Values v;
-        for (std::int64_t i = 0; i < rows * ld; ++i) {
-            if (i % ld < cols)
-                v.push_back(all[std::size_t(i)]);
-            else
-                EXPECT_TRUE(std::isnan(all[std::size_t(i)])) << "padding written at row " << i / ld;
-        }
-        return v;
-    }
-};
 
 using Lengths = std::vector<std::int32_t>;
 
@@ -83,22 +55,9 @@ bool is_uniform(const Lengths& n) {
     return std::all_of(n.begin(), n.end(), [&](auto v) { return v == n[0]; });
 }
 
-template <class Dev>
-struct Packing {
-    Buffer<std::int32_t, Dev> offsets, begin, end;
-    Packed seq;
-    Packing(const Dev& dev, const Problem& q, bool uniform)
-        : offsets(dev, q.ragged.offsets), begin(dev, q.ragged.begin), end(dev, q.ragged.end), seq(q.ragged.packed()) {
-        seq.offsets = offsets.data();
-        seq.begin = begin.data();
-        seq.end = end.data();
-        if (uniform) seq = Packed::uniform(std::int32_t(q.lengths.size()), q.lengths[0]);
-    }
-};
-
 template <class A, class Dev>
 Values forward(const Dev& dev, const Problem& q, bool uniform, std::int64_t gap = 0) {
-    const Packing<Dev> packing(dev, q, uniform);
+    const Packing<Dev> packing(dev, q.lengths, uniform);
     const Padded<A, Dev> z(dev, q.tokens, q.heads, q.heads + gap, q.z), F(dev, q.tokens, q.heads, q.heads + 2 * gap);
     const Buffer<A, Dev> bias(dev, to<A>(q.bias));
     gate_forward(dev, GateForward<A>{F.mat(), z.mat(), bias.vec(), packing.seq, {}});
@@ -111,7 +70,7 @@ struct Gradients {
 template <class T, class Dev>
 Gradients backward(const Dev& dev, const Problem& q, bool uniform, std::int64_t gap = 0) {
     using A = acc_t<T>;
-    const Packing<Dev> packing(dev, q, uniform);
+    const Packing<Dev> packing(dev, q.lengths, uniform);
     const Padded<A, Dev> z(dev, q.tokens, q.heads, q.heads + gap, q.z),
         dF(dev, q.tokens, q.heads, q.heads + 2 * gap, q.dF);
     const Padded<T, Dev> dz(dev, q.tokens, q.heads, q.heads + 3 * gap);
@@ -209,6 +168,16 @@ TEST(Gate, DoesNotDependOnThreads) {
     const Gradients one = backward<float>(Cpu{1}, q, false), many = backward<float>(Cpu{5}, q, false);
     EXPECT_EQ(one.dz, many.dz);
     EXPECT_EQ(one.dbias, many.dbias);
+}
+
+TEST(Gate, DoesNotDependOnAddresses) {
+    const Problem q({70, 3, 10}, 5);
+    const Values F = forward<float>(Cpu{}, q, false);
+    const Gradients g = backward<float>(Cpu{}, q, false);
+    for (const std::int64_t gap : {1, 2, 3}) {  // moves every row
+        EXPECT_EQ(forward<float>(Cpu{}, q, false, gap), F);
+        EXPECT_EQ(backward<float>(Cpu{}, q, false, gap).dz, g.dz);
+    }
 }
 
 TEST(Gate, BrokenContractThrows) {

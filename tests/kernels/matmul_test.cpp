@@ -2,8 +2,8 @@
 // it should not.
 #include "kernels/matmul.h"
 
-#include "tests/support/buffer.h"
 #include "tests/support/gradcheck.h"
+#include "tests/support/padded.h"
 
 namespace fiedler::test {
 namespace {
@@ -73,39 +73,6 @@ struct Problem {
         return product(
             how, out, in, rows, dw0, [&](auto i, auto k) { return dy[std::size_t(k * out + i)]; },
             [&](auto j, auto k) { return x[std::size_t(k * in + j)]; });
-    }
-};
-
-// A matrix in a wider buffer: `pad` columns after each row belong to others and must stay as they are.
-template <class T, class Dev>
-struct Padded {
-    std::int64_t rows, cols, ld;
-    Buffer<T, Dev> buffer;
-
-    Padded(const Dev& dev, std::int64_t r, std::int64_t c, std::int64_t stride)
-        : rows(r), cols(c), ld(stride), buffer(dev, static_cast<std::size_t>(r * stride)) {}
-    Padded(const Dev& dev, std::int64_t r, std::int64_t c, std::int64_t stride, const Values& v)
-        : Padded(dev, r, c, stride) {
-        std::vector<T> all = buffer.host();
-        for (std::int64_t i = 0; i < r; ++i)
-            for (std::int64_t j = 0; j < c; ++j) all[std::size_t(i * ld + j)] = narrow<T>(v[std::size_t(i * c + j)]);
-        copy_to_device(dev, buffer.data(), all.data(), buffer.bytes());
-        synchronize(dev);
-    }
-    Mat<T> mat() const { return {buffer.data(), rows, cols, ld}; }
-    // The values, after a look at the padding (NaN from the poison, untouched).
-    Values values() const {
-        const Values all = buffer.values();
-        Values v;
-        for (std::int64_t i = 0; i < rows; ++i)
-            for (std::int64_t j = 0; j < ld; ++j) {
-                const double value = all[std::size_t(i * ld + j)];
-                if (j < cols)
-                    v.push_back(value);
-                else
-                    EXPECT_TRUE(std::isnan(value)) << "padding written at row " << i << ", column " << j;
-            }
-        return v;
     }
 };
 

@@ -1,39 +1,11 @@
 // norm: the formula in naive loops, finite differences, and the GPU at every width of its dispatch.
 #include "kernels/norm.h"
 
-#include "tests/support/buffer.h"
 #include "tests/support/gradcheck.h"
+#include "tests/support/padded.h"
 
 namespace fiedler::test {
 namespace {
-
-// A matrix in a wider buffer: the columns after each row belong to others and must stay as they are (NaN, the poison).
-template <class T, class Dev>
-struct Padded {
-    std::int64_t rows, cols, ld;
-    Buffer<T, Dev> buffer;
-
-    Padded(const Dev& dev, std::int64_t r, std::int64_t c, std::int64_t stride)
-        : rows(r), cols(c), ld(stride), buffer(dev, std::size_t(r * stride)) {}
-    Padded(const Dev& dev, std::int64_t r, std::int64_t c, std::int64_t stride, const Values& v)
-        : Padded(dev, r, c, stride) {
-        std::vector<T> all = buffer.host();
-        for (std::int64_t i = 0; i < r * c; ++i) all[std::size_t(i / c * ld + i % c)] = narrow<T>(v[std::size_t(i)]);
-        copy_to_device(dev, buffer.data(), all.data(), buffer.bytes());
-    }
-    Mat<T> mat() const { return {buffer.data(), rows, cols, ld}; }
-    Values values() const {
-        const Values all = buffer.values();
-        Values v;
-        for (std::int64_t i = 0; i < rows * ld; ++i) {
-            if (i % ld < cols)
-                v.push_back(all[std::size_t(i)]);
-            else
-                EXPECT_TRUE(std::isnan(all[std::size_t(i)])) << "padding written at row " << i / ld;
-        }
-        return v;
-    }
-};
 
 enum class Alias { none, dresidual, dy };
 

@@ -77,12 +77,29 @@ bool gpu_present(std::string& why);
         if (!::fiedler::test::gpu_present(why_)) GTEST_SKIP() << "NO GPU, NOT TESTED: " << why_; \
     } while (false)
 
-// Packed sequences for tests: lengths -> offsets, begin, end (host), and the same in device memory.
+// Packed sequences for tests: lengths -> offsets, begin, end (host).
 struct Ragged {
     std::vector<std::int32_t> offsets, begin, end;
     explicit Ragged(const std::vector<std::int32_t>& lengths);
     Packed packed() const;  // pointing at the host vectors
     std::int32_t tokens() const { return offsets.back(); }
+};
+
+// The same in the memory of Dev; with `uniform`, which asks for equal lengths, without pointers.
+template <class Dev>
+struct Packing {
+    Ragged ragged;
+    Buffer<std::int32_t, Dev> offsets, begin, end;
+    Packed seq;
+    Packing(const Dev& dev, const std::vector<std::int32_t>& lengths, bool uniform)
+        : ragged(lengths), offsets(dev, ragged.offsets), begin(dev, ragged.begin), end(dev, ragged.end) {
+        if (uniform) {
+            seq = Packed::uniform(std::int32_t(lengths.size()), lengths[0]);
+        } else {
+            seq = ragged.packed();
+            seq.offsets = offsets.data(), seq.begin = begin.data(), seq.end = end.data();
+        }
+    }
 };
 
 }  // namespace fiedler::test
