@@ -14,7 +14,7 @@ std::string read_file(const std::string& path);
 bool file_exists(const std::string& path);
 bool folder_exists(const std::string& path);
 bool is_free(const std::string& path);  // nothing there, or an empty folder: an output may be put there
-// With parents; fine when it is there already and can be written to. Returns those that were not there, outermost first.
+// With parents; fine when it is there already and can be written to. Returns those that were missing, outermost first.
 std::vector<std::string> make_folders(const std::string& path);
 void remove_empty_folders(const std::vector<std::string>& outermost_first);
 std::string join_path(const std::string& folder, std::string_view name);

@@ -87,8 +87,8 @@ std::vector<std::int32_t> divisors_descending(std::int32_t n) {
     return d;
 }
 
-// Says by how much the budget is too small even for `smallest`, the leanest plan that the user's choices allow, and which
-// setting would fit.
+// Says by how much the budget is too small even for `smallest`, the leanest plan that the user's choices allow, and
+// which setting would fit.
 [[noreturn]] void throw_too_small(const ModelSpec& spec, const EngineOptions& o, std::size_t budget,
                                   const RunPlan& smallest) {
     const RunPlan least = measured(spec, o, 1, smallest.micro_batch * smallest.micro_batches, Recompute::layer);

@@ -372,7 +372,7 @@ void TrainingRun::finish(bool stopped, const std::string& checkpoint) {
     terminal_.line("log         " + log_->path());
 }
 
-// Without --out: runs/PRESET, or runs/PRESET-2, -3, ... when runs are there already. A run to resume is the newest of them.
+// Without --out: runs/PRESET, or runs/PRESET-2, -3, ... when runs are there already. A run to resume is the newest one.
 std::string default_folder(const std::string& base, bool resume) {
     std::string folder = base, newest = base;
     for (int n = 2; !latest_checkpoint(folder).empty(); ++n) {

@@ -1,8 +1,8 @@
 // kernels/vector_math.h: exp, log and the like of many values on the CPU, to the same bits wherever the values lie.
 //
-// Eigen's vector exp differs from its scalar exp in the last bit, and in memory of unknown alignment or length it computes
-// what precedes an aligned address, and the tail, one by one. So values pass through a Chunk: aligned, of fixed size,
-// whole vectors only. An unfilled rest is computed too and dropped.
+// Eigen's vector exp differs from its scalar exp in the last bit, and in memory of unknown alignment or length it
+// computes what precedes an aligned address, and the tail, one by one. So values pass through a Chunk: aligned, of fixed
+// size, whole vectors only. An unfilled rest is computed too and dropped.
 #pragma once
 #include <Eigen/Core>
 #include <cstdint>
