@@ -99,6 +99,9 @@ NcclId exchange_id(const Nccl& nccl, const World& w) {
     if (w.rank == 0) {
         nccl.check(nccl.get_unique_id(&id), "ncclGetUniqueId");
         if (w.size == 1) return id;
+        if (std::filesystem::exists(w.comm_file))
+            input_error("FIEDLER_COMM_FILE: {} is left from an earlier run; remove it before the processes start",
+                        w.comm_file);
         const std::string temporary = w.comm_file + ".new";
         std::ofstream(temporary, std::ios::binary).write(id.bytes, sizeof id.bytes);
         std::filesystem::rename(temporary, w.comm_file);

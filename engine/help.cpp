@@ -76,7 +76,7 @@ struct CommandText {
 constexpr CommandText kCommands[] = {
     {Command::prepare, "prepare", "DATA...", "turn a corpus into a tokenizer and token shards"},
     {Command::train, "train", "--data DATA...", "train a model; raw text is prepared first"},
-    {Command::eval, "eval", "MODEL [--data DATA...]", "validation loss and bits per byte of a corpus"},
+    {Command::eval, "eval", "MODEL --data DATA...", "validation loss and bits per byte of a corpus"},
     {Command::generate, "generate", "MODEL [--prompt TEXT]", "continue a text"},
     {Command::plan, "plan", "[--preset NAME]", "the memory table of a training run, without a GPU"},
     {Command::inspect, "inspect", "FILE...", "what any Fiedler file holds"},

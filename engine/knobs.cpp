@@ -138,7 +138,7 @@ std::vector<Knob> train_knobs() {
         {"batch-tokens",
          &C::batch_tokens,
          kShape,
-         "tokens of one optimizer step, a multiple of the context",
+         "tokens of one optimizer step (of each process, where there are several), a multiple of the context",
          {.low = 1, .high = 1e12, .unit = Unit::tokens, .on_resume = OnResume::must_match}},
         {"micro-batch",
          &C::micro_batch,

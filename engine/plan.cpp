@@ -153,8 +153,9 @@ std::unique_ptr<Engine> make_engine(const ModelSpec& spec, const EngineOptions& 
         return std::make_unique<Runner<Cpu, float>>(std::move(cpu), spec, plan, o.memory_budget);
     }
 #if FIEDLER_CUDA
-    auto engine = std::make_unique<Runner<Cuda, bf16>>(std::make_unique<Cuda>(), spec, plan, o.memory_budget);
-    const World world = world_from_environment();
+    const World world = world_from_environment();  // one process a device, in turn over those that this machine shows
+    auto device = std::make_unique<Cuda>(world.rank % cuda_device_count());
+    auto engine = std::make_unique<Runner<Cuda, bf16>>(std::move(device), spec, plan, o.memory_budget);
     engine->use_comm(make_comm(engine->device(), world));
     return engine;
 #else

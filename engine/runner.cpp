@@ -149,7 +149,7 @@ Runner<Dev, T>::~Runner() {
 template <class Dev, class T>
 std::string Runner<Dev, T>::device_name() const {
     if constexpr (std::is_same_v<Dev, Cuda>)
-        return cuda_device_info(0).name;
+        return cuda_device_info(dev_->ordinal).name;
     else
         return fmt::format("cpu ({} threads)", thread_count(*dev_));
 }

@@ -91,6 +91,7 @@ class TrainingRun {
     std::int64_t session_steps_ = 0;
     double interval_seconds_ = 0;  // since the last line
     std::int64_t interval_steps_ = 0;
+    Json tau_;  // measured at the start of a run with energy layers, to be logged
     std::optional<Evaluation> last_validation_;
     std::int64_t validated_step_ = -1, saved_step_ = -1;
 };
@@ -129,7 +130,7 @@ void TrainingRun::initialise_weights() {
                        micro_batches_[0]);
     Json tau = Json::array();
     for (const auto& of_layer : engine_->calibrate_tau(micro_batches_[0])) tau.push_back(of_layer);
-    if (log_) log_->write("tau", Json{{"tau", tau}});
+    tau_ = tau;
 }
 
 void TrainingRun::restore(const Checkpoint& checkpoint) {
@@ -181,6 +182,7 @@ void TrainingRun::start() {
                               {"train_tokens", data_->info().train.tokens},
                               {"val_tokens", data_->info().val.tokens},
                               {"step", step_}});
+    if (!tau_.is_null()) log_->write("tau", Json{{"tau", tau_}});
     terminal_.line(fmt::format("{}: {} parameters on {}, {} (micro-batch {} x {}, recompute {})", config_.preset,
                                count_text(double(engine_->table().parameters)), engine_->device_name(),
                                bytes_text(static_cast<std::int64_t>(plan.bytes)), plan.micro_batches, plan.micro_batch,
@@ -333,7 +335,7 @@ void TrainingRun::finish(bool stopped, const std::string& checkpoint) {
     if (!stopped && validated_step_ != step_ && held_out()) validate();
     if (!leads_) return;
     const std::string weights = write_bundle(folder_, config_, *engine_);
-    const double counted = double(std::max<std::int64_t>(session_steps_ - 1, 0));
+    const double counted = double(std::max<std::int64_t>(session_steps_ - 1, 0));  // the first step is not typical
     const double per_second =
         session_seconds_ > 0 ? counted * double(config_.batch_tokens * world_.size) / session_seconds_ : 0;
     const double hours = (earlier_seconds_ + seconds_since(session_start_)) / 3600 * world_.size;

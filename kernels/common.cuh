@@ -36,7 +36,6 @@ inline const char* describe(cublasStatus_t e) { return cublasLtGetStatusString(e
     } while (false)
 
 struct CudaState {
-    int ordinal = 0;
     cudaStream_t stream = nullptr;
     cudaEvent_t start = nullptr, stop = nullptr;
     cublasLtHandle_t blas = nullptr;

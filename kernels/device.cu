@@ -31,12 +31,11 @@ CudaDeviceInfo cuda_device_info(int ordinal) {
     return info;
 }
 
-Cuda::Cuda(int ordinal) : state(new CudaState) {
+Cuda::Cuda(int device) : state(new CudaState), ordinal(device) {
     try {
         const CudaDeviceInfo info = cuda_device_info(ordinal);
         sm_count = info.sm_count;
         arch = info.arch;
-        state->ordinal = ordinal;
         CUDA_CHECK(cudaSetDevice(ordinal));
         CUDA_CHECK(cudaStreamCreateWithFlags(&state->stream, cudaStreamNonBlocking));
         CUDA_CHECK(cudaEventCreate(&state->start));

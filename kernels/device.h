@@ -34,6 +34,7 @@ struct Cuda {
     CudaState* state = nullptr;
     void* workspace = nullptr;
     std::size_t workspace_bytes = 0;
+    int ordinal = 0;
     int sm_count = 0;
     int arch = 0;  // 89 for sm_89
 };

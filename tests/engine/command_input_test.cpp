@@ -188,7 +188,7 @@ TEST_F(CommandInput, BudgetTooSmall) {
     EXPECT_EQ(o.code, 0) << o.err;
 }
 
-TEST_F(CommandInput, NoGpu) {
+TEST_F(CommandInput, NoDevice) {
     if (cuda_device_count() > 0) GTEST_SKIP() << "SKIPPED: there is a GPU here";
     make_model();
     const Words parts = {"device: cuda was asked for, but there is none", "--device cpu"};
