@@ -231,7 +231,7 @@ def merge(row, times):
         row["peer"], row["peer_time_us"] = fastest, round(measured[fastest], 3)
         row["ratio"] = round(measured[fastest] / row["time_us"], 4)
     else:
-        row["peer"] = "none: " + "; ".join(f"{name} {why}" for name, why in times.items())
+        row["peer"] = "none: " + "; ".join(f"{name} {why}" if name else why for name, why in times.items())
         row["peer_time_us"] = row["ratio"] = None
 
 
@@ -261,7 +261,7 @@ def main(arguments):
         try:
             times = time_peers(row, timer)
         except NoPeer as why:
-            times = {"PyTorch": f"has none: {why}"}
+            times = {"": str(why)}
         except Exception as error:  # pylint: disable=broad-except
             times = {"PyTorch": f"failed: {short(error)}"}
         merge(row, times)
