@@ -33,11 +33,11 @@ build: setup
 
 cuda: setup
 	@[ -n "$(NVCC)" ] || { echo "make cuda needs nvcc (the CUDA toolkit), and there is none on the PATH"; exit 1; }
-	@cmake -S . -B build/cuda -G "$(GENERATOR)" -DFIEDLER_CUDA=ON -DFIEDLER_ARCHS="$(call list,$(ARCHS))" -DCMAKE_CUDA_COMPILER=$(NVCC)
+	@cmake -S . -B build/cuda -G "$(GENERATOR)" -DFIEDLER_CUDA=ON -DFIEDLER_ARCHS="$(call list,$(ARCHS))" -DCMAKE_CUDA_COMPILER=$(NVCC) $(CMAKE_FLAGS)
 	@cmake --build build/cuda -j $(JOBS)
 
 release: setup
-	@cmake -S . -B build/release -G "$(GENERATOR)" -DFIEDLER_CUDA=ON -DFIEDLER_ARCHS="$(call list,$(RELEASE_ARCHS))" -DCMAKE_CUDA_COMPILER=$(NVCC)
+	@cmake -S . -B build/release -G "$(GENERATOR)" -DFIEDLER_CUDA=ON -DFIEDLER_ARCHS="$(call list,$(RELEASE_ARCHS))" -DCMAKE_CUDA_COMPILER=$(NVCC) $(CMAKE_FLAGS)
 	@cmake --build build/release -j $(JOBS)
 
 # A model from this machine's own C and C++ headers: no download, a few minutes without a GPU. make train TRAIN_FLAGS="--steps 1000"
