@@ -338,10 +338,12 @@ __device__ __forceinline__ void backward_product(Vectors<D>& v, const float (&y)
             const float y0 = y[2 * s + k / 2][k % 2 * 2], y1 = y[2 * s + k / 2][k % 2 * 2 + 1];
             hi[s][k] = pack_bf16(y0, y1);
             mid[s][k] = pack_bf16(y0 - low_half(hi[s][k]), y1 - high_half(hi[s][k]));
+            asm volatile("" : "+r"(hi[s][k]), "+r"(mid[s][k]));  // one after the other: the pair takes the place of y
         }
     }
 #pragma unroll
     for (int q = 0; q < D / 8; q += 2) {
+        __syncwarp();  // as in product()
         float z[2][4] = {};
 #pragma unroll
         for (int s = 0; s < D / 16; ++s) {
@@ -470,6 +472,7 @@ __global__ void __launch_bounds__(kThreads) energy_backward_kernel(EnergyBackwar
         multiply<D, R>(y, v, shared.parts, used);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+            if constexpr (R > 1) forget_unpacked(v);
             inverse[half] = inverse_square(v, half, p.eps);
             weigh<D, R>(p, shared, v, y, token, half, inverse[half], inverse_temp, sums, weighted[half], g[half]);
         }

@@ -73,7 +73,7 @@ __device__ void load_row(Pack<nv_bf16> (&row)[W::packs], const nv_bf16* p, int l
 }
 
 template <class W>
-__global__ __launch_bounds__(kThreads) void forward_rows(ForwardArgs a) {
+__global__ __launch_bounds__(kThreads, 1) void forward_rows(ForwardArgs a) {
     const std::int64_t row = std::int64_t(blockIdx.x) * W::rows_per_block + threadIdx.x / W::lanes;
     const int lane = threadIdx.x % W::lanes, packs = a.channels / kPackSize;
     const bool active = row < a.rows;  // idle lanes stay for the shuffles
