@@ -127,15 +127,18 @@ void Activations<T>::place_layers(Arena& arena, const ActivationPlan& plan) {
 template <class T>
 void Activations<T>::place_scratch(Arena& arena, const ActivationPlan& plan) {
     const std::int64_t n = plan.tokens, c = spec_.channels;
-    const auto matrix = [&]<class U>(Mat<U>& view, const char* name, std::int64_t cols) {
+    const auto matrix = [&]<class U>(Mat<U>& view, const char* name, std::int64_t cols,
+                                     Lifetime lifetime = Lifetime::scratch) {
         if (cols == 0) return;
-        void* p = arena.take<U>(name, {n, cols}, Lifetime::scratch);
+        void* p = arena.take<U>(name, {n, cols}, lifetime);
         fills_.push_back([&view, p, cols](std::int64_t rows) { view = Mat<U>(static_cast<U*>(p), rows, cols); });
     };
     const auto vector = [&](Vec<A>& view, const char* name) {
         void* p = arena.take<A>(name, {n}, Lifetime::scratch);
         fills_.push_back([&view, p](std::int64_t rows) { view = Vec<A>(static_cast<A*>(p), rows); });
     };
+    matrix(scratch_.spectral, "spectral", spec_.spectral_columns(),
+           plan.training ? Lifetime::saved : Lifetime::scratch);
     matrix(scratch_.x_last, "x_last", c);
     matrix(scratch_.n_last, "n_last", c);
     vector(scratch_.rstd_last, "rstd_last");

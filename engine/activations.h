@@ -45,6 +45,7 @@ struct LayerActivations {
 template <class T>
 struct ScratchActivations {  // shared by all layers
     using A = acc_t<T>;
+    Mat<T> spectral;  // U[token], kept for the gradient of Ws
     Mat<T> x_last, n_last, dx, dn, dh, do_, dmixed, drotated, dprojected, daux, logits;
     Vec<A> rstd_last, losses;
     Mat<A> da, db, dF, delta;

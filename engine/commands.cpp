@@ -12,6 +12,7 @@
 #include "engine/prepare_config.h"
 #include "engine/runner.h"
 #include "engine/signals.h"
+#include "engine/spectral_source.h"
 
 namespace fiedler {
 
@@ -25,6 +26,10 @@ int run_prepare(const Invocation& call) {
         folder = prepare_if_needed(options, c.data_cache.empty() ? "data/cache" : c.data_cache, stdout).folder;
     else
         prepare(options, folder, stdout);
+    if (c.spectral_dims > 0) {
+        const Dataset data = Dataset::open(folder);
+        (void)token_spectrum(data, data.info().vocab_size, c.spectral_dims, c, stdout);
+    }
     const DatasetInfo info = read_manifest(folder);
     fmt::print("train       {} tokens, {} documents, {}\n", count_text(double(info.train.tokens)), info.train.documents,
                bytes_text(info.train.bytes));
@@ -41,7 +46,7 @@ namespace {
 std::unique_ptr<Engine> engine_of(const Bundle& bundle, const Config& c) {
     EngineOptions o = engine_options(c, choose_device(c.device), false);
     o.micro_batch = 0;
-    auto engine = make_engine(bundle.spec, o);
+    auto engine = make_engine(bundle.spec, o, bundle.constants);
     engine->write(Block::master, bundle.master.data());
     return engine;
 }
@@ -120,6 +125,7 @@ int run_plan(const Invocation& call) {
     const Config& c = call.config;
     const ModelSpec spec = model_spec(c);
     check_training(c);
+    (void)feature_source(c, spec);
     const ParamTable table(spec);
     // Without a GPU the plan is still one for a GPU, unless the CPU is asked for: that is what plans are made for.
     const DeviceKind device = c.device == DeviceChoice::cpu ? DeviceKind::cpu : DeviceKind::cuda;

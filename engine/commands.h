@@ -1,5 +1,5 @@
-// engine/commands.h: the commands of `fiedler` except train (train.h). Each returns the exit code, or throws InputError
-// or RunError.
+// engine/commands.h: the commands of `fiedler` except train (train.h) and spectrum (spectrum_command.h). Each returns
+// the exit code, or throws InputError or RunError.
 #pragma once
 #include "engine/config.h"
 

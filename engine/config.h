@@ -15,9 +15,13 @@
 #include <variant>
 #include <vector>
 
+#include "engine/graph_files.h"
 #include "engine/json.h"
+#include "engine/knn_graph.h"
 #include "engine/model_spec.h"
 #include "engine/schedule.h"
+#include "engine/spectrum.h"
+#include "engine/token_graph.h"
 
 namespace fiedler {
 
@@ -40,6 +44,8 @@ struct Config {
     double rope_theta = 10000;
     std::int64_t vocab = 2048, context = 256, mlp_hidden = 0;
     double norm_eps = 1e-6, init_std = 0.02, gate_bias_min = 2, gate_bias_max = 8;
+    std::int64_t spectral_dims = 0;
+    std::string spectral_source = "corpus", feature_laplacian = "auto";
 
     // data
     std::vector<std::string> data;
@@ -81,11 +87,44 @@ struct Config {
     double sampling_temperature = 0.8;
     std::int64_t top_k = 0;
     double top_p = 1;
+
+    // graph: what `spectrum` reads
+    std::vector<std::string> graph;
+    GraphFileFormat graph_format = GraphFileFormat::automatic;
+    TableHeader header = TableHeader::automatic;
+    std::string from_column, to_column, weight_column;
+    GraphIds ids = GraphIds::automatic;
+    int first_id = -1;  // -1: as GraphFileOptions says
+    GraphGaps gaps = GraphGaps::automatic;
+    std::int64_t nodes = 0;
+    std::string nodes_file;
+    bool symmetrise = false;
+    std::int64_t knn = 0;
+    KnnMetric metric = KnnMetric::cosine;
+    std::optional<KnnWeight> knn_weight;  // default: that of the kind of graph
+    std::int64_t feature_neighbours = 8;
+    FeatureSimilarity feature_similarity = FeatureSimilarity::absolute;
+    bool feature_graph = false, tokens = false;
+    std::int64_t window = 5, min_count = 5, token_neighbours = 32;
+    TokenWeight token_weight = TokenWeight::ppmi;
+    bool largest_component = false;
+    std::string save_graph;
+
+    // spectrum
+    std::int64_t k = 64;
+    bool beyond_null = false;
+    LaplacianKind laplacian = LaplacianKind::normalised;
+    SpectrumMethod method = SpectrumMethod::automatic;
+    double tolerance = 0;
+    std::int64_t max_iterations = 500;
+    std::string start;
+    bool allow_partial = false, json = false;
+    std::string plot, labels, label_column, label_id;
 };
 
 // ---- the table ------------------------------------------------------------------------------------------------------
-enum class Command { prepare, train, eval, generate, plan, inspect };
-enum class KnobGroup { model, data, train, run, use };
+enum class Command { prepare, train, eval, generate, plan, inspect, spectrum };
+enum class KnobGroup { model, data, train, run, use, graph, spectrum };
 enum class Unit { none, bytes, tokens, steps };
 // May --resume give the knob another value than the checkpoint has? By default: not those of model and data.
 enum class OnResume { by_group, may_change, must_match };
@@ -102,13 +141,14 @@ struct KnobRules {
     Unit unit = Unit::none;
     const char* zero = "";                  // what 0 or an empty value means, if it is not a plain value
     std::vector<const char*> choices = {};  // enums only, in the order of the enum's values
+    bool choice_flags = false;              // each choice is a flag without a value, too
     const char* alone = "";                 // value of the flag given without one ("": it needs one)
     bool split_commas = false;
     unsigned positional = 0;  // commands whose positional argument this is
     OnResume on_resume = OnResume::by_group;
 };
 struct Knob {
-    const char* name;  // the flag is --name, the TOML line and the JSON key are name
+    const char* name;  // the flag is --name (of one letter: -n, too), the TOML line and the JSON key are name
     KnobField field;
     unsigned commands;  // bit_of(Command) of each command that has it
     const char* help;

@@ -8,7 +8,6 @@
 #include "kernels/conv.h"
 #include "kernels/coordinate.h"
 #include "kernels/dot.h"
-#include "kernels/embedding.h"
 #include "kernels/gate.h"
 #include "kernels/matmul.h"
 #include "kernels/mlp.h"
@@ -79,6 +78,7 @@ DecodeLayout<T>::DecodeLayout(Arena& arena, const ModelSpec& spec, std::int64_t 
     scratch.token = {arena.take<std::int32_t>("token", {1}, Lifetime::scratch), 1};
     scratch.rstd = {arena.take<A>("rstd", {1}, Lifetime::scratch), 1};
     row(scratch.x, "x", 1, c);
+    row(scratch.spectral, "spectral", 1, spec.spectral_columns());
     row(scratch.n, "n", 1, c);
     row(scratch.mixed, "mixed", kTaps, columns);
     row(scratch.rotated, "rotated", 1, 2 * c);
@@ -168,10 +168,7 @@ void ModelDecoder<Dev, T>::append(std::int32_t token) {
     DecodeScratch<T>& s = layout_->scratch;
     const ModelSpec& spec = model_.spec();
     copy_to_device(dev_, s.token.data, &token, sizeof token);
-    embedding_forward(dev_, EmbeddingForward<T>{.x = s.x,
-                                                .tokens = s.token,
-                                                .table = model_.table().template matrix<const T>(
-                                                    params_.weights.data, model_.table().embedding)});
+    model_.embed(s.token, s.x, s.spectral);
     for (int l = 0; l < spec.layers(); ++l) append_layer(l);
     ++length_;
     norm_forward(dev_, NormForward<T>{.y = s.n, .rstd = s.rstd, .x = s.x, .eps = A(spec.norm_eps)});

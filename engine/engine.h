@@ -12,6 +12,7 @@
 #include "engine/config.h"
 #include "engine/model_spec.h"
 #include "engine/params.h"
+#include "engine/spectral_embedding.h"
 
 namespace fiedler {
 
@@ -58,6 +59,7 @@ class Engine {
     virtual const ModelSpec& spec() const = 0;
     virtual const ParamTable& table() const = 0;
     virtual const RunPlan& plan() const = 0;
+    virtual const ModelConstants& constants() const = 0;
     virtual std::string device_name() const = 0;    // "cpu (2 threads)", "NVIDIA H100 80GB HBM3"
     virtual std::string device_kind() const = 0;    // "cpu" or "cuda"
     virtual double measured_peak_flops() = 0;       // of a large matrix product, measured once; 0: unknown
@@ -91,6 +93,7 @@ struct EngineOptions {
 // says by how much it does not fit and which setting would.
 RunPlan plan_run(const ModelSpec&, const EngineOptions&);
 EngineOptions engine_options(const Config&, DeviceKind, bool training);
-std::unique_ptr<Engine> make_engine(const ModelSpec&, const EngineOptions&);
+// constants: those of this model (std::logic_error else); the default has the path's Lf and no spectral embedding.
+std::unique_ptr<Engine> make_engine(const ModelSpec&, const EngineOptions&, const ModelConstants& constants = {});
 
 }  // namespace fiedler

@@ -29,4 +29,32 @@ HostLaplacian path_laplacian(std::int32_t dim) {
     return l;
 }
 
+HostLaplacian dense_laplacian(std::int32_t dim, const std::vector<float>& matrix,
+                              const std::vector<float>& eigenvectors, const std::vector<float>& eigenvalues) {
+    HostLaplacian l;
+    l.dim = dim;
+    l.offsets.push_back(0);
+    for (std::int32_t i = 0; i < dim; ++i) {
+        for (std::int32_t j = 0; j < dim; ++j)
+            if (const float value = matrix[static_cast<std::size_t>(i * dim + j)]; value != 0) {
+                l.columns.push_back(j);
+                l.values.push_back(value);
+            }
+        l.offsets.push_back(static_cast<std::int32_t>(l.columns.size()));
+    }
+    l.eigenvectors.assign(eigenvectors.begin(), eigenvectors.end());
+    l.eigenvalues.assign(eigenvalues.begin(), eigenvalues.end());
+    return l;
+}
+
+std::vector<float> dense_matrix(const HostLaplacian& l) {
+    std::vector<float> matrix(static_cast<std::size_t>(l.dim * l.dim));
+    for (std::int32_t i = 0; i < l.dim; ++i)
+        for (std::int32_t e = l.offsets[static_cast<std::size_t>(i)]; e < l.offsets[static_cast<std::size_t>(i) + 1];
+             ++e)
+            matrix[static_cast<std::size_t>(i * l.dim + l.columns[static_cast<std::size_t>(e)])] =
+                static_cast<float>(l.values[static_cast<std::size_t>(e)]);
+    return matrix;
+}
+
 }  // namespace fiedler

@@ -15,10 +15,11 @@ namespace {
 struct Flag {
     const Knob* knob;
     CLI::Option* option;
+    const char* value = "";  // that the flag stands for, if it takes none
 };
 
 Flag add_flag(CLI::App& app, const Knob& k, Command command) {
-    const std::string name = std::string("--") + k.name;
+    const std::string name = (k.name[1] ? "--" : fmt::format("-{},--", k.name)) + k.name;
     if (std::holds_alternative<bool Config::*>(k.field)) return {&k, app.add_flag(name + ",!--no-" + k.name)};
     const bool positional = k.rules.positional & bit_of(command);
     const bool list = std::holds_alternative<std::vector<std::string> Config::*>(k.field);
@@ -31,6 +32,7 @@ Flag add_flag(CLI::App& app, const Knob& k, Command command) {
 
 // Values of a flag that was given; a flag that may stand alone and does gets the value the table names.
 std::vector<std::string> values_of(const Flag& f) {
+    if (*f.value) return {f.value};
     std::vector<std::string> values = f.option->results();
     if (*f.knob->rules.alone)
         for (std::string& v : values)
@@ -131,8 +133,12 @@ Invocation parse_arguments(Command command, const std::vector<std::string>& argu
     app.add_flag("-h,--help", help);
     app.add_option("--config", file);
     std::vector<Flag> flags;
-    for (const Knob& k : knobs())
-        if (k.commands & bit_of(command)) flags.push_back(add_flag(app, k, command));
+    for (const Knob& k : knobs()) {
+        if (!(k.commands & bit_of(command))) continue;
+        flags.push_back(add_flag(app, k, command));
+        for (const char* choice : k.rules.choices)
+            if (k.rules.choice_flags) flags.push_back({&k, app.add_flag(std::string("--") + choice), choice});
+    }
     try {
         app.parse(std::vector<std::string>(arguments.rbegin(), arguments.rend()));  // CLI11 wants them in reverse
     } catch (const CLI::ArgumentMismatch& e) {
@@ -152,6 +158,9 @@ Invocation parse_arguments(Command command, const std::vector<std::string>& argu
         if (!file.empty()) apply_file(to, file);
         for (const Flag& f : flags) {
             if (!f.option->count()) continue;
+            if (*f.value && to.source[f.knob->name] == Source::flag && value_text(to.config, *f.knob) != f.value)
+                throw InputError(fmt::format("fiedler {}: --{} and {} = {} contradict each other: give one",
+                                             name_of(command), f.value, f.knob->name, value_text(to.config, *f.knob)));
             set_value(to.config, *f.knob, values_of(f), std::string("--") + f.knob->name);
             to.source[f.knob->name] = Source::flag;
         }

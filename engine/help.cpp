@@ -19,7 +19,7 @@ std::string number_text(double x) {
 
 // "--lr NUMBER": how the flag is written.
 std::string flag_text(const Knob& k, Command command) {
-    const std::string flag = std::string("--") + k.name;
+    const std::string flag = (k.name[1] ? std::string("--") : std::string("-")) + k.name;
     if (std::holds_alternative<bool Config::*>(k.field)) return std::string("--[no-]") + k.name;
     if (k.rules.positional & bit_of(command)) return std::string(k.name) + "...";
     if (k.rules.unit == Unit::bytes) return flag + " BYTES";
@@ -80,6 +80,7 @@ constexpr CommandText kCommands[] = {
     {Command::generate, "generate", "MODEL [--prompt TEXT]", "continue a text"},
     {Command::plan, "plan", "[--preset NAME]", "the memory table of a training run, without a GPU"},
     {Command::inspect, "inspect", "FILE...", "what any Fiedler file holds"},
+    {Command::spectrum, "spectrum", "GRAPH [-k N]", "the smallest eigenpairs of a graph's Laplacian, and a plot"},
 };
 const CommandText& text_of(Command c) { return kCommands[static_cast<std::size_t>(c)]; }
 
@@ -97,7 +98,7 @@ void presets_text(std::ostream& out) {
 const char* name_of(Command c) { return text_of(c).name; }
 
 const char* name_of(KnobGroup g) {
-    constexpr const char* names[] = {"model", "data", "train", "run", "use"};
+    constexpr const char* names[] = {"model", "data", "train", "run", "use", "graph", "spectrum"};
     return names[static_cast<int>(g)];
 }
 
@@ -129,8 +130,8 @@ std::string help_text(Command command) {
         << text_of(command).summary
         << "\n\n  --config FILE                     knobs from a TOML file; flags win over it\n"
         << "  --help                            this text\n";
-    for (const KnobGroup group :
-         {KnobGroup::model, KnobGroup::data, KnobGroup::train, KnobGroup::run, KnobGroup::use}) {
+    for (const KnobGroup group : {KnobGroup::graph, KnobGroup::spectrum, KnobGroup::model, KnobGroup::data,
+                                  KnobGroup::train, KnobGroup::run, KnobGroup::use}) {
         bool first = true;
         for (const Knob& k : knobs()) {
             if (k.group != group || !(k.commands & bit_of(command))) continue;
@@ -142,7 +143,9 @@ std::string help_text(Command command) {
             else
                 flag.resize(36, ' ');
             out << flag;
-            wrapped(out, k.help + default_text(defaults, k), 36, 84);
+            std::string text = k.help + default_text(defaults, k);
+            if (k.rules.choice_flags) text += fmt::format("; also as --{}", fmt::join(k.rules.choices, ", --"));
+            wrapped(out, text, 36, 84);
         }
     }
     if (command == Command::train || command == Command::plan) presets_text(out);

@@ -10,6 +10,7 @@
 #include "engine/commands.h"
 #include "engine/dataset.h"
 #include "engine/error.h"
+#include "engine/spectrum_file.h"
 #include "engine/weights.h"
 #include "kernels/dtype.h"
 
@@ -72,18 +73,40 @@ void print_cache(const ModelSpec& spec, std::size_t element) {
     fmt::print("decode cache  {} bytes a token (a key-value cache: {})\n", ours, theirs);
 }
 
+double value_of(const WeightTensor& t, std::int64_t i) {
+    if (t.dtype == "bf16") return double(float(static_cast<const bf16*>(t.data)[i]));
+    if (t.dtype == "f64") return static_cast<const double*>(t.data)[i];
+    if (t.dtype == "i32") return double(static_cast<const std::int32_t*>(t.data)[i]);
+    if (t.dtype == "i64") return double(static_cast<const std::int64_t*>(t.data)[i]);
+    if (t.dtype == "u8") return double(static_cast<const std::uint8_t*>(t.data)[i]);
+    return double(static_cast<const float*>(t.data)[i]);
+}
+
+// What a graph or a spectrum says of itself, beyond its tensors. Reading it checks all that it promises.
+void print_kind(const std::string& path, const std::string& kind) {
+    if (kind == kGraphKind) {
+        const Graph g = read_graph_fdl(path);
+        fmt::print("{}\n", statistics_of(g, find_components(g)).text());
+    }
+    if (kind == kSpectrumKind) {
+        const Spectrum s = read_spectrum(path, true);
+        if (s.count() > 0)
+            fmt::print("{} pairs{}, {} zeros, eigenvalues {:.6g} to {:.6g}\n", s.count(),
+                       s.status == SpectrumStatus::partial ? " (PARTIAL)" : "", s.zeros, s.eigenvalues.front(),
+                       s.eigenvalues.back());
+    }
+}
+
 void inspect_weights(const std::string& path) {
     const WeightsFile file(path);
-    fmt::print("{}: Fiedler weights, {} tensors, checksums good\n", path, file.tensors().size());
+    fmt::print("{}: Fiedler {}, {} tensors, checksums good\n", path, file.kind().empty() ? "weights" : file.kind(),
+               file.tensors().size());
     print_head();
-    for (const WeightTensor& t : file.tensors()) {
-        const auto get = [&](std::int64_t i) {
-            if (t.dtype == "bf16") return double(float(static_cast<const bf16*>(t.data)[i]));
-            return double(static_cast<const float*>(t.data)[i]);
-        };
-        print_row(t.name, t.dtype, t.shape, t.bytes(), statistics(t.elements(), get));
-    }
+    for (const WeightTensor& t : file.tensors())
+        print_row(t.name, t.dtype, t.shape, t.bytes(),
+                  statistics(t.elements(), [&](std::int64_t i) { return value_of(t, i); }));
     fmt::print("config  {}\n", file.config().dump());
+    print_kind(path, file.kind());
     if (file.config().contains("model") && !file.tensors().empty()) {
         const bool half = file.tensors().front().dtype == "bf16";
         print_cache(model_spec(config_from_json(file.config()["model"], path)), half ? sizeof(bf16) : sizeof(float));
@@ -95,7 +118,9 @@ void inspect_checkpoint(const std::string& folder) {
     const CheckpointMeta& meta = checkpoint.meta();
     fmt::print("{}: checkpoint of step {}, {} tokens, seed {}, checksums good\n", folder, meta.step, meta.tokens,
                meta.seed);
-    const ParamTable table(model_spec(config_from_json(meta.config, folder)));
+    const Config config = config_from_json(meta.config, folder);
+    const ModelSpec spec = model_spec(config);
+    const ParamTable table(spec);
     for (const Block b : kBlocks) {
         const std::string name = name_of(b);
         const auto* values =
@@ -105,6 +130,14 @@ void inspect_checkpoint(const std::string& folder) {
         for (const ParamTensor& t : table.tensor)
             print_row(t.name, "f32", t.shape(), static_cast<std::size_t>(t.size()) * sizeof(float),
                       statistics(t.size(), [&](std::int64_t i) { return double(values[t.offset + i]); }));
+    }
+    if (const auto constants = tensors_of(spec, read_constants(checkpoint, config, spec)); !constants.empty()) {
+        fmt::print("\nconstants\n");
+        print_head();
+        for (const ConstantTensor& t : constants)
+            print_row(t.name, "f32", t.shape, t.values.size() * sizeof(float),
+                      statistics(static_cast<std::int64_t>(t.values.size()),
+                                 [&](std::int64_t i) { return double(t.values[static_cast<std::size_t>(i)]); }));
     }
     fmt::print("\ndata    {}\nconfig  {}\n", meta.data.dump(), meta.config.dump());
 }
@@ -144,7 +177,10 @@ void inspect_path(const std::string& path) {
     if (is_weights_file(path)) return inspect_weights(path);
     if (looks_like_shard(path)) return inspect_shard(path);
     input_error(
-        "{}: is no file that Fiedler writes (weights .fdl, token shard .bin, checkpoint, dataset or run folder)", path);
+        "{}: is no file that Fiedler writes (weights, graph or spectrum .fdl, token shard .bin, checkpoint, dataset or "
+        "run "
+        "folder)",
+        path);
 }
 
 }  // namespace

@@ -9,8 +9,9 @@ namespace {
 
 constexpr unsigned kPrepare = bit_of(Command::prepare), kTrain = bit_of(Command::train), kEval = bit_of(Command::eval),
                    kGenerate = bit_of(Command::generate), kPlan = bit_of(Command::plan),
-                   kInspect = bit_of(Command::inspect);
-constexpr unsigned kShape = kTrain | kPlan, kCorpus = kPrepare | kTrain, kDevice = kTrain | kEval | kGenerate;
+                   kInspect = bit_of(Command::inspect), kSpectrum = bit_of(Command::spectrum);
+constexpr unsigned kShape = kTrain | kPlan, kCorpus = kPrepare | kTrain,
+                   kDevice = kTrain | kEval | kGenerate | kSpectrum;
 constexpr double kMany = 1e15, kBig = 1e300;
 
 template <auto member>
@@ -86,6 +87,18 @@ std::vector<Knob> model_knobs() {
          "gate bias of the first head: it remembers e^bias tokens",
          {.low = -30, .high = 30}},
         {"gate-bias-max", &C::gate_bias_max, kShape, "gate bias of the last head", {.low = -30, .high = 30}},
+        {"spectral-dims",
+         &C::spectral_dims,
+         kShape | kPrepare,
+         "columns of the spectral embedding that is added to the token embedding",
+         {.low = 0, .high = 512, .zero = "none"}},
+        {"spectral-source", &C::spectral_source, kShape,
+         "where the spectral embedding comes from: corpus (eigenvectors of its token graph), random (an orthonormal "
+         "matrix, as a control), or a spectrum file of that many tokens"},
+        {"feature-laplacian", &C::feature_laplacian, kShape,
+         "graph of the energies: path, corpus (from the spectral embedding), auto (corpus where its eigenvectors are "
+         "at least as many as a head is wide, else path), or a file: a .npy or CSV matrix of vectors (columns that "
+         "correlate are joined), or a spectrum"},
     };
 }
 
@@ -186,9 +199,9 @@ std::vector<Knob> run_knobs() {
     return {
         {"out",
          &C::out,
-         kTrain | kPrepare,
-         "folder to write: the run (log, checkpoints, weights), or the dataset",
-         {.zero = "runs/PRESET; prepare: below data-cache"}},
+         kTrain | kPrepare | kSpectrum,
+         "folder to write: the run (log, checkpoints, weights), the dataset, or the spectrum",
+         {.zero = "runs/PRESET; prepare: below data-cache; spectrum: runs/spectrum-GRAPH"}},
         {"resume",
          &C::resume,
          kTrain,
@@ -196,12 +209,12 @@ std::vector<Knob> run_knobs() {
          {.zero = "start anew", .alone = "latest"}},
         {"seed",
          &C::seed,
-         kTrain | kPrepare | kGenerate,
+         kTrain | kPrepare | kGenerate | kSpectrum,
          "seed of everything random",
          {.low = 0, .high = 9e15, .on_resume = OnResume::must_match}},
         {"device",
          choice<&C::device>(),
-         kDevice | kPlan,
+         kDevice | kPlan | kPrepare,
          "where to compute: auto takes a GPU if there is one",
          {.choices = {"auto", "cuda", "cpu"}}},
         {"threads", &C::threads, kDevice | kPrepare, "CPU threads", {.low = 0, .high = 4096, .zero = "all"}},
@@ -212,7 +225,7 @@ std::vector<Knob> run_knobs() {
          {.choices = {"auto", "none", "mlp", "layer"}}},
         {"memory-budget",
          &C::memory_budget,
-         kShape | kEval | kGenerate,
+         kShape | kEval | kGenerate | kSpectrum,
          "most device memory to use, as in 24GiB",
          {.low = 0, .high = kMany, .unit = Unit::bytes, .zero = "what is free"}},
         {"val-every",
@@ -290,6 +303,168 @@ std::vector<Knob> use_knobs() {
     };
 }
 
+std::vector<Knob> graph_knobs() {
+    using C = Config;
+    return {
+        {"graph",
+         &C::graph,
+         kSpectrum,
+         "file of a graph: SNAP edge list, CSV, TSV, Matrix Market or a .fdl graph; with --knn or --feature-graph, of "
+         "vectors (.npy, CSV); with --tokens, a prepared dataset or its shards",
+         {.positional = kSpectrum}},
+        {"graph-format",
+         choice<&C::graph_format>(),
+         kSpectrum,
+         "format of the graph file",
+         {.choices = {"auto", "edges", "csv", "tsv", "matrix-market"}}},
+        {"header",
+         choice<&C::header>(),
+         kSpectrum,
+         "does a CSV or TSV begin with the names of its columns?",
+         {.choices = {"auto", "present", "absent"}}},
+        {"from-column",
+         &C::from_column,
+         kSpectrum,
+         "column of an edge's first node, by name or number from 1",
+         {.zero = "from, source, src, u or the first"}},
+        {"to-column",
+         &C::to_column,
+         kSpectrum,
+         "column of an edge's second node",
+         {.zero = "to, target, dst, v or the second"}},
+        {"weight-column",
+         &C::weight_column,
+         kSpectrum,
+         "column of an edge's weight; none: every edge weighs 1",
+         {.zero = "weight, w, or the next column of numbers"}},
+        {"ids",
+         choice<&C::ids>(),
+         kSpectrum,
+         "nodes of an edge list are numbers, or names in the order of their appearance",
+         {.choices = {"auto", "numbers", "names"}}},
+        {"first-id",
+         ChoiceField{[](const Config& c) { return c.first_id + 1; }, [](Config& c, int v) { c.first_id = v - 1; }},
+         kSpectrum,
+         "number of the first node",
+         {.choices = {"auto", "0", "1"}}},
+        {"gaps",
+         choice<&C::gaps>(),
+         kSpectrum,
+         "numbers that no line mentions: isolated nodes, or dropped",
+         {.choices = {"auto", "isolated", "dropped"}}},
+        {"nodes",
+         &C::nodes,
+         kSpectrum,
+         "number of nodes, where they are numbers",
+         {.low = 0, .high = 2147483647, .zero = "up to the largest"}},
+        {"nodes-file", &C::nodes_file, kSpectrum, "file of all nodes, an id a line: those without an edge, too"},
+        {"symmetrise", &C::symmetrise, kSpectrum, "take a Matrix Market matrix that is not symmetric: (A + A') / 2"},
+        {"knn",
+         &C::knn,
+         kSpectrum,
+         "the graph joins each vector with this many nearest others",
+         {.low = 0, .high = 64, .zero = "the file is a graph"}},
+        {"metric",
+         choice<&C::metric>(),
+         kSpectrum,
+         "distance of vectors, for --knn",
+         {.choices = {"euclidean", "cosine"}}},
+        {"knn-weight",
+         ChoiceField{[](const Config& c) { return c.knn_weight ? static_cast<int>(*c.knn_weight) + 1 : 0; },
+                     [](Config& c, int v) {
+                         c.knn_weight.reset();
+                         if (v > 0) c.knn_weight = static_cast<KnnWeight>(v - 1);
+                     }},
+         kSpectrum,
+         "weight of an edge between vectors: 1, their similarity, or a Gaussian of their distance; auto: gaussian for "
+         "--knn, similarity for --feature-graph",
+         {.choices = {"auto", "binary", "similarity", "gaussian"}}},
+        {"feature-graph", &C::feature_graph, kSpectrum, "nodes are the columns of the vectors, joined where alike"},
+        {"feature-neighbours",
+         &C::feature_neighbours,
+         kSpectrum,
+         "each column is joined with this many others",
+         {.low = 1, .high = 64}},
+        {"feature-similarity",
+         choice<&C::feature_similarity>(),
+         kSpectrum,
+         "alike: cosine of the columns' magnitudes, of the columns, or of the columns less their means",
+         {.choices = {"absolute", "cosine", "correlation"}}},
+        {"tokens", &C::tokens, kSpectrum, "nodes are the tokens of a dataset, joined where they stand near each other"},
+        {"window", &C::window, kSpectrum, "tokens this far apart are a pair, for --tokens", {.low = 1, .high = 16}},
+        {"token-weight",
+         choice<&C::token_weight>(),
+         kSpectrum,
+         "an edge's weight: positive pointwise mutual information, or the number of pairs",
+         {.choices = {"ppmi", "count"}}},
+        {"min-count", &C::min_count, kSpectrum, "pairs that an edge needs", {.low = 1, .high = kMany}},
+        {"token-neighbours",
+         &C::token_neighbours,
+         kSpectrum,
+         "heaviest edges that each token keeps",
+         {.low = 1, .high = 65536}},
+        {"largest-component", &C::largest_component, kSpectrum, "drop all other components"},
+        {"save-graph", &C::save_graph, kSpectrum, "file (.fdl) to save the graph in", {.zero = "it is not saved"}},
+    };
+}
+
+std::vector<Knob> spectrum_knobs() {
+    using C = Config;
+    return {
+        {"k",
+         &C::k,
+         kSpectrum,
+         "eigenpairs, the smallest; each component of the graph has one with eigenvalue 0",
+         {.low = 1, .high = 2147483647}},
+        {"beyond-null", &C::beyond_null, kSpectrum, "k pairs beyond the zeros, which are not given out"},
+        {"laplacian",
+         choice<&C::laplacian>(),
+         kSpectrum,
+         "D - A, or I - D^-1/2 A D^-1/2",
+         {.choices = {"combinatorial", "normalised"}, .choice_flags = true}},
+        {"method",
+         choice<&C::method>(),
+         kSpectrum,
+         "dense for few nodes, filter for expander-like graphs, multilevel for mesh-like ones",
+         {.choices = {"auto", "dense", "filter", "multilevel"}}},
+        {"tolerance",
+         &C::tolerance,
+         kSpectrum,
+         "largest residual ||L u - mu u|| of a converged pair",
+         {.low = 0, .high = 1, .zero = "1e-6 of the largest possible eigenvalue"}},
+        {"max-iterations",
+         &C::max_iterations,
+         kSpectrum,
+         "iterations after which a result is partial",
+         {.low = 1, .high = 1e9}},
+        {"start",
+         &C::start,
+         kSpectrum,
+         "vectors to start from: .npy [nodes, columns], or a spectrum file",
+         {.zero = "random vectors"}},
+        {"allow-partial", &C::allow_partial, kSpectrum | kTrain,
+         "a result that has not converged is one (exit code 0), and a file of one may be given (--start, "
+         "--spectral-source, --feature-laplacian)"},
+        {"json", &C::json, kSpectrum, "one line of JSON on standard output; words go to standard error"},
+        {"plot", &C::plot, kSpectrum, "file (.svg) for a plot: the eigenvalues, and the nodes on two eigenvectors"},
+        {"labels",
+         &C::labels,
+         kSpectrum,
+         "file of node labels, the colours of the plot: a column, or ids and labels",
+         {.zero = "coloured by the third eigenvector"}},
+        {"label-column",
+         &C::label_column,
+         kSpectrum,
+         "column of the labels, by name or number from 1",
+         {.zero = "the second, or the only one"}},
+        {"label-id",
+         &C::label_id,
+         kSpectrum,
+         "column of the nodes' ids in that file",
+         {.zero = "the first; with label-column alone: row i is node i"}},
+    };
+}
+
 std::vector<Knob> all_knobs() {
     std::vector<Knob> all;
     const auto add = [&](KnobGroup group, std::vector<Knob> rows) {
@@ -306,6 +481,8 @@ std::vector<Knob> all_knobs() {
     add(KnobGroup::train, train_knobs());
     add(KnobGroup::run, run_knobs());
     add(KnobGroup::use, use_knobs());
+    add(KnobGroup::graph, graph_knobs());
+    add(KnobGroup::spectrum, spectrum_knobs());
     return all;
 }
 

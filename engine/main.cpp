@@ -9,6 +9,7 @@
 
 #include "engine/commands.h"
 #include "engine/error.h"
+#include "engine/spectrum_command.h"
 #include "engine/train.h"
 #include "kernels/device.h"
 
@@ -29,6 +30,8 @@ int run(const Invocation& call) {
             return run_plan(call);
         case Command::inspect:
             return run_inspect(call);
+        case Command::spectrum:
+            return run_spectrum(call);
     }
     return 2;
 }
@@ -48,8 +51,8 @@ int main_of(const std::vector<std::string>& arguments) {
     const auto command = command_named(arguments[0]);
     if (!command) {
         std::vector<std::string> names;
-        for (const Command c :
-             {Command::prepare, Command::train, Command::eval, Command::generate, Command::plan, Command::inspect})
+        for (const Command c : {Command::prepare, Command::train, Command::eval, Command::generate, Command::plan,
+                                Command::inspect, Command::spectrum})
             names.emplace_back(name_of(c));
         const std::string near = nearest_name(arguments[0], names);
         throw InputError(fmt::format("{}: there is no such command{}; see fiedler --help", arguments[0],
@@ -85,7 +88,7 @@ int main_reporting(int argc, char** argv) {
     } catch (const DeviceError& e) {
         return report(fmt::format("the device failed: {}", e.what()), 1);
     } catch (const std::bad_alloc&) {
-        return report("out of memory; choose a smaller --micro-batch or --context", 1);
+        return report("out of memory; choose a smaller --micro-batch, --context or -k", 1);
     } catch (const std::system_error& e) {  // of a stream, or of a file where no message of ours was possible
         return report(fmt::format("{}; check the disk and the permissions", e.what()), 2);
     } catch (const std::exception& e) {

@@ -14,8 +14,16 @@ namespace fiedler {
 
 template <class Dev, class T>
 Model<Dev, T>::Model(const Dev& dev, const ModelSpec& spec, const ParamTable& table, const ParamBlock<T>& params,
-                     const FeatureLaplacian<A>& laplacian, const ActivationPlan& plan, Activations<T>& acts)
-    : dev_(dev), spec_(spec), table_(table), params_(params), laplacian_(laplacian), plan_(plan), acts_(acts) {}
+                     const FeatureLaplacian<A>& laplacian, const Mat<const T>& spectral, const ActivationPlan& plan,
+                     Activations<T>& acts)
+    : dev_(dev),
+      spec_(spec),
+      table_(table),
+      params_(params),
+      laplacian_(laplacian),
+      spectral_(spectral),
+      plan_(plan),
+      acts_(acts) {}
 
 namespace {
 
@@ -79,16 +87,22 @@ LayerGrads<T> Model<Dev, T>::layer_grads(int l) const {
 }
 
 template <class Dev, class T>
+void Model<Dev, T>::embed(const Vec<const std::int32_t>& tokens, const Mat<T>& x, const Mat<T>& u) const {
+    Range range("embedding");
+    const T* weights = params_.weights.data;
+    embedding_forward(dev_,
+                      EmbeddingForward<T>{.x = x, .tokens = tokens, .table = table_.matrix(weights, table_.embedding)});
+    if (!spectral_) return;
+    embedding_forward(dev_, EmbeddingForward<T>{.x = u, .tokens = tokens, .table = spectral_});
+    matmul_forward(dev_,
+                   MatmulForward<T, T>{.y = x, .x = u, .w = table_.matrix(weights, table_.spectral), .residual = x});
+}
+
+template <class Dev, class T>
 void Model<Dev, T>::forward(const DeviceBatch& batch, const std::function<void(int)>& after_layer) {
     acts_.bind(batch.inputs.size);
     ScratchActivations<T>& s = acts_.scratch();
-    {
-        Range range("embedding");
-        embedding_forward(dev_,
-                          EmbeddingForward<T>{.x = spec_.layers() > 0 ? acts_.layer(0).x : s.x_last,
-                                              .tokens = batch.inputs,
-                                              .table = table_.matrix<const T>(params_.weights.data, table_.embedding)});
-    }
+    embed(batch.inputs, spec_.layers() > 0 ? acts_.layer(0).x : s.x_last, s.spectral);
     for (int l = 0; l < spec_.layers(); ++l) {
         forward_layer(l, batch);
         if (after_layer) after_layer(l);
@@ -144,6 +158,9 @@ void Model<Dev, T>::backward(const DeviceBatch& batch) {
                                                   .tokens = batch.inputs,
                                                   .dx = s.dx,
                                                   .scratch = s.sort});
+    if (spectral_)
+        matmul_dw(dev_,
+                  MatmulDw<T>{.dw = table_.matrix(params_.grads.data, table_.spectral), .dy = s.dx, .x = s.spectral});
 }
 
 template <class Dev, class T>

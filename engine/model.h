@@ -47,10 +47,14 @@ class Model {
   public:
     using A = acc_t<T>;
 
-    // Views only: the caller owns all memory (parameters, activations, the feature Laplacian) and keeps it alive.
+    // Views only: the caller owns all memory (parameters, activations, the feature Laplacian, the table U of the
+    // spectral embedding: [vocab, spectral_columns()], absent without one) and keeps it alive.
     Model(const Dev& dev, const ModelSpec& spec, const ParamTable& table, const ParamBlock<T>& params,
-          const FeatureLaplacian<A>& laplacian, const ActivationPlan& plan, Activations<T>& acts);
+          const FeatureLaplacian<A>& laplacian, const Mat<const T>& spectral, const ActivationPlan& plan,
+          Activations<T>& acts);
 
+    // x = E[token] + U[token] Ws, one row a token; u: room for U[token], [tokens, spectral_columns()].
+    void embed(const Vec<const std::int32_t>& tokens, const Mat<T>& x, const Mat<T>& u) const;
     // Everything up to the last norm. The batch may hold fewer tokens than planned. after_layer(l), if given, is called
     // when layer l's activations are complete (decoding copies its caches there).
     void forward(const DeviceBatch&, const std::function<void(int)>& after_layer = {});
@@ -92,6 +96,7 @@ class Model {
     const ParamTable& table_;
     ParamBlock<T> params_;
     FeatureLaplacian<A> laplacian_;
+    Mat<const T> spectral_;
     const ActivationPlan& plan_;
     Activations<T>& acts_;
     std::vector<std::vector<double>>* calibrating_ = nullptr;

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 
@@ -75,6 +76,10 @@ LayerSpec layer_spec(const Config& c, const PatternItem& item, std::int32_t head
 
 }  // namespace
 
+bool ModelSpec::has_energies() const {
+    return std::any_of(layer.begin(), layer.end(), [](const LayerSpec& l) { return l.kind == LayerKind::energy; });
+}
+
 ModelSpec model_spec(const Config& c) {
     ModelSpec s;
     if (c.channels % c.heads != 0)
@@ -94,6 +99,10 @@ ModelSpec model_spec(const Config& c) {
     s.context = static_cast<std::int32_t>(c.context);
     s.hidden = static_cast<std::int32_t>(c.mlp_hidden > 0 ? c.mlp_hidden : 4 * c.channels);
     if (s.hidden % 8 != 0) throw InputError(fmt::format("mlp-hidden: {} is not a multiple of 8", s.hidden));
+    if (c.spectral_dims > c.vocab)
+        throw InputError(fmt::format("spectral-dims: {} is more than the {} tokens of the vocabulary; choose fewer",
+                                     c.spectral_dims, c.vocab));
+    s.spectral_dims = static_cast<std::int32_t>(c.spectral_dims);
     for (const PatternItem& item : parse_pattern(c.pattern, static_cast<std::int32_t>(c.layers)))
         s.layer.push_back(layer_spec(c, item, head_dim));
     s.gate = c.gate;
@@ -120,6 +129,7 @@ double training_flops_per_token(const ModelSpec& s, std::int32_t length) {
     double weights = double(s.vocab) * s.channels;  // the head, tied or not
     for (const ParamTensor& t : table.tensor)
         if (t.group == Group::decayed && t.name.starts_with("layers.")) weights += double(t.size());
+    weights += 2.0 / 3 * s.spectral_columns() * s.channels;  // U Ws and its dWs; U has no gradient
     double attention = 0;
     for (const LayerSpec& l : s.layer) {
         const double pairs =

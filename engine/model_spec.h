@@ -22,6 +22,7 @@ struct LayerSpec {
 
 struct ModelSpec {
     std::int32_t channels = 0, heads = 0, vocab = 0, context = 0, hidden = 0;
+    std::int32_t spectral_dims = 0;  // k, columns of the spectral embedding U; 0: none
     std::vector<LayerSpec> layer;
     bool gate = true, conv = true, qk_norm = true, tied = true, causal = true;
     bool learned_temperature = true;
@@ -32,6 +33,9 @@ struct ModelSpec {
 
     std::int32_t layers() const { return static_cast<std::int32_t>(layer.size()); }
     std::int32_t head_dim() const { return channels / heads; }
+    // Columns of U as the kernels see it, which move 8 values at a time; those beyond k are zero.
+    std::int32_t spectral_columns() const { return (spectral_dims + 7) / 8 * 8; }
+    bool has_energies() const;
     bool has_gate(const LayerSpec& l) const { return gate && causal && l.kind != LayerKind::dot; }
     bool rotates(const LayerSpec& l) const {
         if (l.kind == LayerKind::coordinate) return false;

@@ -25,6 +25,7 @@ ParamTable::ParamTable(const ModelSpec& s) {
     const std::int64_t c = s.channels, h = s.heads;
     embedding = add("embedding.weight", s.vocab, c, Init::normal, Group::decayed);
     head = s.tied ? embedding : add("head.weight", s.vocab, c, Init::normal, Group::decayed);
+    if (s.spectral_dims > 0) spectral = add("spectral.weight", c, s.spectral_columns(), Init::spectral, Group::decayed);
     for (int l = 0; l < s.layers(); ++l) {
         const LayerSpec& spec = s.layer[static_cast<std::size_t>(l)];
         const bool coordinate = spec.kind == LayerKind::coordinate, dot = spec.kind == LayerKind::dot;
@@ -59,7 +60,7 @@ ParamTable::ParamTable(const ModelSpec& s) {
             if (t.group == g) {
                 t.offset = elements;
                 elements += (t.size() + kAlign - 1) / kAlign * kAlign;
-                if (g != Group::frozen) parameters += t.size();
+                if (g != Group::frozen) parameters += t.init == Init::spectral ? t.rows * s.spectral_dims : t.size();
             }
         if (g == Group::decayed) decayed = elements;
         if (g == Group::plain) trainable = elements;
@@ -85,6 +86,13 @@ void initialise(const ParamTable& table, const ModelSpec& s, std::uint64_t seed,
                 const float deviation = t.init == Init::normal ? s.init_std : projection_std;
                 for (std::int64_t i = 0; i < n; ++i)
                     w[i] = deviation * static_cast<float>(rng::normal(seed, stream, static_cast<std::uint64_t>(i)));
+                break;
+            }
+            case Init::spectral: {  // E's size for U Ws, whose sums have k terms with U's columns of unit mean square
+                const float deviation = s.init_std / std::sqrt(static_cast<float>(s.spectral_dims));
+                for (std::int64_t i = 0; i < n; ++i)
+                    if (i % t.cols < s.spectral_dims)
+                        w[i] = deviation * static_cast<float>(rng::normal(seed, stream, static_cast<std::uint64_t>(i)));
                 break;
             }
             case Init::zeros:

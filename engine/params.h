@@ -14,7 +14,7 @@
 
 namespace fiedler {
 
-enum class Init { normal, projection, zeros, identity_conv, gate_bias, log_temperature, log_tau };
+enum class Init { normal, projection, spectral, zeros, identity_conv, gate_bias, log_temperature, log_tau };
 enum class Group { decayed, plain, frozen };
 
 struct ParamTensor {
@@ -39,6 +39,7 @@ struct LayerTensors {
 struct ParamTable {
     std::vector<ParamTensor> tensor;
     int embedding = -1, head = -1;  // head == embedding when tied
+    int spectral = -1;              // Ws [C, k padded]; -1 without a spectral embedding
     std::vector<LayerTensors> layer;
     std::int64_t elements = 0;    // of the block, padding included
     std::int64_t decayed = 0;     // elements of the first group

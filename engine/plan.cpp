@@ -145,17 +145,17 @@ RunPlan plan_run(const ModelSpec& spec, const EngineOptions& o) {
     throw_too_small(spec, o, budget, smallest);
 }
 
-std::unique_ptr<Engine> make_engine(const ModelSpec& spec, const EngineOptions& o) {
+std::unique_ptr<Engine> make_engine(const ModelSpec& spec, const EngineOptions& o, const ModelConstants& constants) {
     const RunPlan plan = plan_run(spec, o);
     if (o.device == DeviceKind::cpu) {
         auto cpu = std::make_unique<Cpu>();
         cpu->threads = o.threads;
-        return std::make_unique<Runner<Cpu, float>>(std::move(cpu), spec, plan, o.memory_budget);
+        return std::make_unique<Runner<Cpu, float>>(std::move(cpu), spec, plan, o.memory_budget, constants);
     }
 #if FIEDLER_CUDA
     const World world = world_from_environment();  // one process a device, in turn over those that this machine shows
     auto device = std::make_unique<Cuda>(world.rank % cuda_device_count());
-    auto engine = std::make_unique<Runner<Cuda, bf16>>(std::move(device), spec, plan, o.memory_budget);
+    auto engine = std::make_unique<Runner<Cuda, bf16>>(std::move(device), spec, plan, o.memory_budget, constants);
     engine->use_comm(make_comm(engine->device(), world));
     return engine;
 #else

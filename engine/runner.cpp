@@ -27,8 +27,8 @@ const char* name_of(Block b) {
 }
 
 template <class T>
-RunLayout<T>::RunLayout(Arena& arena, const ModelSpec& spec, const ParamTable& table, const HostLaplacian& lap,
-                        const ActivationPlan& plan, bool document_mask) {
+RunLayout<T>::RunLayout(Arena& arena, const ModelSpec& spec, const ParamTable& table, const ActivationPlan& plan,
+                        bool document_mask) {
     const std::int64_t n = table.elements, tokens = plan.tokens;
     const auto take = [&]<class U>(Vec<U>& v, const char* name, std::int64_t elements) {
         v = {arena.take<U>(name, {elements}, Lifetime::persistent), elements};
@@ -51,11 +51,14 @@ RunLayout<T>::RunLayout(Arena& arena, const ModelSpec& spec, const ParamTable& t
         take(begin, "begin", tokens);
         take(end, "end", tokens);
     }
-    take(lap_offsets, "laplacian.offsets", static_cast<std::int64_t>(lap.offsets.size()));
-    take(lap_columns, "laplacian.columns", static_cast<std::int64_t>(lap.columns.size()));
-    take(lap_values, "laplacian.values", static_cast<std::int64_t>(lap.values.size()));
-    take(lap_vectors, "laplacian.eigenvectors", static_cast<std::int64_t>(lap.eigenvectors.size()));
-    take(lap_eigenvalues, "laplacian.eigenvalues", static_cast<std::int64_t>(lap.eigenvalues.size()));
+    const std::int64_t d = spec.head_dim();
+    take(lap_offsets, "laplacian.offsets", d + 1);
+    take(lap_columns, "laplacian.columns", d * d);
+    take(lap_values, "laplacian.values", d * d);
+    take(lap_vectors, "laplacian.eigenvectors", d * d);
+    take(lap_eigenvalues, "laplacian.eigenvalues", d);
+    if (const std::int64_t k = spec.spectral_columns(); k > 0)
+        spectral = arena.mat<T>("spectral.U", spec.vocab, k, Lifetime::persistent);
     if constexpr (std::is_same_v<T, bf16>) {
         take(norm_partials, "gradnorm.partials", kGradnormPartials);
         workspace = arena.take<std::byte>("matmul.workspace", {std::int64_t(kWorkspaceBytes)}, Lifetime::persistent);
@@ -68,8 +71,8 @@ FeatureLaplacian<acc_t<T>> RunLayout<T>::laplacian(std::int32_t dim) const {
     FeatureLaplacian<A> l;
     l.dim = dim;
     l.offsets = lap_offsets;
-    l.columns = lap_columns;
-    l.values = lap_values;
+    l.columns = lap_columns.slice(0, lap_entries);
+    l.values = lap_values.slice(0, lap_entries);
     l.eigenvectors = Mat<const A>(lap_vectors.data, dim, dim);
     l.eigenvalues = lap_eigenvalues;
     return l;
@@ -94,8 +97,7 @@ template <class T>
 void measure(const ModelSpec& spec, RunPlan& run) {
     Arena arena;
     const ParamTable table(spec);
-    RunLayout<T>(arena, spec, table, path_laplacian(spec.head_dim()),
-                 activation_plan(spec, run, std::is_same_v<T, bf16>), run.document_mask);
+    RunLayout<T>(arena, spec, table, activation_plan(spec, run, std::is_same_v<T, bf16>), run.document_mask);
     run.bytes = arena.peak();
     run.table = arena.table();
 }
@@ -104,17 +106,21 @@ template void measure<double>(const ModelSpec&, RunPlan&);
 template void measure<bf16>(const ModelSpec&, RunPlan&);
 
 template <class Dev, class T>
-Runner<Dev, T>::Runner(std::unique_ptr<Dev> dev, const ModelSpec& spec, const RunPlan& plan, std::size_t budget)
+Runner<Dev, T>::Runner(std::unique_ptr<Dev> dev, const ModelSpec& spec, const RunPlan& plan, std::size_t budget,
+                       ModelConstants constants)
     : dev_(std::move(dev)),
       spec_(spec),
       table_(spec_),
       plan_(plan),
-      host_laplacian_(path_laplacian(spec_.head_dim())),
+      constants_(std::move(constants)),
       activation_plan_(activation_plan(spec_, plan_, std::is_same_v<T, bf16>)),
       comm_(make_comm(World{})) {
+    if (constants_.laplacian.dim == 0) constants_.laplacian = path_laplacian(spec_.head_dim());
+    if (constants_.laplacian.dim != spec_.head_dim() ||
+        constants_.spectral.size() != static_cast<std::size_t>(std::int64_t(spec_.vocab) * spec_.spectral_columns()))
+        throw std::logic_error("runner: the constants are those of another model");
     const auto lay_out = [&] {
-        return std::make_unique<RunLayout<T>>(arena_, spec_, table_, host_laplacian_, activation_plan_,
-                                              plan_.document_mask);
+        return std::make_unique<RunLayout<T>>(arena_, spec_, table_, activation_plan_, plan_.document_mask);
     };
     lay_out();
     plan_.bytes = arena_.peak();
@@ -126,18 +132,10 @@ Runner<Dev, T>::Runner(std::unique_ptr<Dev> dev, const ModelSpec& spec, const Ru
         dev_->workspace = layout_->workspace;
         dev_->workspace_bytes = kWorkspaceBytes;
     }
-    const auto send = [&]<class U, class V>(const Vec<U>& to, const std::vector<V>& from) {
-        const std::vector<U> converted(from.begin(), from.end());
-        copy_to_device(*dev_, to.data, converted.data(), converted.size() * sizeof(U));
-        synchronize(*dev_);
-    };
-    send(layout_->lap_offsets, host_laplacian_.offsets);
-    send(layout_->lap_columns, host_laplacian_.columns);
-    send(layout_->lap_values, host_laplacian_.values);
-    send(layout_->lap_vectors, host_laplacian_.eigenvectors);
-    send(layout_->lap_eigenvalues, host_laplacian_.eigenvalues);
-    model_ = std::make_unique<Model<Dev, T>>(*dev_, spec_, table_, layout_->params,
-                                             layout_->laplacian(spec_.head_dim()), activation_plan_, *layout_->acts);
+    layout_->upload(*dev_, constants_);
+    model_ =
+        std::make_unique<Model<Dev, T>>(*dev_, spec_, table_, layout_->params, layout_->laplacian(spec_.head_dim()),
+                                        layout_->spectral, activation_plan_, *layout_->acts);
 }
 
 template <class Dev, class T>

@@ -3,8 +3,8 @@
 #pragma once
 #include "engine/comm.h"
 #include "engine/engine.h"
-#include "engine/feature_laplacian.h"
 #include "engine/model.h"
+#include "engine/spectral_embedding.h"
 
 namespace fiedler {
 
@@ -13,20 +13,45 @@ namespace fiedler {
 template <class T>
 struct RunLayout {
     using A = acc_t<T>;
-    RunLayout(Arena&, const ModelSpec&, const ParamTable&, const HostLaplacian&, const ActivationPlan&,
-              bool document_mask);
+    RunLayout(Arena&, const ModelSpec&, const ParamTable&, const ActivationPlan&, bool document_mask);
+    // Fills the constants' memory; once, after the real layout.
+    template <class Dev>
+    void upload(const Dev&, const ModelConstants&);
 
     ParamBlock<T> params;
     Vec<A> moment1, moment2;
     StepControl<A>* control = nullptr;
     Vec<A> norm_partials;
     Vec<std::int32_t> inputs, targets, offsets, begin, end;
+    // Room for any Lf: a plan is made before the data are seen.
     Vec<std::int32_t> lap_offsets, lap_columns;
     Vec<A> lap_values, lap_vectors, lap_eigenvalues;
+    std::int64_t lap_entries = 0;  // of lap_columns and lap_values, in use
+    Mat<T> spectral;               // U, absent without a spectral embedding
     void* workspace = nullptr;
     std::unique_ptr<Activations<T>> acts;
     FeatureLaplacian<A> laplacian(std::int32_t dim) const;
 };
+
+template <class T>
+template <class Dev>
+void RunLayout<T>::upload(const Dev& dev, const ModelConstants& constants) {
+    const HostLaplacian& lap = constants.laplacian;
+    lap_entries = static_cast<std::int64_t>(lap.values.size());
+    const auto send = [&]<class U, class V>(U* to, const std::vector<V>& from) {
+        std::vector<U> converted;
+        converted.reserve(from.size());
+        for (const V x : from) converted.push_back(U(x));
+        copy_to_device(dev, to, converted.data(), converted.size() * sizeof(U));
+        synchronize(dev);
+    };
+    send(lap_offsets.data, lap.offsets);
+    send(lap_columns.data, lap.columns);
+    send(lap_values.data, lap.values);
+    send(lap_vectors.data, lap.eigenvectors);
+    send(lap_eigenvalues.data, lap.eigenvalues);
+    if (spectral) send(spectral.data, constants.spectral);
+}
 
 inline constexpr std::size_t kWorkspaceBytes = std::size_t(32) << 20;  // cuBLASLt's recommendation for Hopper
 
@@ -39,12 +64,13 @@ template <class Dev, class T>
 class Runner final : public Engine {
   public:
     using A = acc_t<T>;
-    Runner(std::unique_ptr<Dev>, const ModelSpec&, const RunPlan&, std::size_t budget);
+    Runner(std::unique_ptr<Dev>, const ModelSpec&, const RunPlan&, std::size_t budget, ModelConstants = {});
     ~Runner() override;
 
     const ModelSpec& spec() const override { return spec_; }
     const ParamTable& table() const override { return table_; }
     const RunPlan& plan() const override { return plan_; }
+    const ModelConstants& constants() const override { return constants_; }
     std::string device_name() const override;
     std::string device_kind() const override;
     double measured_peak_flops() override;
@@ -76,7 +102,7 @@ class Runner final : public Engine {
     ModelSpec spec_;
     ParamTable table_;
     RunPlan plan_;
-    HostLaplacian host_laplacian_;
+    ModelConstants constants_;
     ActivationPlan activation_plan_;
     Arena arena_;
     std::unique_ptr<RunLayout<T>> layout_;

@@ -17,6 +17,7 @@
 #include "engine/prepare_config.h"
 #include "engine/schedule.h"
 #include "engine/signals.h"
+#include "engine/spectral_source.h"
 
 namespace fiedler {
 
@@ -91,7 +92,8 @@ class TrainingRun {
     std::int64_t session_steps_ = 0;
     double interval_seconds_ = 0;  // since the last line
     std::int64_t interval_steps_ = 0;
-    Json tau_;  // measured at the start of a run with energy layers, to be logged
+    Json constants_report_ = Json::object();  // where a new model's constants came from, to be logged
+    Json tau_;                                // measured at the start of a run with energy layers, to be logged
     std::optional<Evaluation> last_validation_;
     std::int64_t validated_step_ = -1, saved_step_ = -1;
 };
@@ -103,13 +105,17 @@ TrainingRun::TrainingRun(Config config, std::unique_ptr<Checkpoint> resumed, con
     const DeviceKind device = choose_device(config_.device);
     // A wrong model, too little memory and an output that cannot be written are said before data is prepared.
     (void)plan_run(model_spec(config_), engine_options(config_, device, true));
+    if (!resumed_) check_constants(config_, model_spec(config_));
     if (leads_) made_folder_.emplace(folder_);
     data_ = open_dataset(config_, leads_ ? stdout : nullptr);
     match_vocabulary(config_, *data_);
     const ModelSpec spec = model_spec(config_);
     data_->require_train(config_.batch_tokens / config_.context, config_.context);
     if (held_out()) (void)data_->val_windows(config_.context);  // at least one
-    engine_ = make_engine(spec, engine_options(config_, device, true));
+    const ModelConstants constants =
+        resumed_ ? read_constants(*resumed_, config_, spec)
+                 : make_constants(config_, spec, *data_, leads_ ? stdout : nullptr, constants_report_);
+    engine_ = make_engine(spec, engine_options(config_, device, true), constants);
     if (world_.size > 1 && device == DeviceKind::cpu) (void)make_comm(world_);  // says that it needs CUDA
     rate_ = {config_.schedule, config_.lr,     config_.min_lr_fraction,
              config_.steps,    config_.warmup, config_.decay_fraction};
@@ -182,6 +188,7 @@ void TrainingRun::start() {
                               {"train_tokens", data_->info().train.tokens},
                               {"val_tokens", data_->info().val.tokens},
                               {"step", step_}});
+    if (!constants_report_.empty()) log_->write("constants", constants_report_);
     if (!tau_.is_null()) log_->write("tau", Json{{"tau", tau_}});
     terminal_.line(fmt::format("{}: {} parameters on {}, {} (micro-batch {} x {}, recompute {})", config_.preset,
                                count_text(double(engine_->table().parameters)), engine_->device_name(),
@@ -190,6 +197,12 @@ void TrainingRun::start() {
     terminal_.line(fmt::format("data: {} ({} training tokens, {} held out)", data_->info().folder,
                                count_text(double(data_->info().train.tokens)),
                                count_text(double(data_->info().val.tokens))));
+    if (constants_report_.contains("spectral"))
+        terminal_.line(
+            fmt::format("spectral embedding: {} columns, {}", engine_->spec().spectral_dims, config_.spectral_source));
+    if (constants_report_.contains("feature_laplacian"))
+        terminal_.line(
+            fmt::format("feature Laplacian: {}", constants_report_["feature_laplacian"]["source"].get<std::string>()));
     if (resumed_) terminal_.line(fmt::format("resumed from {} at step {}", resumed_->folder(), step_));
 }
 
@@ -298,6 +311,7 @@ std::string TrainingRun::save() {
         engine_->read(b, values.data());
         writer.add(name_of(b), values.data(), values.size() * sizeof(float));
     }
+    add_constants(writer, engine_->spec(), engine_->constants());
     if (data_->tokenizer()) writer.add_copy(join_path(folder_, kTokenizerName), kTokenizerName);
     CheckpointMeta meta;
     meta.step = step_;

@@ -31,7 +31,18 @@ std::uint64_t get64(const Header& h, std::size_t at) {
     return value;
 }
 
-std::size_t dtype_bytes(const std::string& dtype) { return dtype == "bf16" ? 2 : dtype == "f32" ? 4 : 0; }
+struct Type {
+    const char* name;
+    std::size_t bytes;
+};
+constexpr Type kTypes[] = {{"bf16", 2}, {"f32", 4}, {"f64", 8}, {"i32", 4}, {"i64", 8}, {"u8", 1}};
+
+// 0: there is no such type.
+std::size_t dtype_bytes(const std::string& dtype) {
+    for (const Type& t : kTypes)
+        if (dtype == t.name) return t.bytes;
+    return 0;
+}
 
 // Elements of a shape, or -1 when it is no shape of a tensor that a file could hold.
 std::int64_t count_elements(const std::vector<std::int64_t>& shape) {
@@ -87,7 +98,7 @@ WeightTensor read_entry(const std::string& path, const Json& entry, const std::b
         input_error("{}: is corrupt: tensor '{}' lacks a field of the table; copy it again", path, t.name);
     }
     if (!dtype_bytes(t.dtype))
-        input_error("{}: tensor '{}' is of type '{}', and this fiedler knows bf16 and f32: use a newer fiedler", path,
+        input_error("{}: tensor '{}' is of type '{}', which this fiedler does not know: use a newer fiedler", path,
                     t.name, t.dtype);
     const std::int64_t elements = count_elements(t.shape);
     if (elements < 0 || bytes != elements * static_cast<std::int64_t>(dtype_bytes(t.dtype)))
@@ -113,7 +124,9 @@ void write_weights(const std::string& path, const Json& config, std::span<const 
         if (!t.data || !dtype_bytes(t.dtype) || t.elements() < 0)
             throw std::logic_error("weights: tensor " + t.name + " has no data, type or shape");
     std::size_t payload_bytes = 0;
-    const std::string table = table_of(config, tensors, payload_bytes).dump();
+    // A path in the config need not be UTF-8.
+    const std::string table =
+        table_of(config, tensors, payload_bytes).dump(-1, ' ', false, Json::error_handler_t::replace);
     const std::size_t payload = round_up(kHeaderBytes + table.size());
     std::string file(payload + payload_bytes, '\0');
     std::memcpy(file.data() + kHeaderBytes, table.data(), table.size());
@@ -177,12 +190,22 @@ const WeightTensor* WeightsFile::find(const std::string& name) const {
     return found == tensors_.end() ? nullptr : &*found;
 }
 
+std::string WeightsFile::kind() const {
+    const auto found = config_.is_object() ? config_.find("kind") : config_.end();
+    return found != config_.end() && found->is_string() ? found->get<std::string>() : "";
+}
+
 void WeightsFile::read_f32(const std::string& name, const std::vector<std::int64_t>& shape, float* out) const {
     const WeightTensor* t = find(name);
     if (!t) input_error("{}: has no tensor '{}': it was written for another model", path_, name);
     if (t->shape != shape)
         input_error("{}: tensor '{}' has shape [{}], and the model needs [{}]: it was written for another model", path_,
                     name, fmt::join(t->shape, ", "), fmt::join(shape, ", "));
+    if (t->dtype != "f32" && t->dtype != "bf16")
+        input_error(
+            "{}: tensor '{}' holds {}, and the model needs numbers of f32 or bf16: it was written for another "
+            "model",
+            path_, name, t->dtype);
     if (t->dtype == "f32") {
         std::memcpy(out, t->data, t->bytes());
         return;

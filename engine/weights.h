@@ -5,13 +5,14 @@
 //                        [4,5] bytes of the table     [6,7] its offset, 1024      [8,9] its XXH3-64
 //                        [10,11] bytes of the payload [12,13] its offset, a multiple of 256   [14,15] its XXH3-64
 //                        [254,255] XXH3-64 of the 1016 bytes before       all others 0
-//   the table          JSON: {"config": {...}, "tensors": [{"name", "dtype": "bf16" | "f32", "shape", "offset",
-//                      "bytes"}, ...]}; zeros follow it up to the payload
+//   the table          JSON: {"config": {...}, "tensors": [{"name", "dtype": "bf16" | "f32" | "f64" | "i32" | "i64" |
+//                      "u8", "shape", "offset", "bytes"}, ...]}; zeros follow it up to the payload
 //   the payload        the tensors' values, row-major, in the table's order without overlap; each begins at a multiple
 //                      of 256. offset counts from the payload's first byte; gaps are 0. The file ends with the payload.
 //
 // A file that is truncated, of another kind or version, or does not match its checksums or its own table is refused
-// with an InputError.
+// with an InputError. Weights hold bf16 and f32 only; the other types came with graphs and spectra (spectrum_file.h),
+// which are in the same container with a "kind" in their config. A program older than a type names it and refuses.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -26,7 +27,7 @@
 namespace fiedler {
 
 struct WeightTensor {
-    std::string name, dtype;  // dtype: "bf16" or "f32"
+    std::string name, dtype;  // dtype: "bf16", "f32", "f64", "i32", "i64" or "u8"
     std::vector<std::int64_t> shape;
     const void* data = nullptr;
     std::int64_t elements() const;
@@ -44,7 +45,9 @@ class WeightsFile {
     const Json& config() const { return config_; }
     const std::vector<WeightTensor>& tensors() const { return tensors_; }  // data points into the mapped file
     const WeightTensor* find(const std::string& name) const;
-    // The named tensor as f32, whatever it is stored as; InputError when it is absent or of another shape.
+    // "graph" or "spectrum" as the config says; "" for weights, which have no kind.
+    std::string kind() const;
+    // The named tensor as f32, stored as that or as bf16; InputError when it is absent, of another shape or another type.
     void read_f32(const std::string& name, const std::vector<std::int64_t>& shape, float* out) const;
 
   private:

@@ -10,6 +10,9 @@ import re
 
 RUN_KEYS = ("name", "preset", "data", "steps", "tokens", "val_loss", "val_bits_per_byte", "tokens_per_second",
             "share_of_peak", "peak_memory_bytes", "parameters")
+SPECTRUM_KEYS = ("graph", "solver", "nodes", "edges", "degree_min", "degree_max", "precision", "method", "seconds", "reached",
+                 "ratio", "worst_residual", "orthogonality", "higher", "highest_excess", "zeros", "iterations", "products",
+                 "peak_bytes", "share_of_copy", "note")
 BENCH_KEYS = ("family", "case", "time_us", "noise", "gb_s", "tflop_s", "share_of_peak", "peer", "peer_time_us", "ratio")
 
 
@@ -72,6 +75,9 @@ def combine(pieces):
                  if not run.get("failure") and not run.get("skipped")],
         "bench": [{key: row.get(key) for key in BENCH_KEYS}
                   for row in latest(pieces, "bench", "bench", ("family", "case"))],
+        "spectrum": [{key: row.get(key) for key in SPECTRUM_KEYS}
+                     for row in latest(pieces, "spectrum", "rows", ("graph", "solver"))],
+        "spectrum_settings": next((piece["settings"] for piece in reversed(pieces) if piece["stage"] == "spectrum"), None),
         "sanitizer": latest(pieces, "sanitizer", "checks", ("tool", "binary")),
         "resume": latest(pieces, "resume", "checks", ("name",)),
         "not_run": [f"training {run['name']}: {run['skipped']}" for run in runs if run.get("skipped")],
@@ -86,6 +92,9 @@ def failures(pieces, binaries, runs):
     for check in latest(pieces, "sanitizer", "checks", ("tool", "binary")):
         if check["failure"]:
             found.append(f"compute-sanitizer {check['tool']} on {check['binary']}: {check['failure']}")
+    for row in latest(pieces, "spectrum", "rows", ("graph", "solver")):
+        if row["solver"] == "fiedler" and not row["reached"]:
+            found.append(f"spectrum of {row['graph']}: {row['note']}")
     for check in latest(pieces, "resume", "checks", ("name",)):
         if check["failure"]:
             found.append(f"resume of {check['name']}: {check['failure']}")
@@ -160,6 +169,37 @@ def bench_markdown(result):
             *table(header, rows)]
 
 
+def spectrum_table(rows):
+    """Header and rows of the solvers' table."""
+    cells = []
+    for row in rows:
+        residual, higher = row.get("worst_residual"), row.get("higher")
+        solver = row["solver"] + (f", {row['precision']}" if row.get("precision") else "")
+        cells.append((row["graph"], solver, number(row["seconds"] if row["reached"] else None, 3),
+                      number(row.get("ratio"), 1), "-" if residual is None else f"{residual:.1e}",
+                      "-" if higher is None else higher, number(row.get("peak_bytes"), 2, 2**-30),
+                      number(row.get("share_of_copy"), 1, 100), (row.get("note") or "").replace("|", "/")))
+    header = ("graph", "solver", "time, s", "time / ours", "worst residual", "values too high", "peak memory, GiB",
+              "% of copy", "note")
+    return header, cells
+
+
+def spectrum_markdown(result):
+    if not result.get("spectrum"):
+        return []
+    graphs = {row["graph"]: f"{row['graph']}: {row['nodes']:,} nodes, {row['edges']:,} edges, degrees {row['degree_min']} to "
+                            f"{row['degree_max']:,}" for row in result["spectrum"]}
+    settings = result["spectrum_settings"]
+    return ["", "## Spectra", "",
+            f"The {settings['pairs']} smallest eigenpairs of the normalised Laplacian, all residuals at most "
+            f"{settings['residual']:.0e}, checked in float64; a solver may take {settings['limit_s']:.0f} s; "
+            f"{settings['cores']} CPU cores. {'; '.join(graphs.values())}. \"Values too high\": indices where a solver's Ritz "
+            "value is above the best of all solvers by more than half the mean distance of neighbours. \"% of copy\": least "
+            "traffic of the products with the Laplacian, by the time of the whole solve, of the measured copy bandwidth "
+            f"({number(settings['copy_gb_s'], 0)} GB/s). Ours is from host memory to host memory. `tools/spectrum_peers.py` "
+            "says more.", "", *table(*spectrum_table(result["spectrum"]))]
+
+
 def markdown(result):
     tests = result["tests"]
     lines = [f"# {result['gpu']}", "",
@@ -175,7 +215,7 @@ def markdown(result):
         lines += ["", "## Failures", "", *(f"* {failure}" for failure in result["failures"])]
     if result["not_run"]:
         lines += ["", "## Not run", "", *(f"* {line}" for line in result["not_run"])]
-    return "\n".join(lines + runs_markdown(result["runs"]) + bench_markdown(result)) + "\n"
+    return "\n".join(lines + runs_markdown(result["runs"]) + spectrum_markdown(result) + bench_markdown(result)) + "\n"
 
 
 def write_report(pieces_folder, results_folder, sources):

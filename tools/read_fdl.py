@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Reads a Fiedler weights file (.fdl) with nothing but NumPy: read_fdl(path) -> (config, {name: array}).
+"""Reads a Fiedler file (.fdl: weights, a graph or a spectrum) with nothing but NumPy: read_fdl(path) -> (config, {name: array}).
 
 From a shell, `read_fdl.py FILE` lists the tensors and `read_fdl.py FILE TENSOR` prints one. The format: engine/weights.h."""
 import json
@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 
+TYPES = {"f32": "<f4", "f64": "<f8", "i32": "<i4", "i64": "<i8", "u8": "u1"}
 
 def read_fdl(path):
     raw = np.memmap(path, dtype=np.uint8, mode="r")
@@ -21,7 +22,7 @@ def read_fdl(path):
         if t["dtype"] == "bf16":  # the upper half of a 32-bit float
             values = (data.view("<u2").astype("<u4") << 16).view("<f4")
         else:
-            values = data.view("<f4")
+            values = data.view(TYPES[t["dtype"]])
         tensors[t["name"]] = values.reshape(t["shape"])
     return description["config"], tensors
 

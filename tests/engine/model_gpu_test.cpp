@@ -15,6 +15,7 @@
 
 #include "engine/config.h"
 #include "engine/runner.h"
+#include "tests/engine/random_laplacian.h"
 #include "tests/support/buffer.h"
 #include "tests/support/compare.h"
 
@@ -29,6 +30,7 @@ struct Shape {
     ScalarKind kind;
     int head_dim, tokens, sequences;
     bool causal = true;
+    int spectral_dims = 0;
 };
 
 void PrintTo(const Shape& s, std::ostream* out) { *out << s.name; }
@@ -45,6 +47,7 @@ ModelSpec spec_of(const Shape& s) {
     c.context = s.tokens;
     c.mlp_hidden = 3 * c.channels;
     c.causal = s.causal;
+    c.spectral_dims = s.spectral_dims;
     return model_spec(c);
 }
 
@@ -78,29 +81,35 @@ RunPlan plan_of(const Shape& s) {
     return p;
 }
 
+// U exactly representable in bf16, as the weights are, and an Lf that is not the path's.
+ModelConstants constants_of(const ModelSpec& spec) {
+    ModelConstants c;
+    c.laplacian = path_laplacian(spec.head_dim());
+    if (spec.spectral_dims == 0) return c;
+    c.spectral = random_spectral_table(spec, 3);
+    for (float& x : c.spectral) x = float(bf16(x));
+    c.laplacian = test::random_laplacian(spec.head_dim(), 4);
+    return c;
+}
+
 // The rounded model, laid out like a Runner but without one.
 double rounded_gradients(const ModelSpec& spec, const RunPlan& run, const std::vector<float>& w, const Batch& host,
                          std::uint32_t dither, std::vector<float>& grads) {
     const ParamTable table(spec);
-    const HostLaplacian lap = path_laplacian(spec.head_dim());
     const ActivationPlan plan = activation_plan(spec, run, true);
     RoundingCpu cpu;
     cpu.dither = dither;
     Arena arena;
-    RunLayout<float>(arena, spec, table, lap, plan, false);
+    RunLayout<float>(arena, spec, table, plan, false);
     arena.commit(memory_of(cpu));
-    RunLayout<float> layout(arena, spec, table, lap, plan, false);
+    RunLayout<float> layout(arena, spec, table, plan, false);
     std::fill_n(static_cast<char*>(arena.base()), arena.peak(), 0);
     std::copy(w.begin(), w.end(), layout.params.master.data);
-    std::copy(lap.offsets.begin(), lap.offsets.end(), layout.lap_offsets.data);
-    std::copy(lap.columns.begin(), lap.columns.end(), layout.lap_columns.data);
-    std::copy(lap.values.begin(), lap.values.end(), layout.lap_values.data);
-    std::copy(lap.eigenvectors.begin(), lap.eigenvectors.end(), layout.lap_vectors.data);
-    std::copy(lap.eigenvalues.begin(), lap.eigenvalues.end(), layout.lap_eigenvalues.data);
+    layout.upload(cpu.plain(), constants_of(spec));
     for (int l = 0; l < spec.layers(); ++l)
         if (layout.acts->layer(l).aux) cpu.f32_products.push_back(layout.acts->layer(l).aux.data);
-    Model<RoundingCpu, float> model(cpu, spec, table, layout.params, layout.laplacian(spec.head_dim()), plan,
-                                    *layout.acts);
+    Model<RoundingCpu, float> model(cpu, spec, table, layout.params, layout.laplacian(spec.head_dim()), layout.spectral,
+                                    plan, *layout.acts);
     DeviceBatch batch;
     const auto n = static_cast<std::int64_t>(host.inputs.size());
     batch.inputs = Vec<const std::int32_t>(host.inputs.data(), n);
@@ -120,8 +129,8 @@ TEST_P(ModelGpu, LossAndGradientsMatchTheCpu) {
     const ModelSpec spec = spec_of(GetParam());
     const RunPlan plan = plan_of(GetParam());
     const Batch batch = batch_of(GetParam(), spec);
-    Runner<Cpu, double> reference(std::make_unique<Cpu>(), spec, plan, 0);
-    Runner<Cuda, bf16> device(std::make_unique<Cuda>(), spec, plan, 0);
+    Runner<Cpu, double> reference(std::make_unique<Cpu>(), spec, plan, 0, constants_of(spec));
+    Runner<Cuda, bf16> device(std::make_unique<Cuda>(), spec, plan, 0, constants_of(spec));
     const std::vector<float> w = start(reference.table(), spec);
     reference.write(Block::master, w.data());
     device.write(Block::master, w.data());
@@ -165,11 +174,12 @@ std::vector<Shape> shapes() {
     std::vector<Shape> all;
     static std::vector<std::string> names;
     names.reserve(1000);
-    const auto add = [&](const char* kind_name, const char* pattern, ScalarKind kind, int d, int t,
-                         bool causal = true) {
+    const auto add = [&](const char* kind_name, const char* pattern, ScalarKind kind, int d, int t, bool causal = true,
+                         int spectral_dims = 0) {
         names.push_back(std::string(kind_name) + "_D" + std::to_string(d) + "_T" + std::to_string(t) +
                         (causal ? "" : "_bidirectional"));
-        all.push_back({names.back().c_str(), pattern, kind, d, t, t >= 1024 ? 1 : 2, causal});
+        if (spectral_dims > 0) names.back() += "_spectral" + std::to_string(spectral_dims);
+        all.push_back({names.back().c_str(), pattern, kind, d, t, t >= 1024 ? 1 : 2, causal, spectral_dims});
     };
     const auto every = [&](int d, int t) {
         add("coordinate", "sb", ScalarKind::coordinate, d, t);
@@ -181,6 +191,9 @@ std::vector<Shape> shapes() {
     for (const int d : {16, 32, 64, 128}) every(d, 1024);
     add("coordinate", "s:33b", ScalarKind::coordinate, 64, 129, false);
     add("dot", "dd", ScalarKind::coordinate, 64, 129, false);
+    for (const int t : {1, 129, 1024}) add("coordinate", "sb", ScalarKind::coordinate, 64, t, true, 64);
+    add("coordinate", "sb", ScalarKind::coordinate, 32, 129, true, 13);
+    for (const int d : {16, 32, 64, 128}) add("energy", "sb", ScalarKind::energy, d, 129, true, 8);
     return all;
 }
 

@@ -1,0 +1,344 @@
+#include "engine/subspace_solver.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <limits>
+
+#include "engine/dense_eigen.h"
+#include "engine/error.h"
+
+namespace fiedler {
+namespace {
+
+using Size = std::size_t;
+
+// How far rounding errors may grow before they are projected out, and the range of growth within the block.
+template <class A>
+constexpr double kGrowth = sizeof(A) == 4 ? 1e3 : 1e8;
+template <class A>
+constexpr double kRange = sizeof(A) == 4 ? 3e4 : 1e7;
+template <class A>
+constexpr double kUnseen = sizeof(A) == 4 ? 1e8 : 1e30;
+// Share of the largest eigenvalue of a Gram matrix below which directions are noise.
+template <class A>
+constexpr double kNoise = sizeof(A) == 4 ? 1e-11 : 1e-20;
+// Near the ends of [cut, upper] rounding errors of the recurrence add up to about degree^2 units in the last place.
+template <class A>
+constexpr std::int64_t kMostDegree = sizeof(A) == 4 ? 255 : 1501;
+constexpr std::int64_t kLeastDegree = 9;  // worth a Rayleigh-Ritz
+constexpr std::int64_t kCheckEvery = 64;  // products between two questions whether to stop
+constexpr double kRelative = 0.02;  // of the largest wanted eigenvalue: residuals above tell nothing about small ones
+constexpr double kLevelTolerance = 0.15;  // the same on coarser levels, which only give a start
+constexpr std::int64_t kLevelIterations = 4;
+constexpr double kSmoothing = 10;  // interpolation errs in high eigenvectors most of all: a short first filter suffices
+constexpr double kPolishCut = 0.1;  // of the upper bound: a short filter that removes noise from high eigenvectors
+constexpr std::int64_t kPolishDegree = 15, kProbes = 8;
+
+double now_seconds() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Chebyshev polynomials outside [-1, 1] grow by exp(rate) a degree.
+struct Interval {
+    double centre, half;
+    Interval(double cut, double upper) : centre((cut + upper) / 2), half((upper - cut) / 2) {}
+    double rate(double value) const {
+        const double x = (centre - value) / half;
+        return x > 1 ? std::acosh(x) : 0;
+    }
+};
+
+}  // namespace
+
+// Filter of Zhou et al., scaled to 1 at `lowest`; v_ holds the columns, the result is in p_ (the degree is odd).
+template <class Dev, class A>
+void SubspaceSolver<Dev, A>::filter(std::int64_t first, double cut, std::int64_t degree, double lowest) {
+    const Interval interval(cut, device_[level_].upper);
+    const double c = interval.centre, e = interval.half;
+    const double below = locked_theta_.empty() ? 0 : *std::min_element(locked_theta_.begin(), locked_theta_.end());
+    const double null_rate = interval.rate(0) - interval.rate(lowest);
+    const double locked_rate = locked_ > 0 ? interval.rate(below) - interval.rate(lowest) : 0;
+    const double rate = std::max(null_rate, locked_rate);
+    const auto every = rate > 0 ? std::max<std::int64_t>(2, std::int64_t(std::log(kGrowth<A>) / rate)) : kMostDegree<A>;
+    const std::int64_t columns = set_.block - first;
+    Mat<A> old = panel(v_, first, columns), now = panel(p_, first, columns);
+    const double sigma1 = e / (lowest - c);
+    double sigma = sigma1;
+    product(now, old, {}, sigma1 / e, -c * sigma1 / e, 0);
+    for (std::int64_t j = 2; j <= degree; ++j) {
+        if (j % every == 0) project(now, 1), project(old, 1);
+        const double next = 1 / (2 / sigma1 - sigma);
+        product(old, now, old, 2 * next / e, -2 * c * next / e, -sigma * next);
+        std::swap(old, now);
+        sigma = next;
+        if (j % kCheckEvery == 1 && set_.stop && set_.stop()) {
+            stopped_ = true;
+            break;  // j is odd: the result is in p_
+        }
+    }
+}
+
+template <class Dev, class A>
+void SubspaceSolver<Dev, A>::rayleigh_ritz() {
+    const std::int64_t columns = set_.block - locked_;
+    Mat<A> given = panel(p_, locked_, columns), image = panel(q_, locked_, columns);
+    Mat<A> ritz = panel(v_, locked_, columns);
+    RitzResult result;
+    project(given, 2);
+    for (int pass = 0; pass < 3; ++pass) {
+        std::vector<double> g = gram(given, given);
+        const double enough = sizeof(A) == 4 ? 1e-4 : 1e-8;
+        const RitzResult white = orthonormalise(g, columns, kNoise<A>);
+        if (pass == 0) condition_ = white.condition;
+        if (white.condition >= enough || pass == 2) {
+            product(image, given, {}, 1, 0, 0);
+            result = fiedler::rayleigh_ritz(g, gram(given, image), columns, kNoise<A>);
+            break;
+        }
+        rotate(ritz, given, white.q, 1, 0);
+        copy_rows_on_device(dev_, given.data, Size(set_.block) * sizeof(A), ritz.data, Size(set_.block) * sizeof(A),
+                            Size(columns) * sizeof(A), Size(n_));
+        project(given, 1);
+    }
+    theta_ = result.theta;
+    for (const double t : theta_)
+        if (!std::isfinite(t))
+            run_error("spectrum: the iteration left the range of numbers; scale the weights, or use --device cpu");
+    rotate(ritz, given, result.q, 1, 0);
+    rotate(given, image, result.q, 1, 0);
+    residual_ = norms(given, ritz, theta_);
+}
+
+// Active pairs among the `wanted` smallest of all.
+template <class Dev, class A>
+std::int64_t SubspaceSolver<Dev, A>::needed() const {
+    std::vector<double> all = locked_theta_;
+    all.insert(all.end(), theta_.begin(), theta_.end());
+    std::nth_element(all.begin(), all.begin() + (set_.wanted - 1), all.end());
+    const double largest = all[Size(set_.wanted - 1)];
+    std::int64_t count = 0;
+    while (count < std::int64_t(theta_.size()) && theta_[Size(count)] <= largest) ++count;
+    const auto locked_below =
+        std::count_if(locked_theta_.begin(), locked_theta_.end(), [&](double t) { return t <= largest; });
+    return std::min<std::int64_t>(count, std::max<std::int64_t>(0, set_.wanted - locked_below));
+}
+
+template <class Dev, class A>
+double SubspaceSolver<Dev, A>::tolerance_now(double tolerance) const {
+    const std::int64_t count = needed();
+    double largest = locked_theta_.empty() ? 0 : *std::max_element(locked_theta_.begin(), locked_theta_.end());
+    if (count > 0) largest = std::max(largest, theta_[Size(count - 1)]);
+    const double least = kRounding<A> * device_[level_].upper;
+    return std::max(least, level_ > 0 ? kLevelTolerance * largest : std::min(tolerance, kRelative * largest));
+}
+
+template <class Dev, class A>
+std::int64_t SubspaceSolver<Dev, A>::converged(double tolerance) const {
+    std::int64_t count = 0;
+    while (count < std::int64_t(residual_.size()) && residual_[Size(count)] <= tolerance) ++count;
+    return count;
+}
+
+// Enough for the tolerance, at most what the range of growth within the block allows.
+template <class Dev, class A>
+std::int64_t SubspaceSolver<Dev, A>::choose_degree(double cut, double tolerance, double most_ratio) const {
+    const Interval interval(cut, device_[level_].upper);
+    const std::int64_t last = std::max<std::int64_t>(needed(), 1);
+    const double worst = *std::max_element(residual_.begin(), residual_.begin() + last);
+    const double wanted_rate = interval.rate(theta_[Size(last - 1)]), lowest_rate = interval.rate(theta_[0]);
+    const double most = double(kMostDegree<A>);
+    const double range = lowest_rate > 0 ? std::acosh(kRange<A>) / lowest_rate : most;
+    const double ratio = std::clamp(4 * worst / tolerance, 4.0, std::max(4.0, most_ratio));
+    const double enough = wanted_rate > 0 ? std::acosh(ratio) / wanted_rate : most;
+    // Eigenvalues not seen yet may lie below: not so far that they could leave the range of A.
+    const double unseen = interval.rate(std::max(0.0, theta_[0] - 4 * residual_[0])) - lowest_rate;
+    const double growth = unseen > 0 ? std::log(kUnseen<A>) / unseen : most;
+    const auto degree = std::int64_t(std::min({most, range, enough, growth}));
+    return std::max(kLeastDegree, degree | 1);
+}
+
+template <class Dev, class A>
+void SubspaceSolver<Dev, A>::lock(std::int64_t count) {
+    locked_theta_.insert(locked_theta_.end(), theta_.begin(), theta_.begin() + count);
+    theta_.erase(theta_.begin(), theta_.begin() + count);
+    residual_.erase(residual_.begin(), residual_.begin() + count);
+    locked_ += count;
+}
+
+template <class Dev, class A>
+void SubspaceSolver<Dev, A>::report(const std::string& stage, double tolerance) {
+    if (!set_.progress) return;
+    SpectrumProgress p;
+    p.iteration = iterations_;
+    p.wanted = set_.wanted;
+    const std::int64_t count = needed();
+    p.converged = std::min(set_.wanted, level_ == 0 ? set_.wanted - count + std::min(count, converged(tolerance)) : 0);
+    for (std::int64_t i = 0; i < count; ++i) p.worst_residual = std::max(p.worst_residual, residual_[Size(i)]);
+    p.seconds = now_seconds() - started_;
+    if (level_ == 0 && last_worst_ > p.worst_residual && p.worst_residual > 0)
+        p.seconds_left = std::max(0.0, std::log(p.worst_residual / tolerance)) /
+                         std::log(last_worst_ / p.worst_residual) * (p.seconds - last_seconds_);
+    last_worst_ = level_ == 0 ? p.worst_residual : 0;
+    last_seconds_ = p.seconds;
+    p.stage = stage;
+    set_.progress(p);
+}
+
+// Until the wanted pairs have residuals within the tolerance. False: the limit, or asked to stop.
+template <class Dev, class A>
+bool SubspaceSolver<Dev, A>::iterate(double tolerance, std::int64_t limit, const std::string& stage, bool final) {
+    double before = 0;
+    bool polished = false;
+    for (std::int64_t iteration = 0;; ++iteration) {
+        const double within = tolerance_now(tolerance);
+        const std::int64_t good = converged(within), count = needed();
+        report(stage, within);
+        if (good >= count) return true;
+        if (iteration >= limit || stopped_ || (set_.stop && set_.stop())) return false;
+        const double worst = *std::max_element(residual_.begin(), residual_.begin() + count);
+        const std::int64_t room = set_.block - locked_ - 8;  // of active columns, so many stay
+        if (final) lock(std::max<std::int64_t>(0, std::min(good, room) / 4 * 4));
+        const double cut = std::min(theta_.back(), 0.9 * device_[level_].upper);
+        const bool interpolated = iteration == 0 && level_ + 1 < levels_.size();
+        const double ratio = interpolated ? kSmoothing : std::numeric_limits<double>::max();
+        const double upper = device_[level_].upper, high = std::min(std::max(kPolishCut * upper, 2 * cut), 0.7 * upper);
+        const bool stalled = iteration > 0 && worst > 0.5 * before && !polished && high > 1.2 * cut;
+        before = worst, polished = stalled;
+        if (stalled)
+            filter(locked_, high, kPolishDegree, theta_.front());
+        else
+            filter(locked_, cut, choose_degree(cut, tolerance_now(tolerance), ratio), theta_.front());
+        rayleigh_ritz();
+        if (level_ == 0) ++iterations_;
+    }
+}
+
+// Random columns in the place of the last ones, in the complement of the wanted pairs, filtered until the smallest
+// overlooked eigenvalue would stand out. False: there is one; the random columns then join the block.
+template <class Dev, class A>
+bool SubspaceSolver<Dev, A>::probe(double tolerance) {
+    const std::int64_t active = set_.block - locked_, count = needed();
+    const std::int64_t probes = std::min(kProbes, (active - count) / 4 * 4), first = set_.block - probes;
+    if (probes < 4) return true;  // the block is as good as the whole space
+    const double margin = tolerance_now(tolerance);
+    const auto kept_theta = theta_, kept_residual = residual_, kept_locked_theta = locked_theta_;
+    const std::int64_t kept_locked = locked_;
+    lock(count);
+    const double largest = *std::max_element(locked_theta_.begin(), locked_theta_.end());
+    const double above = count < active - probes ? theta_[Size(active - probes - count - 1)] : largest;
+    const double cut = std::min(std::max(above, largest), 0.9 * device_[level_].upper);
+    const Interval interval(cut, device_[level_].upper);
+    Mat<A> random = panel(v_, first, probes), filtered = panel(p_, first, probes), image = panel(q_, first, probes);
+    fill_random(random);
+    project(random, 2);
+    const double gain = 30 * std::sqrt(double(n_)), most = std::min(double(kMostDegree<A>), 60 / interval.rate(0));
+    const auto degree = std::int64_t(std::min(most, std::acosh(gain) / std::max(interval.rate(largest), 1e-9)));
+    filter(first, cut, std::max(kLeastDegree, degree | 1), largest);
+    project(filtered, 2);
+    product(image, filtered, {}, 1, 0, 0);
+    const RitzResult found = fiedler::rayleigh_ritz(gram(filtered, filtered), gram(filtered, image), probes, kNoise<A>);
+    locked_ = kept_locked, locked_theta_ = kept_locked_theta, theta_ = kept_theta, residual_ = kept_residual;
+    if (found.theta[0] >= largest - margin) return true;
+    const std::int64_t others = active - probes;
+    copy_rows_on_device(dev_, p_.data + locked_, Size(set_.block) * sizeof(A), v_.data + locked_,
+                        Size(set_.block) * sizeof(A), Size(others) * sizeof(A), Size(n_));
+    rayleigh_ritz();
+    return false;
+}
+
+// The block for this level in v_, as Ritz vectors: interpolated from the next coarser level's, or random.
+template <class Dev, class A>
+void SubspaceSolver<Dev, A>::start_level(std::size_t level) {
+    const bool coarsest = level + 1 == levels_.size();
+    level_ = level;
+    n_ = device_[level].nodes;
+    locked_ = 0;
+    locked_theta_.clear();
+    Mat<A> block = panel(p_, 0, set_.block);
+    if (coarsest) {
+        fill_random(block);
+    } else {
+        EigenGather<A> call;
+        call.y = block;
+        call.x = Mat<const A>(v_.data, device_[level + 1].nodes, set_.block, set_.block);
+        call.index = device_[level].group;
+        call.scale = device_[level].group_scale;
+        eigen_gather(dev_, call);
+    }
+    if (levels_.size() > 1) {  // else estimate() has done it
+        const Lanczos runs = lanczos();
+        device_[level].upper = std::min(device_[level].upper, 1.01 * runs.upper);
+    }
+    rayleigh_ritz();
+}
+
+template <class Dev, class A>
+SolverResult SubspaceSolver<Dev, A>::solve(const std::vector<float>& start, std::int64_t start_columns) {
+    started_ = now_seconds();
+    for (Size level = levels_.size(); level-- > 0;) {
+        if (level == 0 && start_columns > 0) {
+            level_ = 0, n_ = device_[0].nodes;
+            fill_random(panel(p_, 0, set_.block));
+            const std::int64_t columns = std::min(start_columns, set_.block);
+            std::vector<A> values(Size(n_ * columns));
+            for (std::int64_t i = 0; i < n_; ++i)
+                for (std::int64_t j = 0; j < columns; ++j)
+                    values[Size(i * columns + j)] = static_cast<A>(start[Size(i * start_columns + j)]);
+            copy_to_device(dev_, q_.data, values.data(), values.size() * sizeof(A));
+            copy_rows_on_device(dev_, p_.data, Size(set_.block) * sizeof(A), q_.data, Size(columns) * sizeof(A),
+                                Size(columns) * sizeof(A), Size(n_));
+            rayleigh_ritz();
+        } else {
+            start_level(level);
+        }
+        if (level > 0) iterate(0, kLevelIterations, fmt::format("level {} ({} nodes)", level, n_), false);
+    }
+    SolverResult result;
+    result.complete = iterate(set_.tolerance, set_.max_iterations, "filter", true);
+    for (int round = 0; result.complete && !stopped_; ++round) {
+        if (probe(set_.tolerance)) break;
+        if (round == 8) result.complete = false;
+        result.complete =
+            result.complete && iterate(set_.tolerance, set_.max_iterations - iterations_, "completeness", true);
+    }
+    if (!result.complete)
+        result.why = stopped_ || (set_.stop && set_.stop())
+                         ? "stopped before all pairs had converged"
+                         : fmt::format("not converged after {} iterations", iterations_);
+    finish(result);
+    return result;
+}
+
+// A last Rayleigh-Ritz over everything, which evens out what separate locking left, and the wanted pairs to the host.
+template <class Dev, class A>
+void SubspaceSolver<Dev, A>::finish(SolverResult& result) {
+    copy_on_device(dev_, p_.data, v_.data, Size(n_ * set_.block) * sizeof(A));
+    locked_ = 0;
+    locked_theta_.clear();
+    rayleigh_ritz();
+    const std::int64_t k = set_.wanted;
+    result.eigenvalues.assign(theta_.begin(), theta_.begin() + k);
+    result.residuals.assign(residual_.begin(), residual_.begin() + k);
+    result.iterations = iterations_, result.products = products_, result.peak_bytes = arena_.peak();
+    copy_rows_on_device(dev_, q_.data, Size(k) * sizeof(A), v_.data, Size(set_.block) * sizeof(A), Size(k) * sizeof(A),
+                        Size(n_));
+    result.vectors.resize(Size(n_ * k));
+    if constexpr (std::is_same_v<A, float>) {
+        copy_to_host(dev_, result.vectors.data(), q_.data, result.vectors.size() * sizeof(float));
+    } else {
+        std::vector<A> values(result.vectors.size());
+        copy_to_host(dev_, values.data(), q_.data, values.size() * sizeof(A));
+        std::transform(values.begin(), values.end(), result.vectors.begin(), [](A x) { return static_cast<float>(x); });
+    }
+}
+
+template class SubspaceSolver<Cpu, double>;
+template class SubspaceSolver<Cpu, float>;
+#if FIEDLER_CUDA
+template class SubspaceSolver<Cuda, float>;
+#endif
+
+}  // namespace fiedler

@@ -1,0 +1,128 @@
+// engine/subspace_solver.h: Chebyshev-filtered block subspace iteration on one device, on one graph or on a hierarchy of
+// aggregated ones (spectrum.h says when; coarsen.h makes them). Internal to solve_spectrum().
+//
+// One block of `block` columns holds, side by side, the locked pairs and the active ones. An iteration filters the
+// active columns by a Chebyshev polynomial that is small on [cut, upper] (cut: the largest active Ritz value) and grows
+// towards 0, projects out the null space and the locked pairs, and does Rayleigh-Ritz. Converged leading columns are
+// locked. Sources: Zhou, Saad, Tiago, Chelikowsky, "Self-consistent-field calculations using Chebyshev-filtered
+// subspace iteration", J. Comput. Phys. 219 (2006), scaled filter; Stathopoulos & Wu (2002), whitening by the Gram
+// matrix's eigenvectors.
+//
+// Rounding. The filter multiplies whatever lies below the wanted eigenvalues, first of all the null space, by more than
+// the wanted ones, so rounding errors there would drown the block: both vectors of the recurrence, which is linear, are
+// projected whenever that growth reaches kGrowth. The columns' own range of growth is held below kRange.
+//
+// The result is checked for overlooked pairs: random columns, filtered in the complement of what was found, must not
+// come out with a Ritz value below the largest wanted one.
+#pragma once
+#include <memory>
+
+#include "engine/arena.h"
+#include "engine/spectrum.h"
+#include "kernels/eigen.h"
+#include "kernels/laplacian.h"
+
+namespace fiedler {
+
+// Share of the largest eigenvalue that rounding in a product leaves in every residual, with some room.
+template <class A>
+inline constexpr double kRounding = sizeof(A) == 4 ? 4e-7 : 1e-13;
+
+// A graph of the hierarchy, on the host. Nodes are ordered so that every component is a contiguous range.
+template <class A>
+struct SolverLevel {
+    LaplacianMatrix<A> matrix;
+    std::vector<std::int64_t> components;  // [count + 1] first rows
+    std::vector<std::int32_t> group;       // of each node in the next coarser level; empty on the coarsest
+    std::vector<A> group_scale;            // sqrt(m_i / m_group)
+};
+
+struct SolverSettings {
+    std::int64_t wanted = 0;  // pairs beyond the null space
+    std::int64_t block = 0;   // columns, a multiple of 4, more than wanted
+    double tolerance = 0;     // of residual norms
+    std::int64_t max_iterations = 500;
+    std::uint64_t seed = 1;
+    std::size_t memory_budget = 0;
+    std::function<void(const SpectrumProgress&)> progress;
+    std::function<bool()> stop;
+};
+
+struct SolverResult {
+    bool complete = false;
+    std::string why;  // not complete: why
+    std::int64_t iterations = 0, products = 0;
+    std::vector<double> eigenvalues, residuals;  // [wanted]
+    std::vector<float> vectors;                  // [nodes of level 0, wanted]
+    std::size_t peak_bytes = 0;
+};
+
+template <class Dev, class A>
+class SubspaceSolver {
+  public:
+    // levels[0] is the graph itself. start: [nodes, start_columns] in the order of its nodes, or empty.
+    SubspaceSolver(Dev&, const std::vector<SolverLevel<A>>& levels, const SolverSettings&);
+    void set_tolerance(double tolerance) { set_.tolerance = tolerance; }
+    SolverResult solve(const std::vector<float>& start, std::int64_t start_columns);
+
+    // From a few short Lanczos runs: about where eigenvalue number `count` of level 0 lies, and an upper bound of all.
+    struct Estimate {
+        double value = 0, upper = 0;
+    };
+    Estimate estimate(std::int64_t count);
+
+  private:
+    struct DeviceLevel {
+        std::int64_t nodes = 0;
+        SparseMatrix<A> matrix;
+        Vec<A> null_vector;
+        Vec<std::int64_t> components;
+        Vec<std::int32_t> group;
+        Vec<A> group_scale;
+        double upper = 0;
+    };
+    struct Lanczos {
+        std::vector<double> values, weights;  // Ritz values of all runs, squared first components (mean over runs)
+        double upper = 0;
+    };
+    void lay_out(Arena&);
+    void upload();
+    Mat<A> panel(Vec<A> block, std::int64_t first, std::int64_t columns) const;
+    void product(Mat<A> y, Mat<const A> x, Mat<const A> z, double alpha, double beta, double gamma);
+    std::vector<double> gram(Mat<const A> x, Mat<const A> y);
+    void rotate(Mat<A> y, Mat<const A> x, const std::vector<double>& q, double alpha, double beta);
+    std::vector<double> norms(Mat<const A> w, Mat<const A> x, const std::vector<double>& theta);
+    void deflate(Mat<A> x);
+    void project(Mat<A> x, int times);
+    void fill_random(Mat<A> x);
+    Lanczos lanczos();
+
+    void rayleigh_ritz();  // of the columns [locked, block) of p_; leaves Ritz vectors in v_, spends p_ and q_
+    void filter(std::int64_t first, double cut, std::int64_t degree, double lowest);  // of v_; result in p_
+    std::int64_t choose_degree(double cut, double tolerance, double most_ratio) const;
+    std::int64_t needed() const;
+    double tolerance_now(double tolerance) const;
+    std::int64_t converged(double tolerance) const;
+    void lock(std::int64_t count);
+    bool iterate(double tolerance, std::int64_t limit, const std::string& stage, bool final);
+    bool probe(double tolerance);
+    void start_level(std::size_t level);
+    void finish(SolverResult&);
+    void report(const std::string& stage, double tolerance);
+
+    Dev& dev_;
+    const std::vector<SolverLevel<A>>& levels_;
+    SolverSettings set_;
+    Arena arena_;
+    std::vector<DeviceLevel> device_;
+    Vec<A> v_, p_, q_, apply_scratch_;
+    Vec<double> small_, norms_, theta_device_, scratch_;
+    std::size_t level_ = 0;
+    std::int64_t n_ = 0, locked_ = 0, iterations_ = 0, products_ = 0, random_columns_ = 0;
+    std::vector<double> locked_theta_, theta_, residual_;  // theta_, residual_: of the active columns
+    double condition_ = 0;
+    double started_ = 0, last_worst_ = 0, last_seconds_ = 0;
+    bool stopped_ = false;
+};
+
+}  // namespace fiedler
