@@ -52,8 +52,9 @@ std::vector<Preset> all_presets() {
         {"fiedler30m",
          "the best model without a dot product: sssb x 3, coordinates, R = 8, 384 channels, 6 heads, vocabulary "
          "16,384, "
-         "context 1,024; MLP widened until it has the parameters of gpt30m (27.6M)",
-         shape30m + recipe30m, "gpt30m"},
+         "context 1,024, spectral embedding of 64 dimensions; MLP widened until it has the parameters of gpt30m "
+         "(27.6M)",
+         shape30m + recipe30m + Values{{"spectral-dims", "64"}}, "gpt30m"},
         {"fiedler30m-energy", "fiedler30m with energies on a feature Laplacian instead of coordinates",
          shape30m + recipe30m + Values{{"scalar-kind", "energy"}}, "gpt30m"},
         {"gpt30m",

@@ -224,10 +224,10 @@ std::vector<float> ordered_start(const Problem& p, const Ordered& ordered) {
     return start;
 }
 
-// What float and the norm of the matrix allow: rounding in a product leaves about 2^-24 of the norm in every residual.
+// As asked or by default, but no less than rounding allows.
 template <class A>
-double tolerance_for(const SpectrumOptions& o, double upper) {
-    return std::max(o.tolerance > 0 ? o.tolerance : 1e-6 * std::min(upper, 2.0), kRounding<A> * upper);
+double tolerance_for(const SpectrumOptions& o, const LaplacianMatrix<A>& matrix, double upper) {
+    return std::max(o.tolerance > 0 ? o.tolerance : 1e-6 * std::min(upper, 2.0), rounding_floor(matrix, upper));
 }
 
 template <class Dev, class A>
@@ -248,7 +248,7 @@ void solve_subspace(Dev& dev, const Problem& p, Spectrum& s) {
     s.method = multilevel ? SpectrumMethod::multilevel : SpectrumMethod::filter;
     s.why = fmt::format("{}: eigenvalue {} is estimated at {:.2g} of the largest, {}", name_of(s.method),
                         settings.block, estimate.value / estimate.upper, mesh ? "as in meshes" : "as in expanders");
-    settings.tolerance = s.tolerance = tolerance_for<A>(o, estimate.upper);
+    settings.tolerance = s.tolerance = tolerance_for(o, levels[0].matrix, estimate.upper);
     solver->set_tolerance(settings.tolerance);
     if (multilevel) {
         solver.reset();

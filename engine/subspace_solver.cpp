@@ -131,7 +131,7 @@ double SubspaceSolver<Dev, A>::tolerance_now(double tolerance) const {
     const std::int64_t count = needed();
     double largest = locked_theta_.empty() ? 0 : *std::max_element(locked_theta_.begin(), locked_theta_.end());
     if (count > 0) largest = std::max(largest, theta_[Size(count - 1)]);
-    const double least = kRounding<A> * device_[level_].upper;
+    const double least = rounding_floor(levels_[level_].matrix, device_[level_].upper);
     return std::max(least, level_ > 0 ? kLevelTolerance * largest : std::min(tolerance, kRelative * largest));
 }
 
@@ -208,9 +208,9 @@ bool SubspaceSolver<Dev, A>::iterate(double tolerance, std::int64_t limit, const
         const bool stalled = iteration > 0 && worst > 0.5 * before && !polished && high > 1.2 * cut;
         before = worst, polished = stalled;
         if (stalled)
-            filter(locked_, high, kPolishDegree, theta_.front());
+            filter(locked_, high, kPolishDegree, std::min(theta_.front(), high));
         else
-            filter(locked_, cut, choose_degree(cut, tolerance_now(tolerance), ratio), theta_.front());
+            filter(locked_, cut, choose_degree(cut, tolerance_now(tolerance), ratio), std::min(theta_.front(), cut));
         rayleigh_ritz();
         if (level_ == 0) ++iterations_;
     }
@@ -236,7 +236,7 @@ bool SubspaceSolver<Dev, A>::probe(double tolerance) {
     project(random, 2);
     const double gain = 30 * std::sqrt(double(n_)), most = std::min(double(kMostDegree<A>), 60 / interval.rate(0));
     const auto degree = std::int64_t(std::min(most, std::acosh(gain) / std::max(interval.rate(largest), 1e-9)));
-    filter(first, cut, std::max(kLeastDegree, degree | 1), largest);
+    filter(first, cut, std::max(kLeastDegree, degree | 1), std::min(largest, cut));
     project(filtered, 2);
     product(image, filtered, {}, 1, 0, 0);
     const RitzResult found = fiedler::rayleigh_ritz(gram(filtered, filtered), gram(filtered, image), probes, kNoise<A>);

@@ -15,6 +15,7 @@
 // The result is checked for overlooked pairs: random columns, filtered in the complement of what was found, must not
 // come out with a Ritz value below the largest wanted one.
 #pragma once
+#include <cmath>
 #include <memory>
 
 #include "engine/arena.h"
@@ -24,9 +25,12 @@
 
 namespace fiedler {
 
-// Share of the largest eigenvalue that rounding in a product leaves in every residual, with some room.
+// What rounding in a product leaves in every residual, with some room: it grows with the entries of a row.
 template <class A>
-inline constexpr double kRounding = sizeof(A) == 4 ? 4e-7 : 1e-13;
+double rounding_floor(const LaplacianMatrix<A>& m, double upper) {
+    const double entries = double(m.columns.size()) / double(m.nodes);
+    return (sizeof(A) == 4 ? 6e-8 : 1e-14) * upper * (6 + std::sqrt(entries));
+}
 
 // A graph of the hierarchy, on the host. Nodes are ordered so that every component is a contiguous range.
 template <class A>
