@@ -126,6 +126,23 @@ class Report(Folder):
         self.assertIn("1.100 nats below tau30m-same-shape", text)
         self.assertIn("no data", text)
 
+    def test_spectra_have_their_table(self):
+        row = {"graph": "power-law", "solver": "ours", "nodes": 1000000, "edges": 9998245, "degree_min": 9,
+               "degree_max": 20000, "seconds": 0.75, "reached": True, "ratio": 1.0, "worst_residual": 5e-5, "higher": 0,
+               "peak_bytes": 2**30, "share_of_copy": 0.25}
+        slow = {**row, "solver": "eigsh", "seconds": 60.0, "reached": False, "ratio": None, "note": "stopped | 60 s"}
+        settings = {"pairs": 64, "residual": 1e-4, "limit_s": 60, "cores": 16, "copy_gb_s": 4000.0}
+        self.write("spectrum-1.json", piece("spectrum", settings=settings, rows=[{**row, "seconds": 9.0}]))
+        self.write("spectrum-2.json", piece("spectrum", "2025-01-02T00:00:00Z", settings=settings, rows=[row, slow]))
+        path, result = gpu_report.write_report(self.folder, self.folder, "s" * 64)
+        self.assertEqual([r["seconds"] for r in result["spectrum"]], [0.75, 60.0])
+        lines = path.with_suffix(".md").read_text().splitlines()
+        table = [line for line in lines if line.startswith("| power-law")]
+        self.assertEqual(len(table), 2)
+        self.assertIn("| ours | 0.750 | 1.0 | 5.0e-05 | 0 | 1.00 | 25.0 |", table[0])
+        self.assertNotIn("60.0", table[1])  # a solver that did not reach the residual has no time
+        self.assertIn("stopped / 60 s", table[1])
+
     def test_failures_are_named(self):
         self.write("tests-1.json", self.programs_piece("2025-01-01T00:00:00Z", "kernel_tests", failed=1))
         self.write("train-1.json", piece("train", runs=[{"name": "a", "failure": "exit code 1"}]))
