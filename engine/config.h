@@ -105,7 +105,7 @@ struct Config {
     std::int64_t feature_neighbours = 8;
     FeatureSimilarity feature_similarity = FeatureSimilarity::absolute;
     bool feature_graph = false, tokens = false;
-    std::int64_t window = 5, min_count = 5, token_neighbours = 32;
+    std::int64_t window = 5, min_count = 2, token_neighbours = 32;
     TokenWeight token_weight = TokenWeight::ppmi;
     bool largest_component = false;
     std::string save_graph;

@@ -20,8 +20,11 @@ template <class A>
 constexpr double kGrowth = sizeof(A) == 4 ? 1e3 : 1e8;
 template <class A>
 constexpr double kRange = sizeof(A) == 4 ? 3e4 : 1e7;
+// How far the filter may raise an eigenvalue that the block has not seen: Gram matrices square it, and must not overflow.
 template <class A>
-constexpr double kUnseen = sizeof(A) == 4 ? 1e8 : 1e30;
+constexpr double kUnseen = sizeof(A) == 4 ? 1e15 : 1e120;
+template <class A>
+constexpr double kUnseenAtFirst = sizeof(A) == 4 ? 1e8 : 1e30;  // while not even the smallest pair has converged
 // Share of the largest eigenvalue of a Gram matrix below which directions are noise.
 template <class A>
 constexpr double kNoise = sizeof(A) == 4 ? 1e-11 : 1e-20;
@@ -31,11 +34,13 @@ constexpr std::int64_t kMostDegree = sizeof(A) == 4 ? 255 : 1501;
 constexpr std::int64_t kLeastDegree = 9;  // worth a Rayleigh-Ritz
 constexpr std::int64_t kCheckEvery = 64;  // products between two questions whether to stop
 constexpr double kRelative = 0.02;  // of the largest wanted eigenvalue: residuals above tell nothing about small ones
+constexpr double kHighest = 0.995;  // of the upper bound: where the damped interval begins at most
 constexpr double kLevelTolerance = 0.15;  // the same on coarser levels, which only give a start
 constexpr std::int64_t kLevelIterations = 4;
 constexpr double kSmoothing = 10;  // interpolation errs in high eigenvectors most of all: a short first filter suffices
 constexpr double kPolishCut = 0.1;  // of the upper bound: a short filter that removes noise from high eigenvectors
 constexpr std::int64_t kPolishDegree = 15, kProbes = 8;
+constexpr int kRounds = 8;  // of checks for overlooked pairs
 
 double now_seconds() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -92,7 +97,6 @@ void SubspaceSolver<Dev, A>::rayleigh_ritz() {
         std::vector<double> g = gram(given, given);
         const double enough = sizeof(A) == 4 ? 1e-4 : 1e-8;
         const RitzResult white = orthonormalise(g, columns, kNoise<A>);
-        if (pass == 0) condition_ = white.condition;
         if (white.condition >= enough || pass == 2) {
             product(image, given, {}, 1, 0, 0);
             result = fiedler::rayleigh_ritz(g, gram(given, image), columns, kNoise<A>);
@@ -153,11 +157,10 @@ std::int64_t SubspaceSolver<Dev, A>::choose_degree(double cut, double tolerance,
     const double range = lowest_rate > 0 ? std::acosh(kRange<A>) / lowest_rate : most;
     const double ratio = std::clamp(4 * worst / tolerance, 4.0, std::max(4.0, most_ratio));
     const double enough = wanted_rate > 0 ? std::acosh(ratio) / wanted_rate : most;
-    // Eigenvalues not seen yet may lie below: not so far that they could leave the range of A.
-    const double unseen = interval.rate(std::max(0.0, theta_[0] - 4 * residual_[0])) - lowest_rate;
-    const double growth = unseen > 0 ? std::log(kUnseen<A>) / unseen : most;
-    const auto degree = std::int64_t(std::min({most, range, enough, growth}));
-    return std::max(kLeastDegree, degree | 1);
+    const double unseen = interval.rate(0) - lowest_rate;
+    const double growth =
+        unseen > 0 ? std::log(residual_[0] > tolerance ? kUnseenAtFirst<A> : kUnseen<A>) / unseen : most;
+    return std::int64_t(std::min({most, range, growth, std::max(enough, double(kLeastDegree))})) | 1;
 }
 
 template <class Dev, class A>
@@ -201,7 +204,7 @@ bool SubspaceSolver<Dev, A>::iterate(double tolerance, std::int64_t limit, const
         const double worst = *std::max_element(residual_.begin(), residual_.begin() + count);
         const std::int64_t room = set_.block - locked_ - 8;  // of active columns, so many stay
         if (final) lock(std::max<std::int64_t>(0, std::min(good, room) / 4 * 4));
-        const double cut = std::min(theta_.back(), 0.9 * device_[level_].upper);
+        const double cut = std::min(theta_.back(), kHighest * device_[level_].upper);
         const bool interpolated = iteration == 0 && level_ + 1 < levels_.size();
         const double ratio = interpolated ? kSmoothing : std::numeric_limits<double>::max();
         const double upper = device_[level_].upper, high = std::min(std::max(kPolishCut * upper, 2 * cut), 0.7 * upper);
@@ -229,22 +232,31 @@ bool SubspaceSolver<Dev, A>::probe(double tolerance) {
     lock(count);
     const double largest = *std::max_element(locked_theta_.begin(), locked_theta_.end());
     const double above = count < active - probes ? theta_[Size(active - probes - count - 1)] : largest;
-    const double cut = std::min(std::max(above, largest), 0.9 * device_[level_].upper);
+    const double cut = std::min(std::max(above, largest), kHighest * device_[level_].upper);
     const Interval interval(cut, device_[level_].upper);
     Mat<A> random = panel(v_, first, probes), filtered = panel(p_, first, probes), image = panel(q_, first, probes);
+    const auto copy_columns = [&](Vec<A> to, std::int64_t to_column, Vec<A> from, std::int64_t column,
+                                  std::int64_t columns) {
+        const Size pitch = Size(set_.block) * sizeof(A);
+        copy_rows_on_device(dev_, to.data + to_column, pitch, from.data + column, pitch, Size(columns) * sizeof(A),
+                            Size(n_));
+    };
+    copy_columns(p_, 0, v_, first, probes);  // the guards, whose place the random columns take; nobody else uses these
     fill_random(random);
     project(random, 2);
-    const double gain = 30 * std::sqrt(double(n_)), most = std::min(double(kMostDegree<A>), 60 / interval.rate(0));
-    const auto degree = std::int64_t(std::min(most, std::acosh(gain) / std::max(interval.rate(largest), 1e-9)));
-    filter(first, cut, std::max(kLeastDegree, degree | 1), std::min(largest, cut));
+    const double enough = std::acosh(30 * std::sqrt(double(n_))) / std::max(interval.rate(largest), 1e-9);
+    const double growth = std::log(kUnseen<A>) / interval.rate(0);
+    const double degree = std::min({double(kMostDegree<A>), std::max(enough, double(kLeastDegree)), growth});
+    filter(first, cut, std::int64_t(degree) | 1, std::min(largest, cut));
     project(filtered, 2);
     product(image, filtered, {}, 1, 0, 0);
     const RitzResult found = fiedler::rayleigh_ritz(gram(filtered, filtered), gram(filtered, image), probes, kNoise<A>);
     locked_ = kept_locked, locked_theta_ = kept_locked_theta, theta_ = kept_theta, residual_ = kept_residual;
-    if (found.theta[0] >= largest - margin) return true;
-    const std::int64_t others = active - probes;
-    copy_rows_on_device(dev_, p_.data + locked_, Size(set_.block) * sizeof(A), v_.data + locked_,
-                        Size(set_.block) * sizeof(A), Size(others) * sizeof(A), Size(n_));
+    if (found.theta[0] >= largest - margin) {
+        copy_columns(v_, first, p_, 0, probes);
+        return true;
+    }
+    copy_columns(p_, locked_, v_, locked_, active - probes);
     rayleigh_ritz();
     return false;
 }
@@ -298,27 +310,35 @@ SolverResult SubspaceSolver<Dev, A>::solve(const std::vector<float>& start, std:
     }
     SolverResult result;
     result.complete = iterate(set_.tolerance, set_.max_iterations, "filter", true);
-    for (int round = 0; result.complete && !stopped_; ++round) {
-        if (probe(set_.tolerance)) break;
-        if (round == 8) result.complete = false;
+    for (int round = 0; result.complete; ++round) {
+        const bool whole = probe(set_.tolerance);
+        if (whole) join();
+        if (whole && converged(tolerance_now(set_.tolerance)) >= set_.wanted) break;
         result.complete =
-            result.complete && iterate(set_.tolerance, set_.max_iterations - iterations_, "completeness", true);
+            round < kRounds && iterate(set_.tolerance, set_.max_iterations - iterations_, "completeness", true);
     }
-    if (!result.complete)
+    if (!result.complete) {
         result.why = stopped_ || (set_.stop && set_.stop())
                          ? "stopped before all pairs had converged"
                          : fmt::format("not converged after {} iterations", iterations_);
-    finish(result);
+        join();
+    }
+    download(result);
     return result;
 }
 
-// A last Rayleigh-Ritz over everything, which evens out what separate locking left, and the wanted pairs to the host.
+// A Rayleigh-Ritz over locked and active columns together, which evens out what separate locking left.
 template <class Dev, class A>
-void SubspaceSolver<Dev, A>::finish(SolverResult& result) {
+void SubspaceSolver<Dev, A>::join() {
     copy_on_device(dev_, p_.data, v_.data, Size(n_ * set_.block) * sizeof(A));
     locked_ = 0;
     locked_theta_.clear();
     rayleigh_ritz();
+}
+
+// The wanted pairs, the first of the joined block, to the host.
+template <class Dev, class A>
+void SubspaceSolver<Dev, A>::download(SolverResult& result) {
     const std::int64_t k = set_.wanted;
     result.eigenvalues.assign(theta_.begin(), theta_.begin() + k);
     result.residuals.assign(residual_.begin(), residual_.begin() + k);

@@ -111,7 +111,8 @@ class SubspaceSolver {
     bool iterate(double tolerance, std::int64_t limit, const std::string& stage, bool final);
     bool probe(double tolerance);
     void start_level(std::size_t level);
-    void finish(SolverResult&);
+    void join();
+    void download(SolverResult&);
     void report(const std::string& stage, double tolerance);
 
     Dev& dev_;
@@ -124,7 +125,6 @@ class SubspaceSolver {
     std::size_t level_ = 0;
     std::int64_t n_ = 0, locked_ = 0, iterations_ = 0, products_ = 0, random_columns_ = 0;
     std::vector<double> locked_theta_, theta_, residual_;  // theta_, residual_: of the active columns
-    double condition_ = 0;
     double started_ = 0, last_worst_ = 0, last_seconds_ = 0;
     bool stopped_ = false;
 };
