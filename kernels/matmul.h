@@ -1,4 +1,4 @@
-// kernels/matmul.h: the three matrix products of a linear layer y = x W'. The only family that knows cuBLASLt.
+// kernels/matmul.h: the three matrix products of a linear layer y = x W'. With knn.h, what knows cuBLASLt.
 //
 //   forward    y  = [residual +] x W'        optionally max(., 0) on the result (relu)
 //   dx         dx = [dx +] dy W
