@@ -29,6 +29,7 @@ enum class ScalarKind { coordinate, energy };
 enum class Temperature { learned, fixed };
 enum class RecomputeChoice { automatic, none, mlp, layer };
 enum class DeviceChoice { automatic, cuda, cpu };
+enum class GraphChoice { automatic, on, off };
 
 struct Config {
     // model
@@ -45,7 +46,7 @@ struct Config {
     std::int64_t vocab = 2048, context = 256, mlp_hidden = 0;
     double norm_eps = 1e-6, init_std = 0.02, gate_bias_min = 2, gate_bias_max = 8;
     std::int64_t spectral_dims = 0;
-    std::string spectral_source = "corpus", feature_laplacian = "auto";
+    std::string spectral_source = "corpus", spectral_rows = "unit", feature_laplacian = "auto";
 
     // data
     std::vector<std::string> data;
@@ -72,6 +73,7 @@ struct Config {
     DeviceChoice device = DeviceChoice::automatic;
     std::int64_t threads = 0;
     RecomputeChoice recompute = RecomputeChoice::automatic;
+    GraphChoice cuda_graph = GraphChoice::automatic;
     std::int64_t memory_budget = 0;
     std::int64_t val_every = 100, val_tokens = 65536;
     std::int64_t sample_every = 100, sample_tokens = 64;

@@ -95,6 +95,9 @@ std::vector<Knob> model_knobs() {
         {"spectral-source", &C::spectral_source, kShape,
          "where the spectral embedding comes from: corpus (eigenvectors of its token graph), random (an orthonormal "
          "matrix, as a control), or a spectrum file of that many tokens"},
+        {"spectral-rows", &C::spectral_rows, kShape,
+         "lengths of the spectral embedding's rows: unit (every token's row as long as the next, as in normalised "
+         "spectral clustering), raw (as the eigenvectors are: frequent tokens are short, rare ones long)"},
         {"feature-laplacian", &C::feature_laplacian, kShape,
          "graph of the energies: path, corpus (from the spectral embedding), auto (corpus where its eigenvectors are "
          "at least as many as a head is wide, else path), or a file: a .npy or CSV matrix of vectors (columns that "
@@ -223,6 +226,12 @@ std::vector<Knob> run_knobs() {
          kShape,
          "activations computed again in the backward pass instead of kept",
          {.choices = {"auto", "none", "mlp", "layer"}}},
+        {"cuda-graph",
+         choice<&C::cuda_graph>(),
+         kTrain,
+         "record a step on the GPU once and replay it; auto does, but not with document-mask (every step has another "
+         "number of documents) nor over several processes",
+         {.choices = {"auto", "on", "off"}}},
         {"memory-budget",
          &C::memory_budget,
          kShape | kEval | kGenerate | kSpectrum,

@@ -88,13 +88,7 @@ void initialise(const ParamTable& table, const ModelSpec& s, std::uint64_t seed,
                     w[i] = deviation * static_cast<float>(rng::normal(seed, stream, static_cast<std::uint64_t>(i)));
                 break;
             }
-            case Init::spectral: {  // E's size for U Ws, whose sums have k terms with U's columns of unit mean square
-                const float deviation = s.init_std / std::sqrt(static_cast<float>(s.spectral_dims));
-                for (std::int64_t i = 0; i < n; ++i)
-                    if (i % t.cols < s.spectral_dims)
-                        w[i] = deviation * static_cast<float>(rng::normal(seed, stream, static_cast<std::uint64_t>(i)));
-                break;
-            }
+            case Init::spectral:  // U Ws adds nothing at first: better on both corpora than starting at E's size
             case Init::zeros:
                 break;
             case Init::identity_conv:

@@ -77,16 +77,22 @@ ModelConstants constants_from(const ModelSpec& spec, bool path_laplacian, const 
 }
 
 std::vector<float> spectral_table(const ModelSpec& spec, const std::vector<float>& vectors, std::int64_t columns,
-                                  std::int64_t first) {
+                                  std::int64_t first, SpectralRows lengths) {
     const std::int64_t rows = spec.vocab, k = spec.spectral_dims, padded = spec.spectral_columns();
     if (static_cast<std::int64_t>(vectors.size()) != rows * columns || first + k > columns)
         throw std::logic_error("spectral_table: the vectors do not have the shape of the vocabulary");
     const auto scale = static_cast<float>(std::sqrt(static_cast<double>(rows)));
     std::vector<float> table(static_cast<std::size_t>(rows * padded));
-    for (std::int64_t i = 0; i < rows; ++i)
-        for (std::int64_t j = 0; j < k; ++j)
-            table[static_cast<std::size_t>(i * padded + j)] =
-                scale * vectors[static_cast<std::size_t>(i * columns + first + j)];
+    for (std::int64_t i = 0; i < rows; ++i) {
+        const float* from = vectors.data() + i * columns + first;
+        float of_row = scale;
+        if (lengths == SpectralRows::unit) {
+            double square = 0;
+            for (std::int64_t j = 0; j < k; ++j) square += double(from[j]) * double(from[j]);
+            of_row = square > 0 ? static_cast<float>(std::sqrt(double(k) / square)) : 0.f;
+        }
+        for (std::int64_t j = 0; j < k; ++j) table[static_cast<std::size_t>(i * padded + j)] = of_row * from[j];
+    }
     return table;
 }
 

@@ -2,8 +2,10 @@
 // embedding, x0 = E[token] + U[token] Ws, and the feature Laplacian Lf of its energy layers.
 //
 // Column j of U is an eigenvector of the token graph's Laplacian, ascending, the null space left out, times
-// sqrt(vocab): its mean square is 1, so the rows of U have a mean square of k whatever the vocabulary. (Rows differ: a
-// token that is never seen has a row of zeros.) The random table is scaled in the same way.
+// sqrt(vocab): its mean square is 1, so the rows of U have a mean square of k whatever the vocabulary. Raw rows differ
+// much in length (on text the median is half and the longest ten times the mean: clusters of rare tokens); unit rows
+// are all scaled to length sqrt(k), as normalised spectral clustering does (Ng, Jordan, Weiss 2001). A token that is
+// never seen has a row of zeros in both. The random table is scaled in the same way.
 //
 // Both are part of the trained model: checkpoints and weights files hold them as tensors, and what reads those never
 // computes them again:
@@ -44,9 +46,10 @@ using TensorReader =
 ModelConstants constants_from(const ModelSpec&, bool path_laplacian, const TensorReader& read,
                               const std::string& where);
 
+enum class SpectralRows { raw, unit };
 // U from columns [first, first + k) of vectors [vocab, columns] with columns of unit norm: k = spec.spectral_dims.
 std::vector<float> spectral_table(const ModelSpec&, const std::vector<float>& vectors, std::int64_t columns,
-                                  std::int64_t first);
+                                  std::int64_t first, SpectralRows = SpectralRows::raw);
 // U from a random orthonormal matrix instead (Householder's QR of normal numbers): the control of the embedding.
 std::vector<float> random_spectral_table(const ModelSpec&, std::uint64_t seed);
 

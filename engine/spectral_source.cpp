@@ -23,6 +23,12 @@ bool is_word(const std::string& value, std::initializer_list<const char*> words)
     return std::any_of(words.begin(), words.end(), [&](const char* w) { return value == w; });
 }
 
+SpectralRows rows_of(const Config& c) {
+    if (c.spectral_rows == "unit") return SpectralRows::unit;
+    if (c.spectral_rows == "raw") return SpectralRows::raw;
+    throw InputError(fmt::format("spectral-rows: '{}' is neither unit nor raw", c.spectral_rows));
+}
+
 bool reads_spectrum_file(const Config& c) {
     return c.spectral_dims > 0 && !is_word(c.spectral_source, {"corpus", "random"});
 }
@@ -227,6 +233,7 @@ FeatureSource feature_source(const Config& c, const ModelSpec& spec) {
 
 void check_constants(const Config& c, const ModelSpec& spec) {
     const FeatureSource source = feature_source(c, spec);
+    (void)rows_of(c);
     if (reads_spectrum_file(c)) {
         if (!file_exists(c.spectral_source))
             input_error(
@@ -284,10 +291,11 @@ ModelConstants make_constants(const Config& c, const ModelSpec& spec, const Data
         const Spectrum s = c.spectral_source == "corpus" ? token_spectrum(data, spec.vocab, spec.spectral_dims, c, log)
                                                          : spectrum_of_file(c, spec.vocab);
         const std::int64_t first = first_beyond_null(s);
-        constants.spectral = spectral_table(spec, s.vectors, s.count(), first);
+        constants.spectral = spectral_table(spec, s.vectors, s.count(), first, rows_of(c));
         report["spectral"] = {
             {"dims", spec.spectral_dims},
             {"source", c.spectral_source},
+            {"rows", c.spectral_rows},
             {"edges", s.edges},
             {"components", s.zeros},
             {"smallest_eigenvalue", s.eigenvalues[static_cast<std::size_t>(first)]},

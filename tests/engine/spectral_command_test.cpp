@@ -97,6 +97,7 @@ TEST_F(CommandSpectral, ResumeIsBitEqualWithoutTheSource) {
                                               {"steps", "12"},
                                               {"spectral-dims", "17"},
                                               {"spectral-source", "s.fdl"},
+                                              {"spectral-rows", "raw"},
                                               {"scalar-kind", "energy"},
                                               {"feature-laplacian", "s.fdl"},
                                               {"checkpoint-every", "6"},
@@ -173,6 +174,7 @@ TEST_F(CommandSpectral, ShardsOfOthersAreLeftAlone) {
 TEST_F(CommandSpectral, WhatCannotBeIsRefused) {
     refused({{"spectral-dims", "512"}, {"vocab", "500"}}, {"spectral-dims", "the 500 tokens"});
     refused({{"spectral-dims", "600"}}, {"spectral-dims", "600"});
+    refused({{"spectral-dims", "8"}, {"spectral-rows", "long"}}, {"spectral-rows", "'long'", "unit", "raw"});
     refused({{"spectral-dims", "8"}, {"spectral-source", "nothere.fdl"}}, {"spectral-source", "nothere.fdl"});
     put_spectrum("other.fdl", 400, 1, 20);
     refused({{"spectral-dims", "8"}, {"spectral-source", "other.fdl"}}, {"other.fdl", "400 nodes", "512 tokens"});
