@@ -79,9 +79,11 @@ struct Problem {
     std::int64_t wanted = 0;  // beyond the null space
     std::int64_t zeros = 0;   // returned
     bool cuda = false;
+    double started = 0;
 };
 
 Problem check(const Graph& graph, const SpectrumOptions& o, bool cuda) {
+    const double started = now_seconds();
     if (graph.nodes == 0) input_error("spectrum: the graph is empty; give one with at least one node");
     if (o.k < 1) input_error("spectrum: k is {}; ask for at least one eigenpair", o.k);
     if (o.tolerance < 0 || !std::isfinite(o.tolerance))
@@ -90,7 +92,7 @@ Problem check(const Graph& graph, const SpectrumOptions& o, bool cuda) {
         input_error("spectrum: the start vectors have {} values, not {} nodes times {} columns", o.start.size(),
                     graph.nodes, o.start_columns);
     Problem p{graph, o, find_components(graph)};
-    p.cuda = cuda;
+    p.cuda = cuda, p.started = started;
     const std::int64_t null = p.components.count, beyond = graph.nodes - null;
     if (o.beyond_null) {
         if (beyond == 0) input_error("spectrum: the graph has no edges: all its eigenvalues are 0");
@@ -164,6 +166,8 @@ void fix_signs(const Problem& p, Spectrum& s) {
 void solve_dense(const Problem& p, const Ordered& ordered, Spectrum& s) {
     s.method = SpectrumMethod::dense;
     const LaplacianMatrix<double> matrix = laplacian_of<double>(ordered.graph, p.options.kind);
+    const double solving = now_seconds();
+    s.prepare_seconds = solving - p.started;
     std::vector<double> values, vectors;
     dense_spectrum(matrix, values, vectors);
     const auto n = Size(matrix.nodes), zeros = ordered.components.size() - 1, w = Size(p.wanted);
@@ -181,6 +185,7 @@ void solve_dense(const Problem& p, const Ordered& ordered, Spectrum& s) {
         s.eigenvalues.push_back(std::max(values[zeros + j], 0.0));
         s.residuals.push_back(std::sqrt(square));
     }
+    s.solve_seconds = now_seconds() - solving;
     s.peak_bytes = 3 * sizeof(double) * n * n;
     s.status = SpectrumStatus::complete;
     place_vectors(p, ordered.order, kept, s);
@@ -256,7 +261,11 @@ void solve_subspace(Dev& dev, const Problem& p, Spectrum& s) {
         levels = levels_of<A>(ordered, o.kind, true, settings.block);
         solver = std::make_unique<SubspaceSolver<Dev, A>>(dev, levels, settings);
     }
-    const SolverResult result = solver->solve(ordered_start(p, ordered), o.start_columns);
+    const std::vector<float> start = ordered_start(p, ordered);
+    const double solving = now_seconds();
+    const SolverResult result = solver->solve(start, o.start_columns);
+    s.solve_seconds = now_seconds() - solving;
+    s.prepare_seconds = solving - p.started;
     s.status = result.complete ? SpectrumStatus::complete : SpectrumStatus::partial;
     if (!result.complete) s.why += "; partial: " + result.why;
     s.iterations = result.iterations, s.products = result.products, s.peak_bytes = result.peak_bytes;
@@ -283,7 +292,6 @@ const char* name_of(SpectrumMethod method) {
 }
 
 Spectrum solve_spectrum(const Graph& graph, const SpectrumOptions& options, bool cuda) {
-    const double started = now_seconds();
     const Problem p = check(graph, options, cuda);
     Spectrum s;
     s.kind = options.kind, s.nodes = graph.nodes, s.edges = graph.edges(), s.zeros = p.components.count;
@@ -320,7 +328,7 @@ Spectrum solve_spectrum(const Graph& graph, const SpectrumOptions& options, bool
         solve_subspace<Cpu, double>(dev, p, s);
     }
     fix_signs(p, s);
-    s.seconds = now_seconds() - started;
+    s.seconds = now_seconds() - p.started;
     return s;
 }
 

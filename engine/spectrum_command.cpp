@@ -146,6 +146,8 @@ Json summary_json(const Config& c, const SpectrumInput& in, const GraphStatistic
                   double read_seconds, const std::string& folder) {
     Json j = {{"graph", graph_json(stats)}, {"about", in.about}, {"read_seconds", read_seconds}};
     j.update(summary_of(s));
+    j["prepare_seconds"] = s.prepare_seconds;
+    j["solve_seconds"] = s.solve_seconds;
     const std::int64_t first = first_beyond(c, s);
     const auto value = [&](std::int64_t i) { return Json(s.eigenvalues[static_cast<std::size_t>(i)]); };
     j["beyond_null"] = c.beyond_null;
@@ -190,15 +192,17 @@ std::string eigenvalues_text(const Config& c, const Spectrum& s) {
     return text;
 }
 
-void print_summary(const Config& c, const Spectrum& s, std::FILE* words) {
+void print_summary(const Config& c, const Spectrum& s, double read_seconds, std::FILE* words) {
     fmt::print(words, "laplacian    {}\n", name_of(s.kind));
     const std::string method = name_of(s.method);
     fmt::print(words, "method       {}{}\n", s.why.starts_with(method) ? "" : method + ": ", s.why);
     fmt::print(words, "eigenvalues  {}\n", eigenvalues_text(c, s));
     fmt::print(words, "residual     {:.2e} at worst{}\n", worst_residual(s),
                s.tolerance > 0 ? fmt::format(" (tolerance {:.2e})", s.tolerance) : "");
-    fmt::print(words, "work         {} iterations, {} columns multiplied by the Laplacian, {:.2f} s, peak {} on {}\n",
-               s.iterations, s.products, s.seconds, bytes_text(static_cast<std::int64_t>(s.peak_bytes)), s.device);
+    fmt::print(words, "work         {} iterations, {} columns multiplied by the Laplacian, peak {} on {}\n",
+               s.iterations, s.products, bytes_text(static_cast<std::int64_t>(s.peak_bytes)), s.device);
+    fmt::print(words, "time         reading {:.2f} s, preparing {:.2f} s, solving {:.2f} s, of {:.2f} s in all\n",
+               read_seconds, s.prepare_seconds, s.solve_seconds, read_seconds + s.seconds);
 }
 
 // The result is saved by now; what remains is to say that it is not whole.
@@ -237,7 +241,7 @@ int run_spectrum(const Invocation& call) {
     const Json summary = summary_json(c, in, stats, s, read_seconds, folder);
     write_outputs(staged.path(), in, s, summary);
     staged.commit(false);
-    print_summary(c, s, words);
+    print_summary(c, s, read_seconds, words);
     fmt::print(words, "spectrum     {}\n", folder);
     if (!c.save_graph.empty()) {
         write_graph(c.save_graph, in.graph, in.about);

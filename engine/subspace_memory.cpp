@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "engine/dense_eigen.h"
 #include "engine/error.h"
 #include "engine/subspace_solver.h"
 
@@ -11,6 +10,7 @@ namespace {
 
 using Size = std::size_t;
 constexpr std::int64_t kRuns = 4, kSteps = 30;  // of Lanczos; runs are columns of a block, so a multiple of 4
+constexpr std::int64_t kPanel = 32;             // columns: narrow panels of X stay in a GPU's cache between the rows
 
 std::vector<double> diagonal(const std::vector<double>& values) {
     std::vector<double> q(values.size() * values.size(), 0.0);
@@ -135,6 +135,15 @@ Mat<A> SubspaceSolver<Dev, A>::panel(Vec<A> block, std::int64_t first, std::int6
 }
 
 template <class Dev, class A>
+void SubspaceSolver<Dev, A>::copy_columns(Vec<A> to, std::int64_t to_column, Vec<A> from, std::int64_t column,
+                                          std::int64_t columns) {
+    if (columns == 0) return;
+    const Size pitch = Size(set_.block) * sizeof(A);
+    copy_rows_on_device(dev_, to.data + to_column, pitch, from.data + column, pitch, Size(columns) * sizeof(A),
+                        Size(n_));
+}
+
+template <class Dev, class A>
 void SubspaceSolver<Dev, A>::product(Mat<A> y, Mat<const A> x, Mat<const A> z, double alpha, double beta,
                                      double gamma) {
     LaplacianApply<A> call;
@@ -142,6 +151,7 @@ void SubspaceSolver<Dev, A>::product(Mat<A> y, Mat<const A> x, Mat<const A> z, d
     call.matrix = device_[level_].matrix;
     call.alpha = static_cast<A>(alpha), call.beta = static_cast<A>(beta), call.gamma = static_cast<A>(gamma);
     call.scratch = apply_scratch_;
+    call.panel = kPanel;
     laplacian_apply(dev_, call);
     if (level_ == 0) products_ += x.cols;
 }

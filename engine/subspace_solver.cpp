@@ -7,7 +7,6 @@
 #include <cmath>
 #include <limits>
 
-#include "engine/dense_eigen.h"
 #include "engine/error.h"
 
 namespace fiedler {
@@ -68,7 +67,7 @@ void SubspaceSolver<Dev, A>::filter(std::int64_t first, double cut, std::int64_t
     const double locked_rate = locked_ > 0 ? interval.rate(below) - interval.rate(lowest) : 0;
     const double rate = std::max(null_rate, locked_rate);
     const auto every = rate > 0 ? std::max<std::int64_t>(2, std::int64_t(std::log(kGrowth<A>) / rate)) : kMostDegree<A>;
-    const std::int64_t columns = set_.block - first;
+    const std::int64_t columns = first_active() + active_ - first;
     Mat<A> old = panel(v_, first, columns), now = panel(p_, first, columns);
     const double sigma1 = e / (lowest - c);
     double sigma = sigma1;
@@ -86,27 +85,30 @@ void SubspaceSolver<Dev, A>::filter(std::int64_t first, double cut, std::int64_t
     }
 }
 
+// Of columns of p_, which are made independent on the way; leaves their images in q_ and spends those columns of v_.
 template <class Dev, class A>
-void SubspaceSolver<Dev, A>::rayleigh_ritz() {
-    const std::int64_t columns = set_.block - locked_;
-    Mat<A> given = panel(p_, locked_, columns), image = panel(q_, locked_, columns);
-    Mat<A> ritz = panel(v_, locked_, columns);
-    RitzResult result;
+RitzResult SubspaceSolver<Dev, A>::ritz_of(std::int64_t first, std::int64_t columns) {
+    const double enough = sizeof(A) == 4 ? 1e-4 : 1e-8;
+    Mat<A> given = panel(p_, first, columns), image = panel(q_, first, columns);
     project(given, 2);
-    for (int pass = 0; pass < 3; ++pass) {
+    for (int pass = 0;; ++pass) {
         std::vector<double> g = gram(given, given);
-        const double enough = sizeof(A) == 4 ? 1e-4 : 1e-8;
         const RitzResult white = orthonormalise(g, columns, kNoise<A>);
         if (white.condition >= enough || pass == 2) {
             product(image, given, {}, 1, 0, 0);
-            result = fiedler::rayleigh_ritz(g, gram(given, image), columns, kNoise<A>);
-            break;
+            return fiedler::rayleigh_ritz(g, gram(given, image), columns, kNoise<A>);
         }
-        rotate(ritz, given, white.q, 1, 0);
-        copy_rows_on_device(dev_, given.data, Size(set_.block) * sizeof(A), ritz.data, Size(set_.block) * sizeof(A),
-                            Size(columns) * sizeof(A), Size(n_));
+        rotate(panel(v_, first, columns), given, white.q, 1, 0);
+        copy_columns(p_, first, v_, first, columns);
         project(given, 1);
     }
+}
+
+template <class Dev, class A>
+void SubspaceSolver<Dev, A>::rayleigh_ritz() {
+    const std::int64_t columns = active_, first = first_active();
+    Mat<A> given = panel(p_, first, columns), image = panel(q_, first, columns), ritz = panel(v_, first, columns);
+    const RitzResult result = ritz_of(first, columns);
     theta_ = result.theta;
     for (const double t : theta_)
         if (!std::isfinite(t))
@@ -163,12 +165,24 @@ std::int64_t SubspaceSolver<Dev, A>::choose_degree(double cut, double tolerance,
     return std::int64_t(std::min({most, range, growth, std::max(enough, double(kLeastDegree))})) | 1;
 }
 
+// The first active pairs join the locked ones, and the others move up. Both begin at multiples of four columns, as the
+// kernels need: up to three columns between them are unused, and then so many guards may have to go.
 template <class Dev, class A>
 void SubspaceSolver<Dev, A>::lock(std::int64_t count) {
-    locked_theta_.insert(locked_theta_.end(), theta_.begin(), theta_.begin() + count);
-    theta_.erase(theta_.begin(), theta_.begin() + count);
-    residual_.erase(residual_.begin(), residual_.begin() + count);
+    const std::int64_t from = first_active(), end = locked_;
     locked_ += count;
+    const std::int64_t to = first_active(), rest = std::min(active_ - count, set_.block - to);
+    if (end != from || to != from + count) {
+        copy_columns(p_, from, v_, from, active_);
+        copy_columns(v_, end, p_, from, count);
+        copy_columns(v_, to, p_, from + count, rest);
+    }
+    locked_theta_.insert(locked_theta_.end(), theta_.begin(), theta_.begin() + count);
+    for (std::vector<double>* of_active : {&theta_, &residual_}) {
+        of_active->erase(of_active->begin(), of_active->begin() + count);
+        of_active->resize(Size(rest));
+    }
+    active_ = rest;
 }
 
 template <class Dev, class A>
@@ -202,45 +216,36 @@ bool SubspaceSolver<Dev, A>::iterate(double tolerance, std::int64_t limit, const
         if (good >= count) return true;
         if (iteration >= limit || stopped_ || (set_.stop && set_.stop())) return false;
         const double worst = *std::max_element(residual_.begin(), residual_.begin() + count);
-        const std::int64_t room = set_.block - locked_ - 8;  // of active columns, so many stay
-        if (final) lock(std::max<std::int64_t>(0, std::min(good, room) / 4 * 4));
+        if (final && good > 0) lock(std::min(good, active_ - 8));  // eight active columns stay
         const double cut = std::min(theta_.back(), kHighest * device_[level_].upper);
         const bool interpolated = iteration == 0 && level_ + 1 < levels_.size();
         const double ratio = interpolated ? kSmoothing : std::numeric_limits<double>::max();
-        const double upper = device_[level_].upper, high = std::min(std::max(kPolishCut * upper, 2 * cut), 0.7 * upper);
-        const bool stalled = iteration > 0 && worst > 0.5 * before && !polished && high > 1.2 * cut;
+        const double upper = device_[level_].upper;
+        const double high = std::max(std::min(std::max(kPolishCut * upper, 2 * cut), 0.7 * upper), (cut + upper) / 2);
+        const bool stalled = iteration > 0 && worst > 0.5 * before && !polished;
         before = worst, polished = stalled;
-        if (stalled)
-            filter(locked_, high, kPolishDegree, std::min(theta_.front(), high));
-        else
-            filter(locked_, cut, choose_degree(cut, tolerance_now(tolerance), ratio), std::min(theta_.front(), cut));
+        const double from = stalled ? high : cut;
+        const std::int64_t degree = choose_degree(from, tolerance_now(tolerance), ratio);
+        filter(first_active(), from, stalled ? std::min(degree, kPolishDegree) : degree,
+               std::min(theta_.front(), from));
         rayleigh_ritz();
         if (level_ == 0) ++iterations_;
     }
 }
 
-// Random columns in the place of the last ones, in the complement of the wanted pairs, filtered until the smallest
-// overlooked eigenvalue would stand out. False: there is one; the random columns then join the block.
+// Locks the wanted pairs; then random columns in the place of the last ones, in the complement of what is locked, filtered
+// until the smallest overlooked eigenvalue would stand out. False: there is one; the random columns then join the block.
 template <class Dev, class A>
 bool SubspaceSolver<Dev, A>::probe(double tolerance) {
-    const std::int64_t active = set_.block - locked_, count = needed();
-    const std::int64_t probes = std::min(kProbes, (active - count) / 4 * 4), first = set_.block - probes;
-    if (probes < 4) return true;  // the block is as good as the whole space
     const double margin = tolerance_now(tolerance);
-    const auto kept_theta = theta_, kept_residual = residual_, kept_locked_theta = locked_theta_;
-    const std::int64_t kept_locked = locked_;
-    lock(count);
+    lock(needed());
     const double largest = *std::max_element(locked_theta_.begin(), locked_theta_.end());
-    const double above = count < active - probes ? theta_[Size(active - probes - count - 1)] : largest;
+    const std::int64_t kept = (std::max<std::int64_t>(0, active_ - kProbes) + 3) / 4 * 4, probes = active_ - kept;
+    const std::int64_t first = first_active() + kept;
+    const double above = kept > 0 ? theta_[Size(kept - 1)] : largest;
     const double cut = std::min(std::max(above, largest), kHighest * device_[level_].upper);
     const Interval interval(cut, device_[level_].upper);
-    Mat<A> random = panel(v_, first, probes), filtered = panel(p_, first, probes), image = panel(q_, first, probes);
-    const auto copy_columns = [&](Vec<A> to, std::int64_t to_column, Vec<A> from, std::int64_t column,
-                                  std::int64_t columns) {
-        const Size pitch = Size(set_.block) * sizeof(A);
-        copy_rows_on_device(dev_, to.data + to_column, pitch, from.data + column, pitch, Size(columns) * sizeof(A),
-                            Size(n_));
-    };
+    Mat<A> random = panel(v_, first, probes);
     copy_columns(p_, 0, v_, first, probes);  // the guards, whose place the random columns take; nobody else uses these
     fill_random(random);
     project(random, 2);
@@ -248,17 +253,9 @@ bool SubspaceSolver<Dev, A>::probe(double tolerance) {
     const double growth = std::log(kUnseen<A>) / interval.rate(0);
     const double degree = std::min({double(kMostDegree<A>), std::max(enough, double(kLeastDegree)), growth});
     filter(first, cut, std::int64_t(degree) | 1, std::min(largest, cut));
-    project(filtered, 2);
-    product(image, filtered, {}, 1, 0, 0);
-    const RitzResult found = fiedler::rayleigh_ritz(gram(filtered, filtered), gram(filtered, image), probes, kNoise<A>);
-    locked_ = kept_locked, locked_theta_ = kept_locked_theta, theta_ = kept_theta, residual_ = kept_residual;
-    if (found.theta[0] >= largest - margin) {
-        copy_columns(v_, first, p_, 0, probes);
-        return true;
-    }
-    copy_columns(p_, locked_, v_, locked_, active - probes);
-    rayleigh_ritz();
-    return false;
+    const bool whole = ritz_of(first, probes).theta[0] >= largest - margin;
+    copy_columns(v_, first, p_, whole ? 0 : first, probes);
+    return whole;
 }
 
 // The block for this level in v_, as Ritz vectors: interpolated from the next coarser level's, or random.
@@ -267,7 +264,7 @@ void SubspaceSolver<Dev, A>::start_level(std::size_t level) {
     const bool coarsest = level + 1 == levels_.size();
     level_ = level;
     n_ = device_[level].nodes;
-    locked_ = 0;
+    locked_ = 0, active_ = set_.block;
     locked_theta_.clear();
     Mat<A> block = panel(p_, 0, set_.block);
     if (coarsest) {
@@ -292,7 +289,7 @@ SolverResult SubspaceSolver<Dev, A>::solve(const std::vector<float>& start, std:
     started_ = now_seconds();
     for (Size level = levels_.size(); level-- > 0;) {
         if (level == 0 && start_columns > 0) {
-            level_ = 0, n_ = device_[0].nodes;
+            level_ = 0, n_ = device_[0].nodes, active_ = set_.block;
             fill_random(panel(p_, 0, set_.block));
             const std::int64_t columns = std::min(start_columns, set_.block);
             std::vector<A> values(Size(n_ * columns));
@@ -312,7 +309,7 @@ SolverResult SubspaceSolver<Dev, A>::solve(const std::vector<float>& start, std:
     result.complete = iterate(set_.tolerance, set_.max_iterations, "filter", true);
     for (int round = 0; result.complete; ++round) {
         const bool whole = probe(set_.tolerance);
-        if (whole) join();
+        join();
         if (whole && converged(tolerance_now(set_.tolerance)) >= set_.wanted) break;
         result.complete =
             round < kRounds && iterate(set_.tolerance, set_.max_iterations - iterations_, "completeness", true);
@@ -330,7 +327,9 @@ SolverResult SubspaceSolver<Dev, A>::solve(const std::vector<float>& start, std:
 // A Rayleigh-Ritz over locked and active columns together, which evens out what separate locking left.
 template <class Dev, class A>
 void SubspaceSolver<Dev, A>::join() {
-    copy_on_device(dev_, p_.data, v_.data, Size(n_ * set_.block) * sizeof(A));
+    copy_columns(p_, 0, v_, 0, locked_);
+    copy_columns(p_, locked_, v_, first_active(), active_);
+    active_ += locked_;
     locked_ = 0;
     locked_theta_.clear();
     rayleigh_ritz();

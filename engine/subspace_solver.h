@@ -1,7 +1,8 @@
 // engine/subspace_solver.h: Chebyshev-filtered block subspace iteration on one device, on one graph or on a hierarchy of
 // aggregated ones (spectrum.h says when; coarsen.h makes them). Internal to solve_spectrum().
 //
-// One block of `block` columns holds, side by side, the locked pairs and the active ones. An iteration filters the
+// One block of `block` columns holds, side by side, the locked pairs and the active ones (up to three columns fewer than
+// there is room for, see lock()). An iteration filters the
 // active columns by a Chebyshev polynomial that is small on [cut, upper] (cut: the largest active Ritz value) and grows
 // towards 0, projects out the null space and the locked pairs, and does Rayleigh-Ritz. Converged leading columns are
 // locked. Sources: Zhou, Saad, Tiago, Chelikowsky, "Self-consistent-field calculations using Chebyshev-filtered
@@ -19,6 +20,7 @@
 #include <memory>
 
 #include "engine/arena.h"
+#include "engine/dense_eigen.h"
 #include "engine/spectrum.h"
 #include "kernels/eigen.h"
 #include "kernels/laplacian.h"
@@ -92,6 +94,8 @@ class SubspaceSolver {
     void lay_out(Arena&);
     void upload();
     Mat<A> panel(Vec<A> block, std::int64_t first, std::int64_t columns) const;
+    void copy_columns(Vec<A> to, std::int64_t to_column, Vec<A> from, std::int64_t column, std::int64_t columns);
+    std::int64_t first_active() const { return (locked_ + 3) / 4 * 4; }  // column
     void product(Mat<A> y, Mat<const A> x, Mat<const A> z, double alpha, double beta, double gamma);
     std::vector<double> gram(Mat<const A> x, Mat<const A> y);
     void rotate(Mat<A> y, Mat<const A> x, const std::vector<double>& q, double alpha, double beta);
@@ -101,8 +105,10 @@ class SubspaceSolver {
     void fill_random(Mat<A> x);
     Lanczos lanczos();
 
-    void rayleigh_ritz();  // of the columns [locked, block) of p_; leaves Ritz vectors in v_, spends p_ and q_
-    void filter(std::int64_t first, double cut, std::int64_t degree, double lowest);  // of v_; result in p_
+    RitzResult ritz_of(std::int64_t first, std::int64_t columns);
+    void rayleigh_ritz();  // of the active columns of p_; leaves Ritz vectors in v_, spends p_ and q_
+    // From column `first` of v_ on; the result is in p_.
+    void filter(std::int64_t first, double cut, std::int64_t degree, double lowest);
     std::int64_t choose_degree(double cut, double tolerance, double most_ratio) const;
     std::int64_t needed() const;
     double tolerance_now(double tolerance) const;
@@ -123,7 +129,8 @@ class SubspaceSolver {
     Vec<A> v_, p_, q_, apply_scratch_;
     Vec<double> small_, norms_, theta_device_, scratch_;
     std::size_t level_ = 0;
-    std::int64_t n_ = 0, locked_ = 0, iterations_ = 0, products_ = 0, random_columns_ = 0;
+    std::int64_t n_ = 0, locked_ = 0, active_ = 0;  // columns: locked ones from 0 on, active ones from first_active()
+    std::int64_t iterations_ = 0, products_ = 0, random_columns_ = 0;
     std::vector<double> locked_theta_, theta_, residual_;  // theta_, residual_: of the active columns
     double started_ = 0, last_worst_ = 0, last_seconds_ = 0;
     bool stopped_ = false;

@@ -10,8 +10,9 @@
 namespace fiedler {
 namespace {
 
-constexpr int kThreads = 128, kUnroll = 8, kRows = 4;  // kRows: of a group, one after another
-constexpr int kSummers = 8;                            // groups that share the pieces of a long row
+constexpr int kThreads = 128, kRows = 4;  // kRows: of a group, one after another
+constexpr int kUnroll = int(kLaplacianRun);
+constexpr int kSummers = 8;  // groups that share the pieces of a long row
 constexpr unsigned kAll = 0xffffffffu;
 
 struct Args {
@@ -94,8 +95,10 @@ __device__ inline float4 sum_entries(const Args& a, const float* x, std::int64_t
                 const int column = __shfl_sync(kAll, now.column[slot(u)], lane(u), kLanes);
                 row[u] = load4_if_less(u, count - base - k, x + column * a.ld_x);
             }
+            float4 run = zero4();
 #pragma unroll
-            for (int u = 0; u < kUnroll; ++u) add4(sum, __shfl_sync(kAll, now.value[slot(u)], lane(u), kLanes), row[u]);
+            for (int u = 0; u < kUnroll; ++u) add4(run, __shfl_sync(kAll, now.value[slot(u)], lane(u), kLanes), row[u]);
+            add4(sum, 1.f, run);
         }
         if (!kAhead && base + kHeld < most) next = load_entries<kLanes>(a, begin + base + kHeld, count - base - kHeld);
         now = next;

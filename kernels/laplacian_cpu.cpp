@@ -30,18 +30,30 @@ struct Lanes {
     static constexpr int size = 32 / sizeof(A);
 };
 
+// Where the run of entries that begins at e ends.
+template <class A>
+std::int64_t run_end(std::int64_t e, std::int64_t end) {
+    return sizeof(A) == 4 ? std::min(e + kLaplacianRun, end) : end;
+}
+
 // Columns [c, c + kVectors * Lanes<A>::size) of row i.
 template <class A, int kVectors>
 void row_panel(const LaplacianApply<A>& p, std::int64_t i, std::int64_t c) {
     using Vector = typename Lanes<A>::type;
     constexpr int kLanes = Lanes<A>::size;
     const auto at = [](const A* from, int k) { return *reinterpret_cast<const Vector*>(from + k * kLanes); };
+    const std::int64_t end = p.matrix.offsets.data[i + 1];
     Vector sum[kVectors] = {};
-    for (std::int64_t e = p.matrix.offsets.data[i]; e < p.matrix.offsets.data[i + 1]; ++e) {
-        const A* x = p.x.row(p.matrix.columns.data[e]) + c;
-        const A value = p.matrix.values.data[e];
+    for (std::int64_t e = p.matrix.offsets.data[i]; e < end;) {
+        Vector run[kVectors] = {};
+        for (const std::int64_t last = run_end<A>(e, end); e < last; ++e) {
+            const A* x = p.x.row(p.matrix.columns.data[e]) + c;
+            const A value = p.matrix.values.data[e];
 #pragma GCC unroll 8
-        for (int k = 0; k < kVectors; ++k) sum[k] += value * at(x, k);
+            for (int k = 0; k < kVectors; ++k) run[k] += value * at(x, k);
+        }
+#pragma GCC unroll 8
+        for (int k = 0; k < kVectors; ++k) sum[k] += run[k];
     }
     const A* x = p.x.row(i) + c;
     const A* z = p.gamma == A(0) ? nullptr : p.z.row(i) + c;
@@ -55,9 +67,14 @@ void row_panel(const LaplacianApply<A>& p, std::int64_t i, std::int64_t c) {
 }
 template <class A>
 void row_element(const LaplacianApply<A>& p, std::int64_t i, std::int64_t c) {
+    const std::int64_t end = p.matrix.offsets.data[i + 1];
     A sum = 0;
-    for (std::int64_t e = p.matrix.offsets.data[i]; e < p.matrix.offsets.data[i + 1]; ++e)
-        sum += p.matrix.values.data[e] * p.x.row(p.matrix.columns.data[e])[c];
+    for (std::int64_t e = p.matrix.offsets.data[i]; e < end;) {
+        A run = 0;
+        for (const std::int64_t last = run_end<A>(e, end); e < last; ++e)
+            run += p.matrix.values.data[e] * p.x.row(p.matrix.columns.data[e])[c];
+        sum += run;
+    }
     A value = p.alpha * sum + p.beta * p.x.row(i)[c];
     if (p.gamma != A(0)) value += p.gamma * p.z.row(i)[c];
     p.y.row(i)[c] = value;

@@ -15,8 +15,14 @@ half the mean distance between neighbouring values: a pair that was passed over 
 residual alone does not say that a pair is one of the smallest.)
 
 Time: from the matrix in memory (of the solver's device) to vectors there; ours is from host memory to host memory, with
-component search, ordering and transfers. CuPy's kernels are compiled before. Each peer is a process of its own and is
-stopped after --limit seconds. Ours is the better of two runs, a peer's as well if two fit into the limit.
+component search, ordering and transfers. CuPy's kernels are compiled before. Ours is the better of two runs, a peer's as
+well if two fit into the limit. Total: ours is the whole process, files read and written; a peer's is reading the ready
+Laplacian, moving it to its device, solving and fetching the vectors, without imports and compilation.
+
+Limits: each peer is a process of its own, ended after --limit seconds of solving (both precisions together): it is then
+shown as "> limit". Whatever a peer does, the others go on. --budget bounds the time for a graph, all included: what is left
+of it is shared among the peers to come, whose limits shrink with it; the note says which limit held. The peers run one
+after another, alone on the machine.
 
 Share of the copy bandwidth (ours): least traffic of the Chebyshev products by the time of the whole solve. A product of a
 column with L reads two vectors and writes one (12 bytes a node in f32) and its part of the matrix, which is read once for
@@ -28,9 +34,11 @@ import os
 import pathlib
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -115,8 +123,8 @@ def make_graph(name, nodes, edges, path):
             "degree_max": int(degrees.max())}
 
 
-def laplacian(path, dtype):
-    """Normalised Laplacian of a .fdl graph, as SciPy's CSR."""
+def laplacian(path):
+    """Normalised Laplacian of a .fdl graph, as SciPy's CSR in float64."""
     import scipy.sparse as sparse
 
     _, tensors = read_fdl(path)
@@ -127,7 +135,19 @@ def laplacian(path, dtype):
     degree = np.bincount(rows, weights, nodes)
     root = np.where(degree > 0, 1 / np.sqrt(np.where(degree > 0, degree, 1)), 0)
     matrix = sparse.csr_matrix((-weights * root[rows] * root[columns], columns, offsets), (nodes, nodes))
-    return (matrix + sparse.diags((degree > 0).astype(np.float64))).astype(dtype).tocsr()
+    return (matrix + sparse.diags((degree > 0).astype(np.float64))).tocsr()
+
+
+def save_matrix(folder, matrix):
+    for part in ("indptr", "indices", "data"):
+        np.save(folder / f"{part}.npy", getattr(matrix, part))
+
+
+def load_matrix(folder, dtype):
+    import scipy.sparse as sparse
+
+    offsets, columns, values = (np.load(folder / f"{part}.npy") for part in ("indptr", "indices", "data"))
+    return sparse.csr_matrix((values.astype(dtype, copy=False), columns, offsets), (len(offsets) - 1,) * 2)
 
 
 # ---- peers: each in a process of its own --------------------------------------------------------------------------------------
@@ -188,7 +208,7 @@ RUNNERS = {"scipy eigsh": run_scipy_eigsh, "cupyx eigsh": run_cupyx_eigsh, "cupy
 
 
 def peer_process(options):
-    """Solves once, again if that is quick, and leaves times, memory and vectors behind."""
+    """Solves once, again if that is quick; after each, a line with times and memory, and the vectors in a file."""
     import scipy.sparse as sparse
 
     dtype = np.float32 if options.dtype == "f32" else np.float64
@@ -199,17 +219,42 @@ def peer_process(options):
             prepare(ring, np.random.default_rng(1))[0]()
         except Exception as error:  # pylint: disable=broad-except
             print(f"warm-up: {error}", file=sys.stderr)
-    matrix = laplacian(options.graph, dtype)
-    solve, peak = prepare(matrix, np.random.default_rng(1))
-    seconds = []
-    while not seconds or (len(seconds) < 2 and seconds[0] < options.limit / 3):
+    begin = time.monotonic()
+    solve, peak = prepare(load_matrix(pathlib.Path(options.matrix), dtype), np.random.default_rng(1))
+    load_seconds, first = time.monotonic() - begin, None
+    for _ in range(2):
         begin = time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, options.limit)  # ends the process, wherever it is
         _, vectors = solve()
-        seconds.append(time.monotonic() - begin)
-    vectors = vectors.get() if hasattr(vectors, "get") else vectors
-    np.save(options.vectors, vectors)
-    print(json.dumps({"seconds": min(seconds), "peak_bytes": int(peak())}))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        seconds = time.monotonic() - begin
+        vectors = vectors.get() if hasattr(vectors, "get") else vectors
+        total = load_seconds + time.monotonic() - begin
+        if first is None or seconds < first:
+            temporary = options.vectors + ".tmp.npy"
+            np.save(temporary, vectors)
+            os.replace(temporary, options.vectors)
+            print(json.dumps({"seconds": seconds, "total_seconds": total, "peak_bytes": int(peak())}), flush=True)
+        if first is not None or seconds > options.limit / 3:
+            break
+        first = seconds
     return 0
+
+
+def cores():
+    """Cores that this process may use: its mask, and the limit of its control group, which nothing else respects."""
+    count = len(os.sched_getaffinity(0))
+    try:
+        quota, period = pathlib.Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        count = min(count, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # none, or "max"
+        pass
+    return count
+
+
+def environment(**more):
+    """Threads for all cores, in all libraries: more of them than cores slow BLAS down tenfold."""
+    return {**os.environ, **{f"{of}_NUM_THREADS": str(cores()) for of in ("OMP", "OPENBLAS", "MKL")}, **more}
 
 
 def last_line(text):
@@ -217,55 +262,81 @@ def last_line(text):
     return lines[-1] if lines else ""
 
 
-def run_peer(options, peer, graph, folder):
-    """The first precision that reaches the residual; else what each came to."""
-    env = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
-    tries, left = [], options.limit
-    for dtype in ("f32", "f64"):
-        vectors = folder / "peer.npy"
-        vectors.unlink(missing_ok=True)
-        # What loads and compiles before the solve is not counted against the limit.
-        command = [options.peer_python, __file__, "--peer", peer, "--graph", str(graph), "--dtype", dtype, "--vectors",
-                   str(vectors), "--limit", str(left)]
+def run_bounded(command, seconds, **more):
+    """Return code, None if it was ended after these seconds; what it had said by then."""
+    with subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more) as child:
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=left + options.slack, check=False, env=env)
+            out, errors = child.communicate(timeout=max(seconds, 0.1))
+            return child.returncode, out, errors
         except subprocess.TimeoutExpired:
-            tries.append(f"> {left:.0f} s in {dtype}, stopped")
+            child.kill()
+            out, errors = child.communicate()
+            return None, out, errors
+
+
+def figures_of(out):
+    """The last line of a solver, if it is JSON."""
+    try:
+        found = json.loads(last_line(out))
+        return found if isinstance(found, dict) and found.get("seconds") is not None else None
+    except ValueError:
+        return None
+
+
+def run_peer(options, peer, judge, folder, deadline):
+    """The first precision that reaches the residual; else what each came to. Never raises for what a peer does."""
+    env = environment()
+    env.pop("LD_LIBRARY_PATH", None)
+    tries, left, vectors = [], options.limit, folder / "peer.npy"
+    for dtype in ("f32", "f64"):
+        limit = min(left, deadline - time.monotonic() - options.check)
+        if limit < 1:
+            tries.append(f"no time left for {dtype}")
             break
-        if done.returncode != 0:
-            tries.append(f"failed in {dtype}: {last_line(done.stderr)[:160]}")
+        vectors.unlink(missing_ok=True)
+        code, out, errors = run_bounded([options.peer_python, __file__, "--peer", peer, "--matrix", folder, "--dtype", dtype,
+                                         "--vectors", vectors, "--limit", limit],
+                                        min(limit + options.slack, deadline - time.monotonic() - options.check), env=env)
+        found = figures_of(out)
+        if found is None or not vectors.exists():
+            if code in (None, -signal.SIGALRM):
+                tries.append(f"> {limit:.0f} s in {dtype}" + (", with loading" if code is None else ""))
+                break
+            tries.append(f"failed in {dtype}: {last_line(errors)[:160]}")
             continue
-        found = {**json.loads(last_line(done.stdout)), "precision": dtype, **check_solution(graph, vectors)}
-        if found["seconds"] > options.limit:
-            tries.append(f"> {options.limit:.0f} s in {dtype} ({found['seconds']:.0f} s)")
-            break
+        found = {**found, "precision": dtype, **judge(vectors)}
         if found["worst_residual"] <= RESIDUAL:
             return {**found, "reached": True, "note": "; ".join(tries)}
         tries.append(f"residual {found['worst_residual']:.1e} in {dtype} after {found['seconds']:.1f} s")
-        left = max(options.limit - found["seconds"], 1)
+        left -= found["seconds"]
     return {"seconds": None, "reached": False, "note": "; ".join(tries)}
 
 
 # ---- ours ---------------------------------------------------------------------------------------------------------------------
 
 
-def run_ours(options, graph, folder):
+def run_ours(options, graph, judge, folder):
     best = None
     for _ in range(2):
         out = folder / "ours"
         shutil.rmtree(out, ignore_errors=True)
-        command = [str(options.bin / "fiedler"), "spectrum", str(graph), "-k", str(PAIRS), "--tolerance", str(0.9 * RESIDUAL),
-                   "--json", "--out", str(out), "--device", "cpu" if options.small else "cuda"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=options.limit + options.slack, check=False)
-        if done.returncode != 0:
-            return {"seconds": None, "reached": False, "note": f"failed: {last_line(done.stderr)[:160]}"}
-        found = json.loads(last_line(done.stdout))
+        begin = time.monotonic()
+        command = [options.bin / "fiedler", "spectrum", graph, "-k", PAIRS, "--tolerance", 0.9 * RESIDUAL, "--json", "--out", out,
+                   "--device", "cpu" if options.small else "cuda"]
+        code, text, errors = run_bounded(command, options.limit, env=environment())
+        total, found = time.monotonic() - begin, figures_of(text)
+        if code != 0 or found is None:
+            note = f"> {options.limit:.0f} s" if code is None else f"failed: {last_line(errors)[:160]}"
+            return {"seconds": None, "reached": False, "note": note}
         if best is None or found["seconds"] < best["seconds"]:
-            best = {**found, **check_solution(graph, out / "eigenvectors.npy")}
+            best = {**found, "total_seconds": total, **judge(out / "eigenvectors.npy")}
     best["reached"] = best["status"] == "complete" and best["worst_residual"] <= RESIDUAL
-    keys = ("seconds", "peak_bytes", "worst_residual", "orthogonality", "ritz", "reached", "method", "iterations", "products",
-            "zeros")
-    return {**{key: best[key] for key in keys}, "precision": "f64" if options.small else "f32", "note": best["why"]}
+    keys = ("seconds", "total_seconds", "peak_bytes", "worst_residual", "orthogonality", "ritz", "reached", "method",
+            "iterations", "products", "zeros")
+    times = {key: best[key] for key in ("read_seconds", "prepare_seconds", "solve_seconds") if key in best}
+    note = f"{best['why']}; " + "".join(f"{key.split('_', maxsplit=1)[0]} {value:.2f} s, " for key, value in times.items())
+    return {**{key: best[key] for key in keys}, **times, "precision": "f64" if options.small else "f32",
+            "note": note + f"the whole process {best['total_seconds']:.2f} s"}
 
 
 def share_of_copy(row, nodes, edges, copy_gb_s):
@@ -280,23 +351,36 @@ def share_of_copy(row, nodes, edges, copy_gb_s):
 # ---- what all are judged by ---------------------------------------------------------------------------------------------------
 
 
-def check_solution(graph, vectors_file):
+def check_solution(matrix, vectors_file):
     """Rayleigh-Ritz of the given vectors and their true residuals, in float64."""
-    matrix = laplacian(graph, np.float64)
-    vectors = np.asarray(np.load(vectors_file), np.float64)
-    if vectors.ndim != 2 or vectors.shape[1] != PAIRS or not np.all(np.isfinite(vectors)):
-        return {"worst_residual": float("inf"), "orthogonality": float("inf"), "ritz": []}
-    gram = vectors.T @ vectors
-    norms = np.sqrt(np.diag(gram))
-    image = matrix @ vectors
-    values = np.einsum("ij,ij->j", vectors, image) / norms**2
-    residual = np.linalg.norm(image - vectors * values, axis=0) / norms
-    orthogonality = np.abs(gram / np.outer(norms, norms) - np.eye(PAIRS)).max()
-    # Ritz values of the space: generalised problem of 64 x 64.
     import scipy.linalg
 
+    bad = {"worst_residual": float("inf"), "orthogonality": float("inf"), "ritz": []}
     try:
-        ritz = scipy.linalg.eigh(vectors.T @ image, gram, eigvals_only=True).tolist()
+        given = np.load(vectors_file)
+    except (OSError, ValueError):
+        return bad
+    if given.shape != (matrix.shape[0], PAIRS) or not np.all(np.isfinite(given)):
+        return bad
+    vectors = np.ascontiguousarray(given, np.float64)
+
+    def sums(first):  # of some rows: X'X, X'LX, and the squares of LX
+        mine = slice(first, first + 32768)
+        image = matrix[mine] @ vectors
+        return vectors[mine].T @ vectors[mine], vectors[mine].T @ image, np.einsum("ij,ij->j", image, image)
+
+    with ThreadPoolExecutor(cores()) as pool:
+        gram, projected, squares = (sum(part) for part in zip(*pool.map(sums, range(0, matrix.shape[0], 32768))))
+    norms2 = np.diag(gram)
+    if np.any(norms2 <= 0):
+        return bad
+    values = np.diag(projected) / norms2
+    # ||Lx - mu x||^2 = ||Lx||^2 - mu^2 ||x||^2: to about 1e-16, far below RESIDUAL^2
+    residual = np.sqrt(np.maximum(squares / norms2 - values**2, 0))
+    norms = np.sqrt(norms2)
+    orthogonality = np.abs(gram / np.outer(norms, norms) - np.eye(PAIRS)).max()
+    try:  # Ritz values of the space: generalised problem of 64 x 64
+        ritz = scipy.linalg.eigh(projected, gram, eigvals_only=True).tolist()
     except scipy.linalg.LinAlgError:  # vectors that are not independent
         ritz = []
     return {"worst_residual": float(residual.max()), "orthogonality": float(orthogonality), "ritz": ritz}
@@ -331,7 +415,10 @@ def measured_copy():
             stop.record()
             stop.synchronize()
             times.append(cupy.cuda.get_elapsed_time(start, stop))
-        return 2 * a.nbytes / (float(np.median(times)) * 1e-3) * 1e-9
+        bandwidth = 2 * a.nbytes / (float(np.median(times)) * 1e-3) * 1e-9
+        del a, b
+        cupy.get_default_memory_pool().free_all_blocks()
+        return bandwidth
     except Exception:  # pylint: disable=broad-except
         return None
 
@@ -344,15 +431,29 @@ def peers_here(options):
 
 def solve_all(options, name, folder, copy_gb_s):
     nodes, edges = (20_000, 200_000) if options.small else (1_000_000, 10_000_000)
+    begin = time.monotonic()
+    deadline = begin + options.budget
     path = folder / f"{name}.fdl"
     facts = make_graph(name, nodes, edges, path)
-    print(f"{name}: {facts}", flush=True)
-    rows = []
-    for solver in [OURS, *peers_here(options)]:
-        row = run_ours(options, path, folder) if solver == OURS else run_peer(options, solver, path, folder)
+    matrix = laplacian(path)
+    save_matrix(folder, matrix)
+    print(f"{name}: {facts}, made in {time.monotonic() - begin:.0f} s", flush=True)
+
+    def judge(vectors):
+        return check_solution(matrix, vectors)
+
+    def show(solver, row):
         rows.append({"graph": name, "solver": solver, **facts, **row})
-        print(f"  {solver:13} " + (f"{row['seconds']:.3f} s, residual {row['worst_residual']:.1e}" if row["seconds"] else
-                                   row["note"]), flush=True)
+        text = row["note"]
+        if row["seconds"]:
+            text = f"{row['seconds']:.3f} s, in all {row['total_seconds']:.3f} s, residual {row['worst_residual']:.1e}; {text}"
+        print(f"  {solver:13} {text} [{time.monotonic() - begin:.0f} s]", flush=True)
+
+    rows, peers = [], peers_here(options)
+    show(OURS, run_ours(options, path, judge, folder))
+    for k, peer in enumerate(peers):
+        now = time.monotonic()
+        show(peer, run_peer(options, peer, judge, folder, now + max(deadline - now, 0) / (len(peers) - k)))
     compare_values(rows)
     ours = rows[0]
     ours["share_of_copy"] = share_of_copy(ours, facts["nodes"], facts["edges"], copy_gb_s)
@@ -377,17 +478,20 @@ def main(arguments):
     parser.add_argument("--work", type=pathlib.Path, default=ROOT / "build/spectrum_peers", help="folder for graphs and vectors")
     parser.add_argument("--graphs", default=",".join(GRAPHS), help="which graphs, separated by commas")
     parser.add_argument("--peers", help="which peers, separated by commas (default: " + ", ".join(PEERS) + ")")
-    parser.add_argument("--limit", type=float, default=90, help="seconds that a solver may take")
+    parser.add_argument("--limit", type=float, default=60, help="seconds that a solver may take")
+    parser.add_argument("--budget", type=float, help="seconds for a graph, all included (default: 20 + 3 times the limit)")
     parser.add_argument("--slack", type=float, default=40, help="seconds more for loading and compiling")
+    parser.add_argument("--check", type=float, default=4, help="seconds kept for the check of a peer's vectors")
     parser.add_argument("--peer-python", default=sys.executable, help="the Python that has CuPy and SciPy")
     parser.add_argument("--small", action="store_true", help="20,000 nodes, on the CPU: to try this program")
     parser.add_argument("--peer", choices=sorted(RUNNERS), help=argparse.SUPPRESS)
-    parser.add_argument("--graph", help=argparse.SUPPRESS)
+    parser.add_argument("--matrix", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     parser.add_argument("--vectors", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.peer:
         return peer_process(options)
+    options.budget = 20 + 3 * options.limit if options.budget is None else options.budget
     names = [name for name in options.graphs.split(",") if name]
     for name in names:
         if name not in GRAPHS:
@@ -397,8 +501,8 @@ def main(arguments):
     rows = []
     for name in names:
         rows += solve_all(options, name, options.work, copy_gb_s)
-    result = {"copy_gb_s": copy_gb_s, "pairs": PAIRS, "residual": RESIDUAL, "limit_s": options.limit,
-              "cores": os.cpu_count(), "rows": rows}
+    result = {"copy_gb_s": copy_gb_s, "pairs": PAIRS, "residual": RESIDUAL, "limit_s": options.limit, "budget_s": options.budget,
+              "cores": cores(), "rows": rows}
     print_table(rows)
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")

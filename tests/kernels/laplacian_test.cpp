@@ -147,12 +147,32 @@ void check_path(const Dev& d, double tolerance) {
     EXPECT_TRUE(close_to(run<T>(d, p), expected, tolerance));
 }
 
+// Entries of 0.4 units in the last place of the sum: added one by one, all of them are lost; a run's sum loses at most half
+// a unit (and a pair of pieces, added, another half).
+template <class Dev>
+void check_small_entries(const Dev& d) {
+    constexpr int kSmall = 900;
+    constexpr double kUnit = 0x1p-24;
+    Csr l;
+    for (int i = 0; i <= kSmall; ++i) {
+        l.columns.push_back(i), l.values.push_back(i == 0 ? 0.75 : 0.4 * kUnit);
+        l.offsets.push_back(kSmall + 1);  // row 0 has all
+    }
+    l.values = round_to<float>(l.values);
+    Problem p(l, 20);
+    p.x.assign(p.x.size(), 1);
+    const Values got = run<float>(d, p);
+    for (std::size_t j = 0; j < 20; ++j)
+        EXPECT_NEAR(got[j], 0.75 + kSmall * 0.4 * kUnit, (kSmall / double(kLaplacianRun) + 2) * kUnit / 2) << j;
+}
+
 TEST(Laplacian, DoubleMatchesNaiveLoops) { check_all<double>(Cpu{}, 1e-15); }
 TEST(Laplacian, FloatMatchesDouble) { check_all<float>(Cpu{}, 1.2e-7); }
 TEST(Laplacian, LongRows) {
     check_long_rows<double>(Cpu{}, 1e-15);
     check_long_rows<float>(Cpu{}, 1.2e-7);
 }
+TEST(Laplacian, SmallEntriesBesideALargeOne) { check_small_entries(Cpu{}); }
 TEST(Laplacian, OptionalTerms) { check_optional_terms<double>(Cpu{}, 1e-15); }
 TEST(Laplacian, PathGraphHasCosines) {
     check_path<double>(Cpu{}, 4 * 0x1p-53 * std::numbers::pi * 70);  // the cosines' arguments, up to 70 pi, are rounded
@@ -195,6 +215,10 @@ TEST(Laplacian, GpuMatchesReference) {
 TEST(Laplacian, GpuLongRows) {
     FIEDLER_GPU_OR_SKIP();
     check_long_rows<float>(gpu(), 1.2e-7);
+}
+TEST(Laplacian, GpuSmallEntriesBesideALargeOne) {
+    FIEDLER_GPU_OR_SKIP();
+    check_small_entries(gpu());
 }
 TEST(Laplacian, GpuPanelsAndRunsAreBitEqual) {
     FIEDLER_GPU_OR_SKIP();
