@@ -48,9 +48,9 @@ train: build
 test: build
 	@ctest --test-dir build --output-on-failure -j $(JOBS)
 
-# make bench K=attention
+# make bench K=attention, make bench K="step --preset gpt30m"
 bench: build
-	@build/bin/kernel_bench $(K)
+	@build/bin/fiedler bench $(K)
 
 gpu-check: build
 	@tools/gpu_check --bin build/bin

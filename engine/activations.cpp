@@ -4,6 +4,7 @@
 #include <functional>
 #include <map>
 
+#include "kernels/attention.h"
 #include "kernels/conv.h"
 #include "kernels/coordinate.h"
 #include "kernels/embedding.h"
@@ -61,7 +62,6 @@ std::vector<Slot> slots_of(LayerActivations<T>& a, const ModelSpec& m, const Lay
     matrix(a.mid, "mid", c);
     matrix(a.n2, "n2", c);
     column(a.rstd2, "rstd2");
-    matrix(a.u, "u", m.hidden, Slot::Kept::mlp);
     matrix(a.h, "h", m.hidden, Slot::Kept::mlp);
     return slots;
 }
@@ -175,7 +175,7 @@ void Activations<T>::place_gradients(Arena& arena, const ActivationPlan& plan) {
         if (spec_.has_gate(l)) gated = h;
     }
     auto scope = arena.scope();
-    matrix(scratch_.dh, "dh", spec_.hidden);
+    matrix(scratch_.du, "du", spec_.hidden);
     matrix(scratch_.do_, "do", c);
     matrix(scratch_.dmixed, "dmixed", columns);
     if (spec_.conv) matrix(scratch_.dprojected, "dprojected", columns);
@@ -193,6 +193,9 @@ void Activations<T>::place_gradients(Arena& arena, const ActivationPlan& plan) {
 template <class T>
 void Activations<T>::place_partials(Arena& arena, const ActivationPlan& plan) {
     std::int64_t elements = 1;
+    Packed seq;  // rows of `context` tokens, or documents of at most that
+    seq.tokens = static_cast<std::int32_t>(plan.tokens);
+    if (plan.sequences * spec_.context <= plan.tokens) seq.length = spec_.context;
     for (const LayerSpec& l : spec_.layer) {
         const std::int64_t n = plan.tokens;
         if (spec_.conv) elements = std::max(elements, conv_scratch_elements(n, spec_.projected_columns(l)));
@@ -201,6 +204,10 @@ void Activations<T>::place_partials(Arena& arena, const ActivationPlan& plan) {
         if (l.kind == LayerKind::energy)
             elements = std::max(elements, energy_scratch_elements(n, spec_.heads, l.scalars));
         if (spec_.has_gate(l)) elements = std::max(elements, gate_scratch_elements(plan.sequences, spec_.heads));
+        if (l.kind != LayerKind::dot)
+            elements = std::max(
+                elements, attention_partial_elements(seq, spec_.context, spec_.heads, spec_.channels / spec_.heads,
+                                                     l.scalars, l.window, spec_.causal));
     }
     scratch_.partials = {arena.take<A>("partials", {elements}, Lifetime::scratch), elements};
     const auto bytes = static_cast<std::int64_t>(embedding_scratch_bytes(plan.tokens));

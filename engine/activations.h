@@ -4,7 +4,7 @@
 // N tokens of a micro-batch, C channels, H heads, R scalars, M hidden, S = columns of the f32 product (scalars and
 // gate logits). Lifetimes under a recomputation level:
 //   none    everything the backward pass reads is saved, per layer
-//   mlp     u and h (the MLP's hidden values) are recomputed from n2: one buffer for all layers
+//   mlp     h (the MLP's hidden values) is recomputed from n2: one buffer for all layers
 //   layer   only x, the layer's input, is saved; the rest is recomputed in one set of buffers
 #pragma once
 #include <functional>
@@ -24,7 +24,8 @@ const char* name_of(Recompute);
 struct ActivationPlan {
     std::int64_t tokens = 0;       // N, the most a micro-batch may hold
     std::int64_t sequences = 0;    // the most sequences it may hold (documents count when masked)
-    std::int64_t logits_rows = 0;  // rows of one chunk of logits
+    std::int64_t logits_rows = 0;  // rows of one chunk of logits: those of one product with their gradient
+    std::int64_t loss_rows = 0;    // rows of it that go from product to loss at a time; 0: all. Takes no memory.
     bool training = true;          // false: no gradients, no backward scratch
     bool keep_layers = true;       // false (evaluation): one set of buffers for all layers
     Recompute recompute = Recompute::none;
@@ -33,7 +34,7 @@ struct ActivationPlan {
 template <class T>
 struct LayerActivations {
     using A = acc_t<T>;
-    Mat<T> x, n1, projected, mixed, rotated, o, mid, n2, u, h;
+    Mat<T> x, n1, projected, mixed, rotated, o, mid, n2, h;
     Vec<A> rstd1, rstd2;
     Mat<A> aux, a, b, F, lse;
     // mixed is `projected` after the convolution (the same view without one). Queries, keys and values of this layer:
@@ -46,10 +47,10 @@ template <class T>
 struct ScratchActivations {  // shared by all layers
     using A = acc_t<T>;
     Mat<T> spectral;  // U[token], kept for the gradient of Ws
-    Mat<T> x_last, n_last, dx, dn, dh, do_, dmixed, drotated, dprojected, daux, logits;
+    Mat<T> x_last, n_last, dx, dn, du, do_, dmixed, drotated, dprojected, daux, logits;
     Vec<A> rstd_last, losses;
     Mat<A> da, db, dF, delta;
-    Vec<A> partials;      // scratch of conv, coordinate, gate, energy
+    Vec<A> partials;      // scratch of conv, coordinate, gate, energy, attention
     Vec<std::byte> sort;  // scratch of the embedding's gradient
 };
 

@@ -125,7 +125,7 @@ struct Config {
 };
 
 // ---- the table ------------------------------------------------------------------------------------------------------
-enum class Command { prepare, train, eval, generate, plan, inspect, spectrum };
+enum class Command { prepare, train, eval, generate, plan, inspect, spectrum, bench };
 enum class KnobGroup { model, data, train, run, use, graph, spectrum };
 enum class Unit { none, bytes, tokens, steps };
 // May --resume give the knob another value than the checkpoint has? By default: not those of model and data.

@@ -84,7 +84,6 @@ DecodeLayout<T>::DecodeLayout(Arena& arena, const ModelSpec& spec, std::int64_t 
     row(scratch.rotated, "rotated", 1, 2 * c);
     row(scratch.o, "o", 1, c);
     row(scratch.mid, "mid", 1, c);
-    row(scratch.u, "u", 1, spec.hidden);
     row(scratch.h, "h", 1, spec.hidden);
     row(scratch.logits, "logits", 1, (spec.vocab + 7) / 8 * 8);
     scratch.logits.cols = spec.vocab;
@@ -189,8 +188,7 @@ void ModelDecoder<Dev, T>::append_layer(int l) {
     attend(l, w);
     matmul_forward(dev_, MatmulForward<T, T>{.y = s.mid, .x = s.o, .w = w.out, .residual = s.x});
     norm_forward(dev_, NormForward<T>{.y = s.n, .rstd = s.rstd, .x = s.mid, .eps = eps});
-    matmul_forward(dev_, MatmulForward<T, T>{.y = s.u, .x = s.n, .w = w.mlp_in, .residual = {}, .relu = true});
-    mlp_forward(dev_, MlpForward<T>{.h = {s.h.data, s.h.cols}, .u = {s.u.data, s.u.cols}});
+    mlp_forward(dev_, MlpForward<T>{.h = s.h, .x = s.n, .w = w.mlp_in});
     matmul_forward(dev_, MatmulForward<T, T>{.y = s.x, .x = s.h, .w = w.mlp_out, .residual = s.mid});
 }
 

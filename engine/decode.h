@@ -22,7 +22,7 @@ template <class T>
 struct DecodeScratch {  // one token's activations; rows of four where the convolution needs its past
     using A = acc_t<T>;
     Vec<std::int32_t> token;
-    Mat<T> x, spectral, n, mixed, rotated, o, mid, u, h, logits;
+    Mat<T> x, spectral, n, mixed, rotated, o, mid, h, logits;
     Vec<A> rstd;
     Mat<A> aux, a, b;
 };

@@ -13,6 +13,7 @@
 #include "engine/model_spec.h"
 #include "engine/params.h"
 #include "engine/spectral_embedding.h"
+#include "kernels/device.h"
 
 namespace fiedler {
 
@@ -37,6 +38,7 @@ struct RunPlan {
     Recompute recompute = Recompute::none;
     bool training = true;
     bool document_mask = false;
+    bool cuda_graph = true;   // CUDA only: a step that is like the one before is recorded, and replayed from then on
     std::int64_t tokens = 0;  // of a micro-batch
     std::size_t bytes = 0;    // the arena's peak
     std::string table;        // the arena's table, for people
@@ -65,7 +67,16 @@ class Engine {
     virtual double measured_peak_flops() = 0;       // of a large matrix product, measured once; 0: unknown
     virtual std::size_t device_bytes_in_use() = 0;  // of the whole process, where the device can tell; else 0
 
-    virtual StepResult train_step(const std::vector<Batch>&, const StepSettings&) = 0;
+    // Gives the device a step's work without waiting for it (the CPU does it at once). The batches may be used again at
+    // once; at most kStepsInFlight steps may be unfinished (std::logic_error).
+    static constexpr int kStepsInFlight = kMarks;
+    virtual void submit_step(const std::vector<Batch>&, const StepSettings&) = 0;
+    // Waits for the oldest unfinished step.
+    virtual StepResult finish_step() = 0;
+    StepResult train_step(const std::vector<Batch>& micro_batches, const StepSettings& settings) {
+        submit_step(micro_batches, settings);
+        return finish_step();
+    }
     virtual double loss_sum(const Batch&) = 0;  // of the batch's targets, no gradients
     virtual std::vector<std::vector<double>> calibrate_tau(const Batch&) = 0;
     // All three blocks have table().elements f32 values. Writing the master block refreshes the weights.
@@ -87,6 +98,7 @@ struct EngineOptions {
     RecomputeChoice recompute = RecomputeChoice::automatic;
     bool training = true;
     bool document_mask = false;
+    GraphChoice cuda_graph = GraphChoice::automatic;
 };
 
 // Chooses micro-batch and recomputation so that the arena's peak fits the budget, without touching a device. InputError

@@ -81,7 +81,22 @@ constexpr CommandText kCommands[] = {
     {Command::plan, "plan", "[--preset NAME]", "the memory table of a training run, without a GPU"},
     {Command::inspect, "inspect", "FILE...", "what any Fiedler file holds"},
     {Command::spectrum, "spectrum", "GRAPH [-k N]", "the smallest eigenpairs of a graph's Laplacian, and a plot"},
+    {Command::bench, "bench", "[FAMILY...] [step]", "time of the kernels and of a training step"},
 };
+// Benchmarks' own flags (bench_command.cpp), which no other command has and no file of a run keeps.
+constexpr const char* kBenchText =
+    "\nWithout a word: every kernel family and the step. `kernels`: every family. `step`: a training step of the "
+    "model\n"
+    "that the knobs below describe, on synthetic tokens.\n\n"
+    "  --json FILE                       write all figures\n"
+    "  --compare FILE                    a verdict for each row that an earlier --json has, too\n"
+    "  --fail-on-slower                  exit code 1 if a row is slower than the noise allows\n"
+    "  --samples N                       timed runs of a kernel (default 20)\n"
+    "  --steps N                         timed steps (default 20)\n"
+    "  --small                           small shapes, as on the CPU\n"
+    "  --trace                           the step's longest kernels by name, where CUPTI can be loaded\n"
+    "  --list                            the families\n";
+
 const CommandText& text_of(Command c) { return kCommands[static_cast<std::size_t>(c)]; }
 
 void presets_text(std::ostream& out) {
@@ -130,6 +145,7 @@ std::string help_text(Command command) {
         << text_of(command).summary
         << "\n\n  --config FILE                     knobs from a TOML file; flags win over it\n"
         << "  --help                            this text\n";
+    if (command == Command::bench) out << kBenchText;
     for (const KnobGroup group : {KnobGroup::graph, KnobGroup::spectrum, KnobGroup::model, KnobGroup::data,
                                   KnobGroup::train, KnobGroup::run, KnobGroup::use}) {
         bool first = true;
@@ -148,7 +164,7 @@ std::string help_text(Command command) {
             wrapped(out, text, 36, 84);
         }
     }
-    if (command == Command::train || command == Command::plan) presets_text(out);
+    if (command == Command::train || command == Command::plan || command == Command::bench) presets_text(out);
     return out.str();
 }
 

@@ -9,9 +9,11 @@ namespace {
 
 constexpr unsigned kPrepare = bit_of(Command::prepare), kTrain = bit_of(Command::train), kEval = bit_of(Command::eval),
                    kGenerate = bit_of(Command::generate), kPlan = bit_of(Command::plan),
-                   kInspect = bit_of(Command::inspect), kSpectrum = bit_of(Command::spectrum);
-constexpr unsigned kShape = kTrain | kPlan, kCorpus = kPrepare | kTrain,
-                   kDevice = kTrain | kEval | kGenerate | kSpectrum;
+                   kInspect = bit_of(Command::inspect), kSpectrum = bit_of(Command::spectrum),
+                   kBench = bit_of(Command::bench);
+// kMade: what the model is made with, from data that a benchmark does not have.
+constexpr unsigned kMade = kTrain | kPlan, kShape = kMade | kBench, kCorpus = kPrepare | kTrain,
+                   kDevice = kTrain | kEval | kGenerate | kSpectrum | kBench;
 constexpr double kMany = 1e15, kBig = 1e300;
 
 template <auto member>
@@ -92,13 +94,13 @@ std::vector<Knob> model_knobs() {
          kShape | kPrepare,
          "columns of the spectral embedding that is added to the token embedding",
          {.low = 0, .high = 512, .zero = "none"}},
-        {"spectral-source", &C::spectral_source, kShape,
+        {"spectral-source", &C::spectral_source, kMade,
          "where the spectral embedding comes from: corpus (eigenvectors of its token graph), random (an orthonormal "
          "matrix, as a control), or a spectrum file of that many tokens"},
-        {"spectral-rows", &C::spectral_rows, kShape,
+        {"spectral-rows", &C::spectral_rows, kMade,
          "lengths of the spectral embedding's rows: unit (every token's row as long as the next, as in normalised "
          "spectral clustering), raw (as the eigenvectors are: frequent tokens are short, rare ones long)"},
-        {"feature-laplacian", &C::feature_laplacian, kShape,
+        {"feature-laplacian", &C::feature_laplacian, kMade,
          "graph of the energies: path, corpus (from the spectral embedding), auto (corpus where its eigenvectors are "
          "at least as many as a head is wide, else path), or a file: a .npy or CSV matrix of vectors (columns that "
          "correlate are joined), or a spectrum"},
@@ -228,7 +230,7 @@ std::vector<Knob> run_knobs() {
          {.choices = {"auto", "none", "mlp", "layer"}}},
         {"cuda-graph",
          choice<&C::cuda_graph>(),
-         kTrain,
+         kTrain | kBench,
          "record a step on the GPU once and replay it; auto does, but not with document-mask (every step has another "
          "number of documents) nor over several processes",
          {.choices = {"auto", "on", "off"}}},

@@ -16,15 +16,6 @@
 
 namespace fiedler {
 
-namespace {
-
-template <class T>
-Vec<T> flat(const Mat<T>& m) {
-    return {m.data, m.rows * m.cols};
-}
-
-}  // namespace
-
 template <class Dev, class T>
 void Model<Dev, T>::forward_layer(int l, const DeviceBatch& batch) {
     LayerActivations<T>& act = acts_.layer(l);
@@ -48,9 +39,7 @@ template <class Dev, class T>
 void Model<Dev, T>::forward_mlp_in(int l) {
     Range range("mlp");
     LayerActivations<T>& act = acts_.layer(l);
-    matmul_forward(
-        dev_, MatmulForward<T, T>{.y = act.u, .x = act.n2, .w = layer_weights(l).mlp_in, .residual = {}, .relu = true});
-    mlp_forward(dev_, MlpForward<T>{.h = flat(act.h), .u = flat(act.u)});
+    mlp_forward(dev_, MlpForward<T>{.h = act.h, .x = act.n2, .w = layer_weights(l).mlp_in});
 }
 
 template <class Dev, class T>
@@ -208,10 +197,9 @@ void Model<Dev, T>::backward_mlp(int l) {
     const LayerWeights<T> w = layer_weights(l);
     const LayerGrads<T> g = layer_grads(l);
     matmul_dw(dev_, MatmulDw<T>{.dw = g.mlp_out, .dy = s.dx, .x = act.h});
-    matmul_dx(dev_, MatmulDx<T>{.dx = s.dh, .dy = s.dx, .w = w.mlp_out});
-    mlp_backward(dev_, MlpBackward<T>{.du = flat(s.dh), .dh = flat(s.dh), .u = flat(act.u)});
-    matmul_dw(dev_, MatmulDw<T>{.dw = g.mlp_in, .dy = s.dh, .x = act.n2});
-    matmul_dx(dev_, MatmulDx<T>{.dx = s.dn, .dy = s.dh, .w = w.mlp_in});
+    mlp_backward(dev_, MlpBackward<T>{.du = s.du, .dy = s.dx, .w = w.mlp_out, .h = act.h});
+    matmul_dw(dev_, MatmulDw<T>{.dw = g.mlp_in, .dy = s.du, .x = act.n2});
+    matmul_dx(dev_, MatmulDx<T>{.dx = s.dn, .dy = s.du, .w = w.mlp_in});
     norm_backward(dev_, NormBackward<T>{.dx = s.dx, .dy = s.dn, .x = act.mid, .rstd = act.rstd2, .dresidual = s.dx});
 }
 

@@ -7,6 +7,7 @@
 #include <new>
 #include <system_error>
 
+#include "engine/bench_command.h"
 #include "engine/commands.h"
 #include "engine/error.h"
 #include "engine/spectrum_command.h"
@@ -32,6 +33,8 @@ int run(const Invocation& call) {
             return run_inspect(call);
         case Command::spectrum:
             return run_spectrum(call);
+        case Command::bench:  // has arguments of its own: main_of
+            break;
     }
     return 2;
 }
@@ -52,12 +55,13 @@ int main_of(const std::vector<std::string>& arguments) {
     if (!command) {
         std::vector<std::string> names;
         for (const Command c : {Command::prepare, Command::train, Command::eval, Command::generate, Command::plan,
-                                Command::inspect, Command::spectrum})
+                                Command::inspect, Command::spectrum, Command::bench})
             names.emplace_back(name_of(c));
         const std::string near = nearest_name(arguments[0], names);
         throw InputError(fmt::format("{}: there is no such command{}; see fiedler --help", arguments[0],
                                      near.empty() ? "" : fmt::format(" (did you mean {}?)", near)));
     }
+    if (*command == Command::bench) return run_bench({arguments.begin() + 1, arguments.end()});
     const Invocation call = parse_arguments(*command, {arguments.begin() + 1, arguments.end()});
     if (call.help) {
         fmt::print("{}", help_text(*command));

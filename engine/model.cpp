@@ -111,38 +111,50 @@ void Model<Dev, T>::forward(const DeviceBatch& batch, const std::function<void(i
     norm_forward(dev_, NormForward<T>{.y = s.n_last, .rstd = s.rstd_last, .x = s.x_last, .eps = A(spec_.norm_eps)});
 }
 
+// Logits of the rows from `first` on, as many as `logits` has.
 template <class Dev, class T>
-Mat<const T> Model<Dev, T>::logits(std::int64_t first, std::int64_t n) {
-    ScratchActivations<T>& s = acts_.scratch();
-    const Mat<T> out = s.logits.slice_rows(0, n);
-    matmul_forward(dev_, MatmulForward<T, T>{.y = out,
-                                             .x = s.n_last.slice_rows(first, n),
+void Model<Dev, T>::head(const Mat<T>& logits, std::int64_t first) {
+    matmul_forward(dev_, MatmulForward<T, T>{.y = logits,
+                                             .x = acts_.scratch().n_last.slice_rows(first, logits.rows),
                                              .w = table_.matrix<const T>(params_.weights.data, table_.head),
                                              .residual = {}});
+}
+
+template <class Dev, class T>
+Mat<const T> Model<Dev, T>::logits(std::int64_t first, std::int64_t n) {
+    const Mat<T> out = acts_.scratch().logits.slice_rows(0, n);
+    head(out, first);
     return out;
 }
 
-// The head, chunk by chunk: a chunk's logits are made, turned into their own gradient and used up while in cache.
+// The head, chunk by chunk. Within a chunk, loss_rows at a time: their logits are turned into their own gradient while
+// in cache. The products with the gradient take the whole chunk, so that few of them add to the head's f32 gradient,
+// which is read and written each time.
 template <class Dev, class T>
 void Model<Dev, T>::loss(const DeviceBatch& batch, Vec<A> total, bool gradient, A grad_scale) {
     Range range("loss");
     ScratchActivations<T>& s = acts_.scratch();
-    const Mat<const T> head = table_.matrix<const T>(params_.weights.data, table_.head);
+    const Mat<const T> weights = table_.matrix<const T>(params_.weights.data, table_.head);
     const std::int64_t n = batch.inputs.size;
     for (std::int64_t first = 0; first < n; first += plan_.logits_rows) {
         const std::int64_t rows = std::min(plan_.logits_rows, n - first);
-        logits(first, rows);
-        const Mat<T> chunk = s.logits.slice_rows(0, rows);
-        loss_forward(dev_, LossForward<T>{.logits = chunk,
-                                          .losses = s.losses.slice(first, rows),
-                                          .targets = batch.targets.slice(first, rows),
-                                          .scale = grad_scale,
-                                          .gradient = gradient});
+        const std::int64_t part = plan_.loss_rows > 0 ? plan_.loss_rows : rows;
+        for (std::int64_t done = 0; done < rows; done += part) {
+            const std::int64_t count = std::min(part, rows - done);
+            const Mat<T> logits = s.logits.slice_rows(done, count);
+            head(logits, first + done);
+            loss_forward(dev_, LossForward<T>{.logits = logits,
+                                              .losses = s.losses.slice(first + done, count),
+                                              .targets = batch.targets.slice(first + done, count),
+                                              .scale = grad_scale,
+                                              .gradient = gradient});
+        }
         if (!gradient) continue;
+        const Mat<T> chunk = s.logits.slice_rows(0, rows);
         matmul_dw(dev_, MatmulDw<T>{.dw = table_.matrix(params_.grads.data, table_.head),
                                     .dy = chunk,
                                     .x = s.n_last.slice_rows(first, rows)});
-        matmul_dx(dev_, MatmulDx<T>{.dx = s.dn.slice_rows(first, rows), .dy = chunk, .w = head});
+        matmul_dx(dev_, MatmulDx<T>{.dx = s.dn.slice_rows(first, rows), .dy = chunk, .w = weights});
     }
     loss_sum(dev_, LossSum<A>{.total = total, .losses = s.losses});
 }

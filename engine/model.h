@@ -64,7 +64,7 @@ class Model {
     // From the last norm down to the embedding; parameter gradients accumulate.
     void backward(const DeviceBatch&);
 
-    // Logits of the rows [first, first + n) of the last forward, n <= logits_rows() of the plan: [n, vocab] T.
+    // Logits of the rows [first, first + n) of the last forward, n <= logits_rows of the plan: [n, vocab] T.
     Mat<const T> logits(std::int64_t first, std::int64_t n);
 
     // The energy layers' tau from the data, before the first step: one forward pass in which each energy layer sets
@@ -79,6 +79,7 @@ class Model {
     const FeatureLaplacian<A>& laplacian() const { return laplacian_; }
 
   private:
+    void head(const Mat<T>& logits, std::int64_t first);
     LayerGrads<T> layer_grads(int l) const;
     void forward_layer(int l, const DeviceBatch&);
     void forward_attention(int l, const DeviceBatch&);

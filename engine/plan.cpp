@@ -29,6 +29,7 @@ EngineOptions engine_options(const Config& c, DeviceKind device, bool training) 
     o.recompute = c.recompute;
     o.training = training;
     o.document_mask = c.document_mask;
+    o.cuda_graph = c.cuda_graph;
     return o;
 }
 
@@ -58,6 +59,7 @@ RunPlan measured(const ModelSpec& spec, const EngineOptions& o, std::int32_t mic
     p.recompute = recompute;
     p.training = o.training;
     p.document_mask = o.document_mask;
+    p.cuda_graph = o.device == DeviceKind::cuda && !o.document_mask && o.cuda_graph != GraphChoice::off;
     p.tokens = std::int64_t(micro) * spec.context;
     if (o.device == DeviceKind::cuda)
         measure<bf16>(spec, p);
@@ -124,6 +126,10 @@ RunPlan plan_run(const ModelSpec& spec, const EngineOptions& o) {
         throw InputError(
             fmt::format("micro-batch: {} does not divide the {} sequences of a step (batch-tokens / context)",
                         o.micro_batch, sequences));
+    if (o.cuda_graph == GraphChoice::on && o.device == DeviceKind::cpu)
+        throw InputError("cuda-graph: on needs a CUDA device; use auto");
+    if (o.cuda_graph == GraphChoice::on && o.document_mask)
+        throw InputError("cuda-graph: on does not go with document-mask, whose steps differ in shape; use auto");
     const std::int64_t kFull = o.device == DeviceKind::cuda ? 8192 : 1024;
     std::vector<std::int32_t> sizes = o.micro_batch > 0 ? std::vector{o.micro_batch} : divisors_descending(sequences);
     // On the CPU large micro-batches only use memory: stay near the size at which every core has work.
@@ -146,7 +152,7 @@ RunPlan plan_run(const ModelSpec& spec, const EngineOptions& o) {
 }
 
 std::unique_ptr<Engine> make_engine(const ModelSpec& spec, const EngineOptions& o, const ModelConstants& constants) {
-    const RunPlan plan = plan_run(spec, o);
+    RunPlan plan = plan_run(spec, o);
     if (o.device == DeviceKind::cpu) {
         auto cpu = std::make_unique<Cpu>();
         cpu->threads = o.threads;
@@ -154,6 +160,7 @@ std::unique_ptr<Engine> make_engine(const ModelSpec& spec, const EngineOptions& 
     }
 #if FIEDLER_CUDA
     const World world = world_from_environment();  // one process a device, in turn over those that this machine shows
+    if (world.size > 1 && o.cuda_graph != GraphChoice::on) plan.cuda_graph = false;
     auto device = std::make_unique<Cuda>(world.rank % cuda_device_count());
     auto engine = std::make_unique<Runner<Cuda, bf16>>(std::move(device), spec, plan, o.memory_budget, constants);
     engine->use_comm(make_comm(engine->device(), world));

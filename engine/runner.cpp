@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <bit>
 #include <chrono>
 
 #include "engine/decode.h"
@@ -26,10 +27,31 @@ const char* name_of(Block b) {
     return "?";
 }
 
+template <class A>
+StepBlock<A>::StepBlock(std::int64_t tokens, std::int64_t micro_batches, bool document_mask)
+    : micro_batches_(micro_batches), document_mask_(document_mask) {
+    constexpr std::size_t kAlign = Arena::kAlign;
+    static_assert(sizeof(StepControl<A>) <= kAlign);
+    array_ = (static_cast<std::size_t>(tokens + 1) * sizeof(std::int32_t) + kAlign - 1) / kAlign * kAlign;
+    bytes_ = kAlign + static_cast<std::size_t>(micro_batches) * (document_mask ? 5 : 2) * array_;
+}
+
+template <class A>
+typename StepBlock<A>::Tokens StepBlock<A>::tokens(void* base, std::int64_t micro_batch) const {
+    const std::size_t arrays = document_mask_ ? 5 : 2;
+    std::byte* first =
+        static_cast<std::byte*>(base) + Arena::kAlign + static_cast<std::size_t>(micro_batch) * arrays * array_;
+    const auto array = [&](std::size_t i) {
+        return i < arrays ? reinterpret_cast<std::int32_t*>(first + i * array_) : nullptr;
+    };
+    return {array(0), array(1), array(2), array(3), array(4)};
+}
+
 template <class T>
 RunLayout<T>::RunLayout(Arena& arena, const ModelSpec& spec, const ParamTable& table, const ActivationPlan& plan,
-                        bool document_mask) {
-    const std::int64_t n = table.elements, tokens = plan.tokens;
+                        bool document_mask, std::int64_t micro_batches)
+    : step(plan.tokens, micro_batches, document_mask) {
+    const std::int64_t n = table.elements;
     const auto take = [&]<class U>(Vec<U>& v, const char* name, std::int64_t elements) {
         v = {arena.take<U>(name, {elements}, Lifetime::persistent), elements};
     };
@@ -43,14 +65,8 @@ RunLayout<T>::RunLayout(Arena& arena, const ModelSpec& spec, const ParamTable& t
         take(moment1, "moment1", n);
         take(moment2, "moment2", n);
     }
-    control = arena.take<StepControl<A>>("control", {1}, Lifetime::persistent);
-    take(inputs, "inputs", tokens);
-    take(targets, "targets", tokens);
-    if (document_mask) {
-        take(offsets, "offsets", tokens + 1);
-        take(begin, "begin", tokens);
-        take(end, "end", tokens);
-    }
+    step_memory = arena.take<std::byte>("step", {static_cast<std::int64_t>(step.bytes())}, Lifetime::persistent);
+    control = step.control(step_memory);
     const std::int64_t d = spec.head_dim();
     take(lap_offsets, "laplacian.offsets", d + 1);
     take(lap_columns, "laplacian.columns", d * d);
@@ -78,14 +94,31 @@ FeatureLaplacian<acc_t<T>> RunLayout<T>::laplacian(std::int32_t dim) const {
     return l;
 }
 
+namespace {
+constexpr std::uint64_t kChunkElements = std::uint64_t(1) << 28;  // 512 MiB of logits at most...
+constexpr std::uint64_t kLeastRows = 128;                         // ...unless products would get too narrow
+}  // namespace
+
+std::int64_t loss_rows(const ModelSpec& spec, const ActivationPlan& plan, std::size_t l2_bytes) {
+    const std::uint64_t row = std::uint64_t(spec.vocab) * sizeof(bf16), rows = std::bit_floor(l2_bytes / 2 / row);
+    return rows >= kLeastRows && static_cast<std::int64_t>(rows) < plan.logits_rows ? static_cast<std::int64_t>(rows)
+                                                                                    : 0;
+}
+
 ActivationPlan activation_plan(const ModelSpec& spec, const RunPlan& run, bool cuda) {
     ActivationPlan p;
     p.tokens = run.tokens;
     p.sequences = run.document_mask ? run.tokens : run.micro_batch;
-    // A chunk of logits: large enough for an efficient product, small enough to stay in the last-level cache.
-    const std::int64_t elements = cuda ? std::int64_t(32) << 20 : std::int64_t(1) << 20;
-    p.logits_rows =
-        std::clamp<std::int64_t>(elements / spec.vocab / 128 * 128, 128, std::max<std::int64_t>(run.tokens, 1));
+    // A chunk of logits. On the CPU it stays in the last-level cache. On the GPU only the loss_rows at hand do; the chunk
+    // is as long as makes the head's gradient cheap, of which each chunk reads and writes 8 vocab channels bytes in f32,
+    // against 6 vocab rows bytes of gradients of logits written once and read twice: a twelfth with 16 channels rows.
+    if (cuda) {
+        const auto channels = static_cast<std::uint64_t>(spec.channels), vocab = static_cast<std::uint64_t>(spec.vocab);
+        p.logits_rows = static_cast<std::int64_t>(
+            std::max(std::min(std::bit_ceil(16 * channels), std::bit_floor(kChunkElements / vocab)), kLeastRows));
+    } else {
+        p.logits_rows = std::max<std::int64_t>((std::int64_t(1) << 20) / spec.vocab / 128 * 128, 128);
+    }
     p.logits_rows = std::min(p.logits_rows, run.tokens);
     p.training = run.training;
     p.keep_layers = run.training;
@@ -97,7 +130,8 @@ template <class T>
 void measure(const ModelSpec& spec, RunPlan& run) {
     Arena arena;
     const ParamTable table(spec);
-    RunLayout<T>(arena, spec, table, activation_plan(spec, run, std::is_same_v<T, bf16>), run.document_mask);
+    RunLayout<T>(arena, spec, table, activation_plan(spec, run, std::is_same_v<T, bf16>), run.document_mask,
+                 run.micro_batches);
     run.bytes = arena.peak();
     run.table = arena.table();
 }
@@ -120,7 +154,8 @@ Runner<Dev, T>::Runner(std::unique_ptr<Dev> dev, const ModelSpec& spec, const Ru
         constants_.spectral.size() != static_cast<std::size_t>(std::int64_t(spec_.vocab) * spec_.spectral_columns()))
         throw std::logic_error("runner: the constants are those of another model");
     const auto lay_out = [&] {
-        return std::make_unique<RunLayout<T>>(arena_, spec_, table_, activation_plan_, plan_.document_mask);
+        return std::make_unique<RunLayout<T>>(arena_, spec_, table_, activation_plan_, plan_.document_mask,
+                                              plan_.micro_batches);
     };
     lay_out();
     plan_.bytes = arena_.peak();
@@ -131,6 +166,14 @@ Runner<Dev, T>::Runner(std::unique_ptr<Dev> dev, const ModelSpec& spec, const Ru
     if constexpr (std::is_same_v<Dev, Cuda>) {
         dev_->workspace = layout_->workspace;
         dev_->workspace_bytes = kWorkspaceBytes;
+        activation_plan_.loss_rows = loss_rows(spec_, activation_plan_, dev_->l2_bytes);
+    }
+    const std::size_t block_bytes = layout_->step.bytes();
+    host_ = std::make_unique<HostMemory<Dev>>(*dev_, kStepsInFlight * (block_bytes + Arena::kAlign));
+    for (int i = 0; i < kStepsInFlight; ++i) {
+        std::byte* part = host_->data() + static_cast<std::size_t>(i) * (block_bytes + Arena::kAlign);
+        slots_[i].block = part;
+        slots_[i].result = reinterpret_cast<StepControl<A>*>(part + block_bytes);
     }
     layout_->upload(*dev_, constants_);
     model_ =
@@ -140,6 +183,10 @@ Runner<Dev, T>::Runner(std::unique_ptr<Dev> dev, const ModelSpec& spec, const Ru
 
 template <class Dev, class T>
 Runner<Dev, T>::~Runner() {
+    try {
+        synchronize(*dev_);  // unfinished steps read and write host_
+    } catch (const DeviceError&) {
+    }  // the device has failed: nothing runs on it any more
     model_.reset();
     comm_.reset();
 }
@@ -199,29 +246,47 @@ double Runner<Dev, T>::measured_peak_flops() {
     return peak_flops_ = 2.0 * double(n) * double(n) * double(n) / best;
 }
 
+// The batch as it lies on the device once its arrays are there.
+template <class Dev, class T>
+DeviceBatch Runner<Dev, T>::placed(const Batch& host, std::int64_t micro_batch) const {
+    const auto n = static_cast<std::int64_t>(host.inputs.size());
+    if (n > plan_.tokens) throw std::logic_error("runner: more tokens than planned");
+    if (!host.offsets.empty() && !plan_.document_mask) throw std::logic_error("runner: no document mask was planned");
+    const auto at = layout_->step.tokens(layout_->step_memory, micro_batch);
+    DeviceBatch b;
+    b.inputs = Vec<const std::int32_t>(at.inputs, n);
+    if (!host.targets.empty()) b.targets = Vec<const std::int32_t>(at.targets, n);
+    b.seq = host.packed();
+    if (!host.offsets.empty()) b.seq.offsets = at.offsets, b.seq.begin = at.begin, b.seq.end = at.end;
+    return b;
+}
+
+namespace {
+// Calls copy(to, from) for each array of the batch.
+template <class Tokens, class Copy>
+void each_array(const Tokens& to, const Batch& from, const Copy& copy) {
+    copy(to.inputs, from.inputs);
+    copy(to.targets, from.targets);
+    if (from.offsets.empty()) return;
+    copy(to.offsets, from.offsets);
+    copy(to.begin, from.begin);
+    copy(to.end, from.end);
+}
+}  // namespace
+
+template <class Dev, class T>
+void Runner<Dev, T>::place(const Batch& host, std::int64_t micro_batch, void* block) const {
+    each_array(layout_->step.tokens(block, micro_batch), host,
+               [](std::int32_t* to, const std::vector<std::int32_t>& from) { std::ranges::copy(from, to); });
+}
+
 template <class Dev, class T>
 DeviceBatch Runner<Dev, T>::upload(const Batch& host) {
-    const auto n = static_cast<std::int64_t>(host.inputs.size());
-    if (n > plan_.tokens) throw std::logic_error("upload: more tokens than planned");
-    const auto send = [&](const Vec<std::int32_t>& to, const std::vector<std::int32_t>& from) {
-        copy_to_device(*dev_, to.data, from.data(), from.size() * sizeof(std::int32_t));
-    };
-    DeviceBatch b;
-    send(layout_->inputs, host.inputs);
-    b.inputs = Vec<const std::int32_t>(layout_->inputs.data, n);
-    if (!host.targets.empty()) {
-        send(layout_->targets, host.targets);
-        b.targets = Vec<const std::int32_t>(layout_->targets.data, n);
-    }
-    b.seq = host.packed();
-    if (!host.offsets.empty()) {
-        send(layout_->offsets, host.offsets);
-        send(layout_->begin, host.begin);
-        send(layout_->end, host.end);
-        b.seq.offsets = layout_->offsets.data;
-        b.seq.begin = layout_->begin.data;
-        b.seq.end = layout_->end.data;
-    }
+    const DeviceBatch b = placed(host, 0);
+    each_array(layout_->step.tokens(layout_->step_memory, 0), host,
+               [&](std::int32_t* to, const std::vector<std::int32_t>& from) {
+                   if (!from.empty()) copy_to_device(*dev_, to, from.data(), from.size() * sizeof(std::int32_t));
+               });
     return b;
 }
 
@@ -309,6 +374,8 @@ std::unique_ptr<Decoder> Runner<Dev, T>::decoder(std::int64_t capacity) {
         plan_.tokens);
 }
 
+template class StepBlock<float>;
+template class StepBlock<double>;
 template struct RunLayout<float>;
 template struct RunLayout<double>;
 template struct RunLayout<bf16>;

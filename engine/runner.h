@@ -1,5 +1,9 @@
 // engine/runner.h: Engine on one device in one precision: memory laid out once, then steps (step.cpp), evaluation,
 // reading.
+//
+// Device memory is the arena's, so what `fiedler plan` prints is what is allocated. Outside it, and not counted: what
+// CUDA and cuBLASLt take for themselves, the recorded step included. On the host: kStepsInFlight pinned copies of the
+// StepBlock.
 #pragma once
 #include "engine/comm.h"
 #include "engine/engine.h"
@@ -8,21 +12,47 @@
 
 namespace fiedler {
 
+// What the host gives a step in one copy: the control, and the tokens of all its micro-batches. The same layout on the
+// device (a block of the arena) and in pinned memory.
+template <class A>
+class StepBlock {
+  public:
+    struct Tokens {  // of one micro-batch
+        std::int32_t *inputs, *targets;
+        std::int32_t *offsets, *begin, *end;  // nullptr without a document mask
+    };
+    StepBlock() = default;
+    // tokens: of a micro-batch, at most
+    StepBlock(std::int64_t tokens, std::int64_t micro_batches, bool document_mask);
+    std::size_t bytes() const { return bytes_; }
+    std::int64_t micro_batches() const { return micro_batches_; }
+    // base: bytes() bytes, 256-byte aligned; nullptr while a plan is measured
+    StepControl<A>* control(void* base) const { return static_cast<StepControl<A>*>(base); }
+    Tokens tokens(void* base, std::int64_t micro_batch) const;
+
+  private:
+    std::int64_t micro_batches_ = 0;
+    bool document_mask_ = false;
+    std::size_t array_ = 0, bytes_ = 0;  // bytes of one array of one micro-batch
+};
+
 // Everything that lives in the arena, in order. Built twice: on the planning arena, which only measures, and on the
 // real one.
 template <class T>
 struct RunLayout {
     using A = acc_t<T>;
-    RunLayout(Arena&, const ModelSpec&, const ParamTable&, const ActivationPlan&, bool document_mask);
+    RunLayout(Arena&, const ModelSpec&, const ParamTable&, const ActivationPlan&, bool document_mask,
+              std::int64_t micro_batches = 1);
     // Fills the constants' memory; once, after the real layout.
     template <class Dev>
     void upload(const Dev&, const ModelConstants&);
 
     ParamBlock<T> params;
     Vec<A> moment1, moment2;
-    StepControl<A>* control = nullptr;
+    StepBlock<A> step;
+    void* step_memory = nullptr;
+    StepControl<A>* control = nullptr;  // in step_memory
     Vec<A> norm_partials;
-    Vec<std::int32_t> inputs, targets, offsets, begin, end;
     // Room for any Lf: a plan is made before the data are seen.
     Vec<std::int32_t> lap_offsets, lap_columns;
     Vec<A> lap_values, lap_vectors, lap_eigenvalues;
@@ -56,9 +86,31 @@ void RunLayout<T>::upload(const Dev& dev, const ModelConstants& constants) {
 inline constexpr std::size_t kWorkspaceBytes = std::size_t(32) << 20;  // cuBLASLt's recommendation for Hopper
 
 ActivationPlan activation_plan(const ModelSpec&, const RunPlan&, bool cuda);
+// ActivationPlan::loss_rows for a cache of l2_bytes: as many rows as leave half of it to everything else, a power of two;
+// 0 where the cache is too small for an efficient product. Not part of the plan, which is made without a device.
+std::int64_t loss_rows(const ModelSpec&, const ActivationPlan&, std::size_t l2_bytes);
 // The arena's peak and table of a run, measured without a device.
 template <class T>
 void measure(const ModelSpec&, RunPlan&);
+
+// Memory of host_alloc.
+template <class Dev>
+class HostMemory {
+  public:
+    HostMemory(const Dev& dev, std::size_t bytes) : dev_(dev), p_(host_alloc(dev, bytes)) {}
+    ~HostMemory() { host_free(dev_, p_); }
+    HostMemory(const HostMemory&) = delete;
+    HostMemory& operator=(const HostMemory&) = delete;
+    std::byte* data() const { return static_cast<std::byte*>(p_); }
+
+  private:
+    const Dev& dev_;
+    void* p_;
+};
+
+struct FreeGraph {
+    void operator()(CudaGraph* g) const noexcept { graph_free(g); }
+};
 
 template <class Dev, class T>
 class Runner final : public Engine {
@@ -76,7 +128,8 @@ class Runner final : public Engine {
     double measured_peak_flops() override;
     std::size_t device_bytes_in_use() override;
 
-    StepResult train_step(const std::vector<Batch>&, const StepSettings&) override;
+    void submit_step(const std::vector<Batch>&, const StepSettings&) override;
+    StepResult finish_step() override;
     double loss_sum(const Batch&) override;
     std::vector<std::vector<double>> calibrate_tau(const Batch&) override;
     void read(Block, float* out) override;
@@ -88,12 +141,30 @@ class Runner final : public Engine {
     Model<Dev, T>& model() { return *model_; }
     Dev& device() { return *dev_; }
     RunLayout<T>& layout() { return *layout_; }
-    void use_comm(std::unique_ptr<Comm> comm) { comm_ = std::move(comm); }
+    void use_comm(std::unique_ptr<Comm> comm) {
+        comm_ = std::move(comm);
+        graph_.reset();  // a recorded step goes with the communicator of its recording
+        graph_shape_.clear();
+    }
+    std::int64_t replayed_steps() const { return replayed_; }
 
   private:
+    // Tokens and length of the sequences of each micro-batch: what a recorded step depends on. Empty: of its own kind.
+    using StepShape = std::vector<std::pair<std::int64_t, std::int32_t>>;
+    struct Slot {  // of a step that is not finished
+        void* block;
+        StepControl<A>* result;  // pinned
+        double tokens;
+    };
+
     Vec<A> block(Block) const;
     DeviceBatch upload(const Batch&);
-    void update_weights(const StepSettings&);
+    void place(const Batch&, std::int64_t micro_batch, void* block) const;
+    DeviceBatch placed(const Batch&, std::int64_t micro_batch) const;
+    static StepControl<A> control_of(const StepSettings&);
+    void launch_step(const std::vector<DeviceBatch>&, A grad_scale);
+    void run_step(const std::vector<DeviceBatch>&, A grad_scale);
+    void update_weights();
     void refresh_weights();
     StepControl<A> read_control();
     void clear_control();
@@ -108,6 +179,11 @@ class Runner final : public Engine {
     std::unique_ptr<RunLayout<T>> layout_;
     std::unique_ptr<Model<Dev, T>> model_;
     std::unique_ptr<Comm> comm_;
+    std::unique_ptr<HostMemory<Dev>> host_;
+    Slot slots_[kStepsInFlight] = {};
+    std::int64_t submitted_ = 0, finished_ = 0, replayed_ = 0;
+    std::unique_ptr<CudaGraph, FreeGraph> graph_;
+    StepShape graph_shape_, last_shape_;  // of the recorded step, of the last one
     double peak_flops_ = 0;
 };
 

@@ -1,5 +1,7 @@
-// engine/step.cpp: one training step on one screen: data -> forward -> loss -> backward, per micro-batch; then the sum
-// over processes, the gradient norm, AdamW, and the step's only read-back.
+// engine/step.cpp: one training step on one screen (run_step): forward -> loss -> backward, per micro-batch; then the sum
+// over processes, the gradient norm and AdamW. Around it: the step's only copy in and its only read-back, neither of
+// which the host waits for before the next step is on its way, and the recording of the step on CUDA.
+#include <algorithm>
 #include <cmath>
 
 #include "engine/runner.h"
@@ -9,39 +11,28 @@
 namespace fiedler {
 
 template <class Dev, class T>
-StepResult Runner<Dev, T>::train_step(const std::vector<Batch>& micro_batches, const StepSettings& settings) {
-    double tokens = 0;
-    for (const Batch& b : micro_batches) tokens += double(b.inputs.size());
-    tokens *= comm_->size();
-    clear_control();
+void Runner<Dev, T>::run_step(const std::vector<DeviceBatch>& micro_batches, A grad_scale) {
     const Vec<A> total{&layout_->control->loss, 1};
-    for (const Batch& host : micro_batches) {
-        const DeviceBatch batch = upload(host);
+    for (const DeviceBatch& batch : micro_batches) {
         model_->forward(batch);
-        model_->loss(batch, total, true, A(1 / tokens));
+        model_->loss(batch, total, true, grad_scale);
         model_->backward(batch);
     }
     if constexpr (std::is_same_v<A, float>) {
         comm_->all_reduce_sum(layout_->params.grads.slice(0, table_.trainable));
         comm_->all_reduce_sum(total);
     }
-    update_weights(settings);
-    const StepControl<A> control = read_control();
-    return {double(control.loss) / tokens, double(control.norm), control.skip != 0};
+    update_weights();
 }
 
 template <class Dev, class T>
-void Runner<Dev, T>::update_weights(const StepSettings& settings) {
+void Runner<Dev, T>::update_weights() {
     const std::int64_t n = table_.trainable;
-    const double step = double(settings.step);
     {
         Range range("gradnorm");
-        Gradnorm<A> norm{.control = layout_->control,
-                         .grads = layout_->params.grads.slice(0, n),
-                         .partials = layout_->norm_partials,
-                         .max_norm = A(settings.clip)};
-        if (settings.skip_above > 0) norm.skip_above = A(settings.skip_above);
-        gradnorm(*dev_, norm);
+        gradnorm(*dev_, Gradnorm<A>{.control = layout_->control,
+                                    .grads = layout_->params.grads.slice(0, n),
+                                    .partials = layout_->norm_partials});
     }
     Range range("adamw");
     adamw(*dev_, Adamw<T>{.master = layout_->params.master.slice(0, n),
@@ -50,14 +41,82 @@ void Runner<Dev, T>::update_weights(const StepSettings& settings) {
                           .grads = layout_->params.grads.slice(0, n),
                           .weights = sizeof(T) == sizeof(A) ? Vec<T>{} : layout_->params.weights.slice(0, n),
                           .control = layout_->control,
-                          .decay_count = table_.decayed,
-                          .lr = A(settings.lr),
-                          .beta1 = A(settings.beta1),
-                          .beta2 = A(settings.beta2),
-                          .eps = A(settings.eps),
-                          .decay = A(settings.decay),
-                          .bias1 = A(1 - std::pow(settings.beta1, step)),
-                          .bias2 = A(1 - std::pow(settings.beta2, step))});
+                          .decay_count = table_.decayed});
+}
+
+template <class Dev, class T>
+StepControl<acc_t<T>> Runner<Dev, T>::control_of(const StepSettings& s) {
+    StepControl<A> c;
+    c.max_norm = A(s.clip);
+    if (s.skip_above > 0) c.skip_above = A(s.skip_above);
+    c.inverse1 = 1 / A(1 - std::pow(s.beta1, double(s.step)));
+    c.inverse2 = 1 / A(1 - std::pow(s.beta2, double(s.step)));
+    c.lr = A(s.lr);
+    c.beta1 = A(s.beta1);
+    c.beta2 = A(s.beta2);
+    c.eps = A(s.eps);
+    c.decay = A(s.decay);
+    return c;
+}
+
+template <class Dev, class T>
+void Runner<Dev, T>::submit_step(const std::vector<Batch>& micro_batches, const StepSettings& settings) {
+    if (submitted_ - finished_ == kStepsInFlight) throw std::logic_error("runner: too many steps are unfinished");
+    if (static_cast<std::int64_t>(micro_batches.size()) > layout_->step.micro_batches())
+        throw std::logic_error("runner: more micro-batches than planned");
+    const int mark = static_cast<int>(submitted_ % kStepsInFlight);
+    Slot& slot = slots_[mark];
+    std::vector<DeviceBatch> batches;
+    slot.tokens = 0;
+    for (const Batch& b : micro_batches) {
+        const auto i = static_cast<std::int64_t>(batches.size());
+        batches.push_back(placed(b, i));
+        place(b, i, slot.block);
+        slot.tokens += double(b.inputs.size());
+    }
+    slot.tokens *= comm_->size();
+    *layout_->step.control(slot.block) = control_of(settings);
+    send(*dev_, layout_->step_memory, slot.block, layout_->step.bytes());
+    launch_step(batches, A(1 / slot.tokens));
+    fetch(*dev_, slot.result, layout_->control, sizeof *slot.result);
+    set_mark(*dev_, mark);
+    ++submitted_;
+}
+
+template <class Dev, class T>
+StepResult Runner<Dev, T>::finish_step() {
+    if (submitted_ == finished_) throw std::logic_error("runner: no step is unfinished");
+    const int mark = static_cast<int>(finished_++ % kStepsInFlight);
+    wait_for_mark(*dev_, mark);
+    const StepControl<A>& control = *slots_[mark].result;
+    return {double(control.loss) / slots_[mark].tokens, double(control.norm), control.skip != 0};
+}
+
+// On CUDA the second step in a row of one shape is recorded, and from then on replayed while the shape stays: the first
+// has loaded the kernels and chosen the algorithms. A step whose batches are cut into documents has a shape of its own.
+template <class Dev, class T>
+void Runner<Dev, T>::launch_step(const std::vector<DeviceBatch>& micro_batches, A grad_scale) {
+    if constexpr (std::is_same_v<Dev, Cuda>) {
+        StepShape shape;
+        for (const DeviceBatch& b : micro_batches) shape.emplace_back(b.inputs.size, b.seq.length);
+        const bool uniform = std::ranges::all_of(micro_batches, [](const DeviceBatch& b) { return b.seq.length > 0; });
+        const bool known = uniform && shape == last_shape_;
+        last_shape_ = shape;
+        if (plan_.cuda_graph && known && !(graph_ && shape == graph_shape_)) {
+            try {
+                graph_.reset(graph_record(*dev_, [&] { run_step(micro_batches, grad_scale); }));
+            } catch (const DeviceError& e) {
+                throw DeviceError(std::string(e.what()) + ", while a step was recorded; --cuda-graph off goes without");
+            }
+            graph_shape_ = shape;
+        }
+        if (graph_ && uniform && shape == graph_shape_) {
+            graph_launch(*dev_, graph_.get());
+            ++replayed_;
+            return;
+        }
+    }
+    run_step(micro_batches, grad_scale);
 }
 
 FIEDLER_RUNNER_INSTANCES()

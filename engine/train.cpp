@@ -14,6 +14,7 @@
 #include "engine/evaluate.h"
 #include "engine/generate.h"
 #include "engine/log.h"
+#include "engine/prefetch.h"
 #include "engine/prepare_config.h"
 #include "engine/schedule.h"
 #include "engine/signals.h"
@@ -57,8 +58,11 @@ class TrainingRun {
     void start();
     void initialise_weights();
     void restore(const Checkpoint&);
-    void train_one_step();
+    void submit_step();
+    void finish_step();
+    bool may_submit() const;
     void report(const StepResult&, double lr);
+    TrainWindows windows() const;
     Evaluation validate();
     void sample_text();
     std::string save();
@@ -69,7 +73,10 @@ class TrainingRun {
         return peak > 0 ? tokens_per_second * training_flops_per_token(engine_->spec(), engine_->spec().context) / peak
                         : -1;
     }
-    bool due(std::int64_t every) const { return every > 0 && (step_ % every == 0 || step_ == config_.steps); }
+    bool due(std::int64_t every, std::int64_t step) const {
+        return every > 0 && (step % every == 0 || step == config_.steps);
+    }
+    bool due(std::int64_t every) const { return due(every, step_); }
 
     Config config_;
     World world_;
@@ -79,12 +86,15 @@ class TrainingRun {
     std::optional<RunFolder> made_folder_;  // of the leader
     std::optional<Dataset> data_;
     std::unique_ptr<Engine> engine_;
+    std::unique_ptr<Prefetcher> batches_;
     std::unique_ptr<RunLog> log_;
     std::unique_ptr<Checkpoint> resumed_;
     LearningRate rate_;
     OutlierDetector norms_, losses_;
-    std::vector<Batch> micro_batches_;
-    std::int64_t step_ = 0, cursor_ = 0, tokens_ = 0, skipped_ = 0;
+    std::int64_t step_ = 0, cursor_ = 0, tokens_ = 0, skipped_ = 0;  // of the steps that are finished
+    std::int64_t submitted_ = 0;                                     // the step that the device was given last
+    bool runs_ahead_ = false;
+    Clock::time_point counted_;  // the time up to here counts for the steps before, or for none
     Clock::time_point session_start_ = Clock::now();
     double earlier_seconds_ = 0;  // of the sessions before this one, all in all
     double train_seconds_ = 0;    // of all sessions, in steps alone
@@ -119,7 +129,11 @@ TrainingRun::TrainingRun(Config config, std::unique_ptr<Checkpoint> resumed, con
     if (world_.size > 1 && device == DeviceKind::cpu) (void)make_comm(world_);  // says that it needs CUDA
     rate_ = {config_.schedule, config_.lr,     config_.min_lr_fraction,
              config_.steps,    config_.warmup, config_.decay_fraction};
-    micro_batches_.resize(static_cast<std::size_t>(engine_->plan().micro_batches));
+}
+
+TrainWindows TrainingRun::windows() const {
+    return {engine_->plan().micro_batch, config_.context, static_cast<std::uint64_t>(config_.seed),
+            config_.document_mask,       world_.rank,     world_.size};
 }
 
 void TrainingRun::initialise_weights() {
@@ -130,12 +144,12 @@ void TrainingRun::initialise_weights() {
     for (const LayerSpec& l : engine_->spec().layer) energies = energies || l.kind == LayerKind::energy;
     if (!energies || !engine_->spec().measured_tau) return;
     // tau from the data: the median energies of the first micro-batch, the same on every process.
-    data_->train_batch(0,
-                       {engine_->plan().micro_batch, config_.context, static_cast<std::uint64_t>(config_.seed),
-                        config_.document_mask, 0, 1},
-                       micro_batches_[0]);
+    TrainWindows first = windows();
+    first.rank = 0, first.world = 1;
+    Batch batch;
+    data_->train_batch(0, first, batch);
     Json tau = Json::array();
-    for (const auto& of_layer : engine_->calibrate_tau(micro_batches_[0])) tau.push_back(of_layer);
+    for (const auto& of_layer : engine_->calibrate_tau(batch)) tau.push_back(of_layer);
     tau_ = tau;
 }
 
@@ -171,6 +185,13 @@ void TrainingRun::start() {
         if (data_->tokenizer()) write_file_atomic(join_path(folder_, kTokenizerName), data_->tokenizer()->model());
     }
     if (!resumed_) initialise_weights();
+    submitted_ = step_;
+    const bool results_decide = config_.skip_outliers > 0 || !config_.skip_nonfinite;  // about the step after them
+    runs_ahead_ = engine_->device_kind() == "cuda" && !results_decide;
+    const TrainWindows w = windows();
+    batches_ = std::make_unique<Prefetcher>(
+        [&data = *data_, w](std::int64_t cursor, Batch& batch) { data.train_batch(cursor, w, batch); },
+        static_cast<std::size_t>(engine_->plan().micro_batches), w.rows * w.world, cursor_);
     if (!leads_) return;
     made_folder_->keep();
     const RunPlan& plan = engine_->plan();
@@ -206,17 +227,22 @@ void TrainingRun::start() {
     if (resumed_) terminal_.line(fmt::format("resumed from {} at step {}", resumed_->folder(), step_));
 }
 
-void TrainingRun::train_one_step() {
-    const auto begin = Clock::now();
-    const TrainWindows windows{engine_->plan().micro_batch, config_.context, static_cast<std::uint64_t>(config_.seed),
-                               config_.document_mask,       world_.rank,     world_.size};
-    for (Batch& b : micro_batches_) {
-        data_->train_batch(cursor_, windows, b);
-        cursor_ += windows.rows * world_.size;
-    }
+// The device gets the next step before this one's result is read (runs_ahead_), unless something is to happen between
+// the two.
+bool TrainingRun::may_submit() const {
+    if (submitted_ == config_.steps || stop_requested()) return false;
+    if (submitted_ == step_) return true;
+    const bool pause = (due(config_.val_every, submitted_) && held_out()) || due(config_.sample_every, submitted_) ||
+                       due(config_.checkpoint_every, submitted_);
+    return runs_ahead_ && !pause && submitted_ - step_ < Engine::kStepsInFlight;
+}
+
+void TrainingRun::submit_step() {
+    if (submitted_ == step_) counted_ = Clock::now();
+    const std::vector<Batch>& micro_batches = batches_->next();
     StepSettings s;
-    s.step = step_ + 1;
-    s.lr = rate_(step_);
+    s.step = submitted_ + 1;
+    s.lr = rate_(submitted_);
     s.beta1 = config_.beta1;
     s.beta2 = config_.beta2;
     s.eps = config_.adam_eps;
@@ -224,15 +250,23 @@ void TrainingRun::train_one_step() {
     s.clip = config_.clip;
     const double limit = norms_.limit(config_.skip_outliers);
     s.skip_above = std::isfinite(limit) ? limit : 0;
-    const StepResult r = engine_->train_step(micro_batches_, s);
+    engine_->submit_step(micro_batches, s);
+    ++submitted_;
+}
+
+void TrainingRun::finish_step() {
+    const StepResult r = engine_->finish_step();
     ++step_;
     tokens_ += config_.batch_tokens * world_.size;
-    const double seconds = seconds_since(begin);
+    if (submitted_ == step_) cursor_ = batches_->cursor();
+    const auto now = Clock::now();
+    const double seconds = std::chrono::duration<double>(now - counted_).count();
+    counted_ = now;
     train_seconds_ += seconds;
     if (session_steps_++ > 0) session_seconds_ += seconds;  // the first step loads modules and chooses algorithms
     interval_seconds_ += seconds;
     ++interval_steps_;
-    report(r, s.lr);
+    report(r, rate_(step_ - 1));
     norms_.add(r.norm);
     losses_.add(r.loss);
     if (r.skipped && !config_.skip_nonfinite && !std::isfinite(r.norm))
@@ -333,8 +367,14 @@ std::string TrainingRun::save() {
 int TrainingRun::run() {
     start();
     std::string checkpoint;
-    while (step_ < config_.steps && !stop_requested()) {
-        train_one_step();
+    for (;;) {
+        if (may_submit()) {
+            submit_step();
+            continue;
+        }
+        if (submitted_ == step_) break;
+        finish_step();
+        if (submitted_ > step_) continue;  // nothing is due in between
         if (due(config_.val_every) && held_out()) validate();
         if (due(config_.sample_every) && engine_->spec().causal) sample_text();
         if (due(config_.checkpoint_every) || stop_requested()) checkpoint = save();

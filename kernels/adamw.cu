@@ -12,25 +12,24 @@ struct alignas(8) Weights4 {  // kVector weights, stored by one 8-byte access
     nv_bf16 v[kVector];
 };
 
-struct Rates {
-    float lr, beta1, beta2, eps, decay, inverse1, inverse2, scale;
-};
+using Control = StepControl<float>;
 
-__device__ inline void step(const Rates& r, float decay, float grad, float& w, float& m, float& v) {
+__device__ inline void step(const Control& r, float decay, float grad, float& w, float& m, float& v) {
     const float g = r.scale * grad;
     m = r.beta1 * m + (1.f - r.beta1) * g;
     v = r.beta2 * v + (1.f - r.beta2) * g * g;
     w -= r.lr * (m * r.inverse1 / (sqrtf(v * r.inverse2) + r.eps) + decay * w);
 }
 
-// One thread: kVector neighbouring parameters, or what is left of them at the end.
-__global__ void __launch_bounds__(kThreads)
+// One thread: kVector neighbouring parameters, or what is left of them at the end. Five blocks to a multiprocessor: left
+// to itself, the compiler goes for six and spills.
+__global__ void __launch_bounds__(kThreads, 5)
     adamw_kernel(float* master, float* m, float* v, float* grads, nv_bf16* weights, std::int64_t n,
-                 std::int64_t decay_count, const StepControl<float>* control, Rates r) {
+                 std::int64_t decay_count, const Control* control) {
     const std::int64_t first = (std::int64_t(blockIdx.x) * kThreads + threadIdx.x) * kVector;
     if (first >= n) return;
-    const bool skip = control->skip != 0.f;
-    r.scale = control->scale;
+    const Control r = *control;  // 16 bytes at a time, the same for all threads
+    const bool skip = r.skip != 0.f;
     if (first + kVector <= n) {
         if (!skip) {
             Pack<float> w4 = load16(master + first), m4 = load16(m + first), v4 = load16(v + first);
@@ -85,10 +84,9 @@ void adamw(const Cuda& d, const Adamw<bf16>& p) {
     FIEDLER_REQUIRE("adamw", is_aligned(p.master.data, 16) && is_aligned(p.m.data, 16));
     FIEDLER_REQUIRE("adamw", is_aligned(p.v.data, 16) && is_aligned(p.grads.data, 16));
     if (n == 0) return;
-    const Rates r{p.lr, p.beta1, p.beta2, p.eps, p.decay, 1.f / p.bias1, 1.f / p.bias2, 1.f};
     const auto blocks = static_cast<unsigned>(ceil_div(n, std::int64_t(kThreads) * kVector));
     adamw_kernel<<<blocks, kThreads, 0, stream_of(d)>>>(p.master.data, p.m.data, p.v.data, p.grads.data,
-                                                        nv(p.weights.data), n, p.decay_count, p.control, r);
+                                                        nv(p.weights.data), n, p.decay_count, p.control);
     LAUNCH_CHECK("adamw");
 }
 

@@ -11,13 +11,14 @@ namespace {
 constexpr std::int64_t kChunk = 1 << 14;
 
 template <class A>
-void update(const Adamw<A>& p, A scale, std::int64_t first, std::int64_t last, A decay) {
+void update(const Adamw<A>& p, std::int64_t first, std::int64_t last, A decay) {
     A* __restrict w = p.master.data;
     A* __restrict m = p.m.data;
     A* __restrict v = p.v.data;
     A* __restrict grad = p.grads.data;
-    const A lr = p.lr, beta1 = p.beta1, beta2 = p.beta2, eps = p.eps;
-    const A inverse1 = 1 / p.bias1, inverse2 = 1 / p.bias2;
+    const StepControl<A>& c = *p.control;
+    const A scale = c.scale, lr = c.lr, beta1 = c.beta1, beta2 = c.beta2, eps = c.eps;
+    const A inverse1 = c.inverse1, inverse2 = c.inverse2;
     for (std::int64_t i = first; i < last; ++i) {
         const A g = scale * grad[i];
         m[i] = beta1 * m[i] + (1 - beta1) * g;
@@ -32,8 +33,8 @@ template <class T>
 void adamw(const Cpu& d, const Adamw<T>& p) {
     check(p);
     const std::int64_t n = p.master.size, chunks = (n + kChunk - 1) / kChunk;
+    FIEDLER_REQUIRE("adamw", p.control->eps > 0 && p.control->inverse1 > 0 && p.control->inverse2 > 0);
     const bool skip = p.control->skip != 0;
-    const T scale = p.control->scale;
     parallel_for(d, chunks, [&](std::int64_t c) {
         const std::int64_t first = c * kChunk, last = std::min(first + kChunk, n);
         if (skip) {
@@ -41,8 +42,8 @@ void adamw(const Cpu& d, const Adamw<T>& p) {
             return;
         }
         const std::int64_t decayed = std::clamp(p.decay_count, first, last);
-        update(p, scale, first, decayed, p.decay);
-        update(p, scale, decayed, last, T(0));
+        update(p, first, decayed, p.control->decay);
+        update(p, decayed, last, T(0));
     });
 }
 

@@ -13,15 +13,21 @@
 // Shapes     v, o, dv, do_: [tokens, heads D] T, any ld (16-byte aligned rows on Cuda), D in {16, 32, 64, 128} on Cuda
 //            a, b, da, db: [tokens, heads R] acc_t<T>, contiguous, R = 1..16
 //            F, dF, lse, delta: [tokens, heads] acc_t<T>
-// Writes     o, lse; da, db, dF, dv, delta (scratch): overwritten. dF absent iff F is. Outputs alias nothing.
+// Writes     o, lse; da, db, dF, dv, delta and partial (scratch): overwritten. dF absent iff F is. Outputs alias nothing.
 // Numerics   scores, weights and sums in acc_t<T>; on Cuda p and ds are rounded to bf16 for the tensor-core products
-//            only (P V, dO V', P' dO), f32 accumulation. Fixed order, no atomics: bit-equal from run to run.
+//            only (P V, dO V', P' dO), f32 accumulation; there, o is divided by the sum of the rounded weights, lse is
+//            from the sum before rounding. With R = 1 a weight is a product of factors of its row and column, each
+//            within a few units of rounding, as long as their range permits. Fixed order, no atomics: bit-equal from
+//            run to run.
 // decode     one query, `length` cached keys of one sequence (query i = length - 1), causal: o as above.
 #pragma once
+#include <algorithm>
+
 #include "kernels/contract.h"
 #include "kernels/device.h"
 #include "kernels/dtype.h"
 #include "kernels/traffic.h"
+#include "kernels/tuning.h"
 
 namespace fiedler {
 
@@ -42,12 +48,14 @@ struct AttentionBackward {
     Mat<acc_t<T>> da, db;
     Mat<acc_t<T>> dF;  // present iff F is
     Mat<T> dv;
-    Mat<acc_t<T>> delta;  // scratch [tokens, heads]
+    Mat<acc_t<T>> delta;    // scratch [tokens, heads]
+    Vec<acc_t<T>> partial;  // scratch of Cuda: attention_partial_elements, or fewer (see there); absent on Cpu
     Mat<const acc_t<T>> a, b;
     Mat<const acc_t<T>> F;  // optional
     Mat<const T> v, o, do_;
     Mat<const acc_t<T>> lse;
     Packed seq;
+    std::int32_t longest = 0;  // no sequence of ragged `seq` is longer; 0: not known
     std::int32_t heads = 1, scalars = 1, window = 0;
     bool causal = true;
 };
@@ -116,6 +124,47 @@ struct Sight {
         return window > 0 && last - i > window ? i + window : last;
     }
 };
+
+// On the GPU the backward pass makes da in parts: a block adds up the keys of one group, consecutive tiles of keys, and
+// writes the sum for each query that sees any of them to a slab of `partial`, [slabs][heads][tokens up to 64][R]; then
+// the slabs are added in order. Groups that one tile of 64 queries sees have different slabs: group modulo slabs.
+struct AttentionSlabs {
+    std::int32_t slabs = 1, tiles = 1;  // slabs; tiles of keys in a group
+};
+// R of the kernel that serves this many scalars, and the keys of its tiles.
+constexpr std::int32_t attention_padded_scalars(std::int32_t scalars) {
+    return scalars <= 2 ? scalars : scalars <= 4 ? 4 : scalars <= 8 ? 8 : 16;
+}
+constexpr std::int32_t attention_backward_keys(std::int64_t width, std::int32_t scalars) {
+    return tuning::attention_backward(static_cast<int>(width), scalars).keys();
+}
+// The most slabs that are of use: with fewer groups of keys, a long sequence does not fill the GPU.
+constexpr std::int32_t attention_most_slabs(std::int32_t scalars) { return std::max(16, 64 / scalars); }
+// The smallest groups that do with `most` slabs, at least 1. keys: of a tile.
+inline AttentionSlabs attention_slabs(const Packed& seq, std::int32_t longest, std::int32_t window, bool causal,
+                                      std::int32_t keys, std::int64_t most) {
+    const std::int64_t bound = seq.length > 0 ? seq.length : longest > 0 ? longest : seq.tokens;
+    const std::int64_t seen = window > 0 ? std::min<std::int64_t>(window, bound) : bound;
+    const std::int64_t keys_of_tile = causal ? seen + 63 : 2 * seen + 62;  // the most that 64 queries see
+    for (std::int32_t tiles = 1;; ++tiles) {
+        const std::int64_t span = std::int64_t(tiles) * keys;
+        std::int64_t slabs = std::min((seq.tokens + span - 1) / span, (keys_of_tile + span - 2) / span + 1);
+        if (seq.length > 0 && seq.length % span == 0) slabs = std::min(slabs, seq.length / span);
+        if (slabs <= most || slabs <= 1) return {static_cast<std::int32_t>(std::max<std::int64_t>(slabs, 1)), tiles};
+    }
+}
+inline std::int64_t attention_slab_elements(std::int64_t tokens, std::int32_t heads, std::int32_t scalars) {
+    return (tokens + 63) / 64 * 64 * heads * attention_padded_scalars(scalars);
+}
+// `partial` for the best speed; any size from attention_slab_elements on works. Fewer slabs make larger groups of keys.
+inline std::int64_t attention_partial_elements(const Packed& seq, std::int32_t longest, std::int32_t heads,
+                                               std::int64_t width, std::int32_t scalars, std::int32_t window,
+                                               bool causal) {
+    const std::int32_t R = attention_padded_scalars(scalars);
+    return attention_slabs(seq, longest, window, causal, attention_backward_keys(width, R), attention_most_slabs(R))
+               .slabs *
+           attention_slab_elements(seq.tokens, heads, scalars);
+}
 
 // Visible (query, key) pairs of one head in uniform sequences of length n.
 inline double attention_pairs(double n, bool causal, double window) {

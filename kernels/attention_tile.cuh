@@ -60,6 +60,8 @@ struct Band {
         lo = sight.lo(first), full_lo = sight.lo(last);
         hi = sight.hi(last), full_hi = sight.hi(first);
     }
+    __device__ explicit Band(const int4& ends) : lo(ends.x), hi(ends.y), full_lo(ends.z), full_hi(ends.w) {}
+    __device__ int4 ends() const { return {lo, hi, full_lo, full_hi}; }
     __device__ bool misses(int column, int n) const { return column >= hi || column + n <= lo; }
     __device__ bool covers(int column, int n) const { return column >= full_lo && column + n <= full_hi; }
 };
@@ -213,6 +215,49 @@ __device__ void store_rows(nv_bf16* dst, std::int64_t ld, const float (&c)[D / 8
             *reinterpret_cast<std::uint32_t*>(row + 8 * n) =
                 pack_bf16(c[n][2 * k] * scale[k], c[n][2 * k + 1] * scale[k]);
     }
+}
+
+// Natural logarithm of the ratio below which a weight is nothing: exp(-25) = 1.4e-11, so that even a thousand of them
+// stay under the rounding of f32. A warp skips a tile whose gate alone puts every weight below that.
+constexpr float kFaded = 25.f;
+
+// Blocks that must fit on one multiprocessor: the bound on registers, 65,536 / (128 blocks), at which nothing spills.
+constexpr int blocks_per_sm(int width, int scalars) { return width == 128 || scalars == 16 ? 2 : 3; }
+
+// Largest of a number over the 64 columns of a tile: two a lane.
+template <class Number>
+__device__ float tile_max(Number&& number) {
+    const int lane = threadIdx.x % kWarp;
+    return warp_max(fmaxf(number(lane), number(lane + kWarp)));
+}
+
+template <class Args>
+__device__ const float* gate_of_head(const Args& p, int head) {
+    return p.F.data == nullptr ? nullptr : p.F.data + head;
+}
+
+// launch.template operator()<D, R>() for this head width and the least R that holds the scalars.
+template <int D, class Launch>
+void with_scalars(int scalars, Launch&& launch) {
+    if (scalars == 1) return launch.template operator()<D, 1>();
+    if (scalars == 2) return launch.template operator()<D, 2>();
+    if (scalars <= 4) return launch.template operator()<D, 4>();
+    if (scalars <= 8) return launch.template operator()<D, 8>();
+    return launch.template operator()<D, 16>();
+}
+template <class Launch>
+void with_sizes(int width, int scalars, Launch&& launch) {
+    if (width == 16) return with_scalars<16>(scalars, launch);
+    if (width == 32) return with_scalars<32>(scalars, launch);
+    if (width == 64) return with_scalars<64>(scalars, launch);
+    return with_scalars<128>(scalars, launch);
+}
+inline void check_width(std::int64_t width) {
+    FIEDLER_REQUIRE("attention", width == 16 || width == 32 || width == 64 || width == 128);
+}
+template <class Args>
+dim3 tiles_of(const Args& p) {
+    return dim3(static_cast<unsigned>(ceil_div(p.seq.tokens, kTile)), static_cast<unsigned>(p.heads));
 }
 
 }  // namespace fiedler::attention_tile

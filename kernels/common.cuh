@@ -38,6 +38,7 @@ inline const char* describe(cublasStatus_t e) { return cublasLtGetStatusString(e
 struct CudaState {
     cudaStream_t stream = nullptr;
     cudaEvent_t start = nullptr, stop = nullptr;
+    cudaEvent_t marks[kMarks] = {};
     cublasLtHandle_t blas = nullptr;
     void* plans = nullptr;                            // matmul's cache of chosen algorithms
     void (*destroy_plans)(void*) noexcept = nullptr;  // set by matmul with plans

@@ -12,6 +12,9 @@ namespace {
 constexpr int kThreads = 256, kTaps = 4, kReach = kTaps - 1, kRun = 8;
 constexpr int kSums = kTaps + 1;  // partial sums of a column: dw_0 .. dw_3, dlog_temp
 constexpr int kMaxBlocks = kCoordinatePartials;
+// Of a multiprocessor, going backward: 80 registers a thread, so that with 96 columns (blocks of 192 threads) all
+// kMaxBlocks run at once on 132 multiprocessors, with 27 loads under way to each thread.
+constexpr int kBackwardBlocks = 3;
 static_assert(kSums == 5, "coordinate_scratch_elements");
 
 struct Layout {
@@ -88,43 +91,55 @@ __device__ inline void backward_run(const CoordinateBackward<bf16>& p, std::int6
     const float* output = (is_query ? p.a.data : p.b.data) + own;
     nv_bf16* ds_out = reinterpret_cast<nv_bf16*>(p.ds.data) + column;
     const std::int64_t gradient_ld = is_query ? p.da.ld : p.db.ld, output_ld = is_query ? p.a.ld : p.b.ld;
+    gradient += start * gradient_ld;
+    output += start * output_ld;
+    ds_out += start * p.ds.ld;
+    const float* scalar = kConvolution ? p.s.data + start * p.s.ld + column : nullptr;
+    // What is not read again this step is marked to leave the caches first; s shares its rows with the gate's logits.
+    const int left = static_cast<int>(min(std::int64_t(tokens) - start, std::int64_t(kRun + kReach)));
     float g[kRun + kReach], s[kRun], o[kRun];
 #pragma unroll
-    for (int n = 0; n < (kConvolution ? kRun + kReach : kRun); ++n)
-        g[n] = start + n < tokens ? gradient[(start + n) * gradient_ld] : 0.f;
-#pragma unroll
-    for (int n = 0; n < kRun; ++n) {
-        const bool inside = start + n < tokens;
-        o[n] = inside ? output[(start + n) * output_ld] : 0.f;
-        if (kConvolution) s[n] = inside ? p.s.data[(start + n) * p.s.ld + column] : 0.f;
+    for (int n = 0; n < (kConvolution ? kRun + kReach : kRun); ++n) {
+        g[n] = n < left ? __ldcs(gradient) : 0.f;
+        gradient += gradient_ld;
     }
-    int last = kConvolution ? p.seq.last(static_cast<int>(start)) : 0;
 #pragma unroll
     for (int n = 0; n < kRun; ++n) {
-        const std::int64_t token = start + n;
-        if (token >= tokens) return;
-        sum[kTaps] -= g[n] * o[n];
-        float ds = g[n] * scale;
+        o[n] = n < left ? __ldcs(output) : 0.f;
+        output += output_ld;
         if (kConvolution) {
-            if (token == last) last = p.seq.last(static_cast<int>(token));
-            ds = 0.f;
+            s[n] = n < left ? *scalar : 0.f;
+            scalar += p.s.ld;
+        }
+    }
+    // Tokens from the start on that belong to the sequence of the token at hand.
+    int same = kConvolution ? p.seq.last(static_cast<int>(start)) - static_cast<int>(start) : 0;
 #pragma unroll
-            for (int k = 0; k < kTaps; ++k) {
-                const int ahead = kReach - k;
-                if (token + ahead < last) {
-                    const float dlam = g[n + ahead] * scale;
+    for (int n = 0; n < kRun; ++n) {
+        if (n < left) {
+            sum[kTaps] -= g[n] * o[n];
+            float ds = g[n] * scale;
+            if (kConvolution) {
+                if (n == same) same = p.seq.last(static_cast<int>(start) + n) - static_cast<int>(start);
+                ds = 0.f;
+#pragma unroll
+                for (int k = 0; k < kTaps; ++k) {
+                    const int ahead = kReach - k;
+                    const float dlam = n + ahead < same ? g[n + ahead] * scale : 0.f;
                     ds += w[k] * dlam;
                     sum[k] += s[n] * dlam;
                 }
             }
+            *ds_out = from_float<nv_bf16>(ds);
         }
-        ds_out[token * p.ds.ld] = from_float<nv_bf16>(ds);
+        ds_out += p.ds.ld;
     }
 }
 
 // Scratch: partial[(column * kSums + k) * gridDim.x + blockIdx.x], so that the partial sums of one total lie together.
 template <bool kConvolution>
-__global__ void __launch_bounds__(kThreads) coordinate_backward_kernel(CoordinateBackward<bf16> p) {
+__global__ void __launch_bounds__(kThreads, kConvolution ? kBackwardBlocks : 1)
+    coordinate_backward_kernel(CoordinateBackward<bf16> p) {
     __shared__ float shared[kSums][kThreads];
     const int columns = static_cast<int>(p.s.cols), half = columns / 2;
     const int column = blockIdx.y * blockDim.x + threadIdx.x;
@@ -168,16 +183,20 @@ __global__ void __launch_bounds__(kThreads) coordinate_totals_kernel(const float
                                                                      int heads, float* dw, float* dlog_temp) {
     __shared__ float shared[kThreads / kWarp];
     const int total = blockIdx.x;
+    // Each thread adds its one or two partial sums of a column; columns are independent loads.
+    static_assert(kMaxBlocks <= 2 * kThreads);
+    const int low = threadIdx.x, high = threadIdx.x + kThreads;
+    const auto column_sum = [&](int column, int k) {
+        const float* mine = partial + (std::int64_t(column) * kSums + k) * rows;
+        return (low < rows ? mine[low] : 0.f) + (high < rows ? mine[high] : 0.f);
+    };
     float sum = 0.f;
     if (total < taps) {
-        const float* mine = partial + (std::int64_t(total / kTaps) * kSums + total % kTaps) * rows;
-        for (int i = threadIdx.x; i < rows; i += kThreads) sum += mine[i];
+        sum = column_sum(total / kTaps, total % kTaps);
     } else {
         const int per_head = half / heads, first = (total - taps) * per_head;
-        for (int i = threadIdx.x; i < 2 * per_head * rows; i += kThreads) {
-            const int which = i / rows, column = which < per_head ? first + which : half + first + which - per_head;
-            sum += partial[(std::int64_t(column) * kSums + kTaps) * rows + i % rows];
-        }
+#pragma unroll 8
+        for (int c = 0; c < per_head; ++c) sum += column_sum(first + c, kTaps) + column_sum(half + first + c, kTaps);
     }
     sum = block_sum(sum, shared);
     if (threadIdx.x == 0) (total < taps ? dw[total] : dlog_temp[total - taps]) += sum;

@@ -1,6 +1,8 @@
 // kernels/device.cu: the Cuda context (see device.h).
 #include <nvtx3/nvToolsExt.h>
 
+#include <memory>
+
 #include "kernels/common.cuh"
 
 namespace fiedler {
@@ -26,6 +28,7 @@ CudaDeviceInfo cuda_device_info(int ordinal) {
     info.arch = prop.major * 10 + prop.minor;
     info.sm_count = prop.multiProcessorCount;
     info.memory_bytes = prop.totalGlobalMem;
+    info.l2_bytes = static_cast<std::size_t>(prop.l2CacheSize);
     CUDA_CHECK(cudaDriverGetVersion(&info.driver_version));
     CUDA_CHECK(cudaRuntimeGetVersion(&info.runtime_version));
     return info;
@@ -36,10 +39,12 @@ Cuda::Cuda(int device) : state(new CudaState), ordinal(device) {
         const CudaDeviceInfo info = cuda_device_info(ordinal);
         sm_count = info.sm_count;
         arch = info.arch;
+        l2_bytes = info.l2_bytes;
         CUDA_CHECK(cudaSetDevice(ordinal));
         CUDA_CHECK(cudaStreamCreateWithFlags(&state->stream, cudaStreamNonBlocking));
         CUDA_CHECK(cudaEventCreate(&state->start));
         CUDA_CHECK(cudaEventCreate(&state->stop));
+        for (cudaEvent_t& mark : state->marks) CUDA_CHECK(cudaEventCreateWithFlags(&mark, cudaEventDisableTiming));
         CUBLAS_CHECK(cublasLtCreate(&state->blas));
     } catch (...) {
         delete state;
@@ -52,6 +57,8 @@ Cuda::~Cuda() {  // nothing to be done about a failure here: the process is lett
     if (state->blas) (void)cublasLtDestroy(state->blas);
     if (state->start) (void)cudaEventDestroy(state->start);
     if (state->stop) (void)cudaEventDestroy(state->stop);
+    for (const cudaEvent_t mark : state->marks)
+        if (mark) (void)cudaEventDestroy(mark);
     if (state->stream) (void)cudaStreamDestroy(state->stream);
     delete state;
 }
@@ -87,6 +94,74 @@ void copy_rows_on_device(const Cuda& d, void* dst, std::size_t dst_pitch, const 
     CUDA_CHECK(cudaMemcpy2DAsync(dst, dst_pitch, src, src_pitch, width, rows, cudaMemcpyDeviceToDevice, stream_of(d)));
 }
 void synchronize(const Cuda& d) { CUDA_CHECK(cudaStreamSynchronize(stream_of(d))); }
+
+void* host_alloc(const Cuda&, std::size_t bytes) {
+    void* p = nullptr;
+    CUDA_CHECK(cudaHostAlloc(&p, bytes, cudaHostAllocDefault));
+    return p;
+}
+void host_free(const Cuda&, void* p) noexcept { (void)cudaFreeHost(p); }
+void send(const Cuda& d, void* dst, const void* host, std::size_t bytes) {
+    CUDA_CHECK(cudaMemcpyAsync(dst, host, bytes, cudaMemcpyHostToDevice, stream_of(d)));
+}
+void fetch(const Cuda& d, void* host, const void* src, std::size_t bytes) {
+    CUDA_CHECK(cudaMemcpyAsync(host, src, bytes, cudaMemcpyDeviceToHost, stream_of(d)));
+}
+void set_mark(const Cuda& d, int mark) { CUDA_CHECK(cudaEventRecord(d.state->marks[mark], stream_of(d))); }
+void wait_for_mark(const Cuda& d, int mark) { CUDA_CHECK(cudaEventSynchronize(d.state->marks[mark])); }
+
+struct CudaGraph {
+    cudaGraphExec_t exec = nullptr;
+    std::size_t nodes = 0;
+};
+
+namespace {
+
+// A recording that is under way; ends with the stream as it was, whatever happened.
+struct Recording {
+    explicit Recording(cudaStream_t s) : stream(s) {
+        // Calls of other threads are their own affair: only this thread's are held to the rules of a recording.
+        CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    }
+    ~Recording() {
+        if (!ended) (void)cudaStreamEndCapture(stream, &graph);
+        if (graph) (void)cudaGraphDestroy(graph);
+        if (!ended) (void)cudaGetLastError();
+    }
+    Recording(const Recording&) = delete;
+    Recording& operator=(const Recording&) = delete;
+    void end() {
+        ended = true;
+        CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+    }
+    cudaStream_t stream;
+    cudaGraph_t graph = nullptr;
+    bool ended = false;
+};
+
+}  // namespace
+
+CudaGraph* graph_record(const Cuda& d, const std::function<void()>& work) {
+    Recording recording(stream_of(d));
+    work();
+    recording.end();
+    auto owned = std::make_unique<CudaGraph>();
+    CUDA_CHECK(cudaGraphGetNodes(recording.graph, nullptr, &owned->nodes));
+    CUDA_CHECK(cudaGraphInstantiate(&owned->exec, recording.graph, 0));
+    const cudaError_t uploaded = cudaGraphUpload(owned->exec, stream_of(d));
+    if (uploaded != cudaSuccess) {
+        (void)cudaGraphExecDestroy(owned->exec);
+        CUDA_CHECK(uploaded);
+    }
+    return owned.release();
+}
+void graph_launch(const Cuda& d, const CudaGraph* g) { CUDA_CHECK(cudaGraphLaunch(g->exec, stream_of(d))); }
+std::size_t graph_nodes(const CudaGraph* g) { return g->nodes; }
+void graph_free(CudaGraph* g) noexcept {
+    if (!g) return;
+    (void)cudaGraphExecDestroy(g->exec);
+    delete g;
+}
 
 void timer_start(const Cuda& d) { CUDA_CHECK(cudaEventRecord(d.state->start, stream_of(d))); }
 double timer_stop_seconds(const Cuda& d) {

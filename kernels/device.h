@@ -10,6 +10,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <stdexcept>
 #include <string>
 
@@ -37,13 +38,14 @@ struct Cuda {
     int ordinal = 0;
     int sm_count = 0;
     int arch = 0;  // 89 for sm_89
+    std::size_t l2_bytes = 0;
 };
 
 struct CudaDeviceInfo {
     std::string name;
     int arch = 0;
     int sm_count = 0;
-    std::size_t memory_bytes = 0;
+    std::size_t memory_bytes = 0, l2_bytes = 0;
     int driver_version = 0;  // as CUDA counts: 13000 is 13.0
     int runtime_version = 0;
 };
@@ -79,6 +81,35 @@ void copy_rows_on_device(const Cuda&, void* dst, std::size_t dst_pitch, const vo
                          std::size_t width, std::size_t rows);
 void synchronize(const Cuda&);
 
+// Work that the host does not wait for. `host` is memory of host_alloc (pinned on Cuda, outside the device) and must stay
+// as it is until a mark set after the call has passed. Marks are points of the stream, kMarks of them to each context;
+// setting one again forgets where it was. The same calls on Cpu, where everything is done when they return.
+inline constexpr int kMarks = 2;
+void* host_alloc(const Cuda&, std::size_t bytes);  // 256-byte aligned; DeviceError when there is not enough
+void host_free(const Cuda&, void* p) noexcept;
+void send(const Cuda&, void* dst, const void* host, std::size_t bytes);
+void fetch(const Cuda&, void* host, const void* src, std::size_t bytes);
+void set_mark(const Cuda&, int mark);
+void wait_for_mark(const Cuda&, int mark);
+inline void* host_alloc(const Cpu& d, std::size_t bytes) { return device_alloc(d, bytes); }
+inline void host_free(const Cpu& d, void* p) noexcept { device_free(d, p); }
+inline void send(const Cpu& d, void* dst, const void* host, std::size_t bytes) { copy_to_device(d, dst, host, bytes); }
+inline void fetch(const Cpu& d, void* host, const void* src, std::size_t bytes) { copy_to_host(d, host, src, bytes); }
+inline void set_mark(const Cpu&, int) {}
+inline void wait_for_mark(const Cpu&, int) {}
+
+// Work recorded once (a CUDA graph) and launched again and again at the price of one launch. Kernel arguments, addresses
+// included, are those of the recording: what changes from launch to launch must lie in memory.
+// graph_record runs `work`, whose calls on dev are recorded instead of done. They must not wait, allocate device memory
+// or copy from or to host memory that is not pinned; what they choose at their first call (algorithms, modules) must
+// have been chosen. The recording takes device memory of CUDA's own, outside any arena: of the order of a KiB a call.
+// On an error nothing stays recorded and the stream can be used as before.
+struct CudaGraph;
+CudaGraph* graph_record(const Cuda&, const std::function<void()>& work);
+void graph_launch(const Cuda&, const CudaGraph*);
+std::size_t graph_nodes(const CudaGraph*);
+void graph_free(CudaGraph*) noexcept;
+
 // Seconds between two marks on the device's own clock (CUDA events). One pending pair per context.
 void timer_start(const Cuda&);
 double timer_stop_seconds(const Cuda&);  // waits for the stream
@@ -86,9 +117,17 @@ double timer_stop_seconds(const Cuda&);  // waits for the stream
 // Profiler ranges (NVTX on CUDA builds, nothing otherwise). The word is the kernel family or stage.
 void range_push(const char* word);
 void range_pop();
+// Where set, every Range calls it: with its word when it begins, with nullptr when it ends (kernels/profile.h).
+inline void (*range_hook)(const char* word) = nullptr;
 struct Range {
-    explicit Range(const char* word) { range_push(word); }
-    ~Range() { range_pop(); }
+    explicit Range(const char* word) {
+        range_push(word);
+        if (range_hook) range_hook(word);
+    }
+    ~Range() {
+        if (range_hook) range_hook(nullptr);
+        range_pop();
+    }
     Range(const Range&) = delete;
     Range& operator=(const Range&) = delete;
 };

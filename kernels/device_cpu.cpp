@@ -28,6 +28,7 @@ int cuda_device_count(std::string* why) {
     return 0;
 }
 CudaDeviceInfo cuda_device_info(int) { throw DeviceError("this binary was built without CUDA"); }
+void graph_free(CudaGraph*) noexcept {}  // there is none to free
 void range_push(const char*) {}
 void range_pop() {}
 #endif

@@ -63,7 +63,12 @@ Traffic traffic(const GateBackward<T>& p) {
     return {n * (2 * sizeof(acc_t<T>) + sizeof(T)), 6 * n};
 }
 
-inline std::int64_t gate_scratch_elements(std::int64_t sequences, std::int64_t heads) { return sequences * heads; }
+// Chunks that long sequences are cut into at most, all together, on Cuda: each has its share of dbias, and two numbers
+// for what is carried into it.
+inline constexpr std::int64_t kGateChunks = 512;
+inline std::int64_t gate_scratch_elements(std::int64_t sequences, std::int64_t heads) {
+    return (sequences > 3 * kGateChunks ? sequences : 3 * kGateChunks) * heads;
+}
 
 template <class A>  // float, double
 void gate_forward(const Cpu&, const GateForward<A>&);

@@ -18,10 +18,11 @@ __global__ void __launch_bounds__(kThreads)
     float sum[Pack<float>::size] = {};
 #pragma unroll 4
     for (std::int64_t i = thread; i < packs; i += kStride) {
-        const Pack<float> g = load16(grads + i * Pack<float>::size);
+        const float4 four = __ldcs(reinterpret_cast<const float4*>(grads) + i);  // read once: first to leave the caches
+        const float g[Pack<float>::size] = {four.x, four.y, four.z, four.w};
 #pragma unroll
         for (int k = 0; k < Pack<float>::size; ++k) {
-            const float x = unscale * g.v[k];
+            const float x = unscale * g[k];
             sum[k] += x * x;
         }
     }
@@ -34,8 +35,8 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) partials[blockIdx.x] = total;
 }
 
-__global__ void __launch_bounds__(kThreads) gradnorm_final_kernel(const float* partials, StepControl<float>* control,
-                                                                  float unscale, float max_norm, float skip_above) {
+__global__ void __launch_bounds__(kThreads)
+    gradnorm_final_kernel(const float* partials, StepControl<float>* control, float unscale) {
     __shared__ double shared[kThreads];
     double sum = 0;
     for (int i = threadIdx.x; i < kBlocks; i += kThreads) sum += double(partials[i]);
@@ -49,7 +50,8 @@ __global__ void __launch_bounds__(kThreads) gradnorm_final_kernel(const float* p
     const float norm = static_cast<float>(sqrt(shared[0]));
     const bool finite = isfinite(norm);
     control->norm = norm;
-    control->skip = !finite || norm > skip_above ? 1.f : 0.f;
+    control->skip = !finite || norm > control->skip_above ? 1.f : 0.f;
+    const float max_norm = control->max_norm;
     float scale = unscale;
     if (max_norm > 0 && norm > max_norm) scale = unscale * (max_norm / norm);
     control->scale = finite ? scale : 0.f;
@@ -63,8 +65,7 @@ void gradnorm(const Cuda& d, const Gradnorm<float>& p) {
     gradnorm_partial_kernel<<<kBlocks, kThreads, 0, stream_of(d)>>>(p.grads.data, p.grads.size, p.unscale,
                                                                     p.partials.data);
     LAUNCH_CHECK("gradnorm_partial");
-    gradnorm_final_kernel<<<1, kThreads, 0, stream_of(d)>>>(p.partials.data, p.control, p.unscale, p.max_norm,
-                                                            p.skip_above);
+    gradnorm_final_kernel<<<1, kThreads, 0, stream_of(d)>>>(p.partials.data, p.control, p.unscale);
     LAUNCH_CHECK("gradnorm_final");
 }
 

@@ -44,11 +44,10 @@ void gradnorm(const Cpu& d, const Gradnorm<A>& p) {
 
     const A norm = static_cast<A>(std::sqrt(sum));
     const bool finite = std::isfinite(norm);
-    p.control->norm = norm;
-    p.control->skip = !finite || norm > p.skip_above ? A(1) : A(0);
-    p.control->scale = !finite                               ? A(0)
-                       : p.max_norm > 0 && norm > p.max_norm ? p.unscale * (p.max_norm / norm)
-                                                             : p.unscale;
+    StepControl<A>& c = *p.control;
+    c.norm = norm;
+    c.skip = !finite || norm > c.skip_above ? A(1) : A(0);
+    c.scale = !finite ? A(0) : c.max_norm > 0 && norm > c.max_norm ? p.unscale * (c.max_norm / norm) : p.unscale;
 }
 
 template void gradnorm(const Cpu&, const Gradnorm<float>&);

@@ -2,6 +2,9 @@
 //
 // cuBLASLt counts column by column. A row-major matrix read that way is its transpose, so that every product is asked
 // for transposed, with the operands swapped: y' = W x', dx' = W' dy', dw' = x' dy. Nothing is ever copied.
+//
+// A thin dw (few tiles of output, a long sum over the rows) would keep only a few multiprocessors busy: it is cut into
+// pieces of rows, one batched product gives a partial sum for each, and add_pieces adds them in the order of the rows.
 #include <algorithm>
 #include <array>
 #include <map>
@@ -39,11 +42,18 @@ struct Addend {
     const void* data = nullptr;
     std::int64_t ld = 0;
 };
+// The same product `count` times, on operands this many elements apart.
+struct Batch {
+    int count = 1;
+    std::int64_t a = 0, b = 0, d = 0;
+};
 struct Product {
     Result d;
     Operand a, b;
     Addend c;  // absent: null
     bool relu = false;
+    Batch batch = {};
+    std::size_t reserved = 0;  // bytes at the beginning of the workspace that are not cuBLASLt's
     // What cuBLASLt is told of c, which it wants described even where it does not read it.
     Addend described_c() const { return c.data ? c : Addend{d.data, d.ld}; }
 };
@@ -60,16 +70,34 @@ struct Plan {
     Layout a, b, c, d;
     cublasLtMatmulAlgo_t algorithm{};
 };
-using Key = std::array<std::int64_t, 19>;
+using Key = std::array<std::int64_t, 22>;
 using Plans = std::map<Key, Plan>;
 
-// The largest power of two, up to 256, that divides the address: what an algorithm may rely on.
-std::uint32_t alignment(const void* p) {
-    const auto address = reinterpret_cast<std::uintptr_t>(p);
+// The largest power of two, up to 256, that divides the address and the distance to the next matrix of a batch: what
+// an algorithm may rely on.
+std::uint32_t alignment(const void* p, std::int64_t stride_bytes = 0) {
+    const auto address = reinterpret_cast<std::uintptr_t>(p) | static_cast<std::uintptr_t>(stride_bytes);
     return static_cast<std::uint32_t>(std::min<std::uintptr_t>(address & (~address + 1), 256));
 }
+std::uint32_t alignment_a(const Product& p) { return alignment(p.a.data, p.batch.a * 2); }
+std::uint32_t alignment_b(const Product& p) { return alignment(p.b.data, p.batch.b * 2); }
+std::uint32_t alignment_d(const Product& p) {
+    return alignment(p.d.data, p.batch.d * (p.d.type == CUDA_R_32F ? 4 : 2));
+}
 
-Key key_of(const Cuda& dev, const Product& p) {
+struct Workspace {
+    void* data = nullptr;
+    std::size_t bytes = 0;
+};
+Workspace workspace_of(const Cuda& dev, const Product& p) {
+    if (!dev.workspace || dev.workspace_bytes <= p.reserved) return {};
+    return {static_cast<std::byte*>(dev.workspace) + p.reserved, dev.workspace_bytes - p.reserved};
+}
+
+constexpr int kByHeuristic = -1;  // in place of an algorithm's number: the first that runs
+
+Key key_of(const Cuda& dev, const Product& p, int choice) {
+    const Workspace workspace = workspace_of(dev, p);
     return {p.a.op,
             p.b.op,
             p.a.rows,
@@ -85,12 +113,15 @@ Key key_of(const Cuda& dev, const Product& p) {
             : p.c.data == p.d.data ? 1
                                    : 2,
             p.relu,
-            alignment(p.a.data),
-            alignment(p.b.data),
+            p.batch.count,
+            alignment_a(p),
+            alignment_b(p),
             alignment(p.described_c().data),
-            alignment(p.d.data),
-            alignment(dev.workspace),
-            static_cast<std::int64_t>(dev.workspace_bytes)};
+            alignment_d(p),
+            alignment(workspace.data),
+            static_cast<std::int64_t>(workspace.bytes),
+            p.batch.a,
+            choice};
 }
 
 Plans& plans_of(const Cuda& dev) {
@@ -101,12 +132,20 @@ Plans& plans_of(const Cuda& dev) {
     return *static_cast<Plans*>(dev.state->plans);
 }
 
-Layout make_layout(cudaDataType_t type, std::int64_t rows, std::int64_t cols, std::int64_t ld) {
+Layout make_layout(cudaDataType_t type, std::int64_t rows, std::int64_t cols, std::int64_t ld, std::int32_t count,
+                   std::int64_t stride) {
     cublasLtMatrixLayout_t layout = nullptr;
     // A matrix of one column may be given with any stride; cuBLASLt wants at least the number of rows.
     CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&layout, type, static_cast<std::uint64_t>(rows),
                                             static_cast<std::uint64_t>(cols), std::max(ld, rows)));
-    return Layout(layout);
+    Layout owned(layout);
+    if (count > 1) {
+        CUBLAS_CHECK(
+            cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count, sizeof(count)));
+        CUBLAS_CHECK(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &stride,
+                                                      sizeof(stride)));
+    }
+    return owned;
 }
 
 Plan describe(const Product& p) {
@@ -118,10 +157,11 @@ Plan describe(const Product& p) {
     CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(operation, CUBLASLT_MATMUL_DESC_TRANSA, &p.a.op, sizeof(p.a.op)));
     CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(operation, CUBLASLT_MATMUL_DESC_TRANSB, &p.b.op, sizeof(p.b.op)));
     CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(operation, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(epilogue)));
-    plan.a = make_layout(CUDA_R_16BF, p.a.rows, p.a.cols, p.a.ld);
-    plan.b = make_layout(CUDA_R_16BF, p.b.rows, p.b.cols, p.b.ld);
-    plan.c = make_layout(p.d.type, p.d.rows, p.d.cols, p.described_c().ld);
-    plan.d = make_layout(p.d.type, p.d.rows, p.d.cols, p.d.ld);
+    const int count = p.batch.count;
+    plan.a = make_layout(CUDA_R_16BF, p.a.rows, p.a.cols, p.a.ld, count, p.batch.a);
+    plan.b = make_layout(CUDA_R_16BF, p.b.rows, p.b.cols, p.b.ld, count, p.batch.b);
+    plan.c = make_layout(p.d.type, p.d.rows, p.d.cols, p.described_c().ld, count, p.batch.d);
+    plan.d = make_layout(p.d.type, p.d.rows, p.d.cols, p.d.ld, count, p.batch.d);
     return plan;
 }
 
@@ -134,85 +174,195 @@ Preference make_preference(const Cuda& dev, const Product& p) {
     cublasLtMatmulPreference_t preference = nullptr;
     CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
     Preference owned(preference);
-    const std::size_t workspace = dev.workspace ? dev.workspace_bytes : 0;
-    prefer(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<std::uint64_t>(workspace));
+    prefer(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+           static_cast<std::uint64_t>(workspace_of(dev, p).bytes));
     // Partial sums of a split inner dimension: in f32, in the workspace, added in a second, ordered step. The other
     // schemes add into the output, rounded to its type.
     prefer(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
            static_cast<std::uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
-    prefer(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment(p.a.data));
-    prefer(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment(p.b.data));
-    prefer(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment(p.described_c().data));
-    prefer(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment(p.d.data));
+    prefer(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment_a(p));
+    prefer(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment_b(p));
+    prefer(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, p.c.data ? alignment(p.c.data) : alignment_d(p));
+    prefer(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment_d(p));
     return owned;
 }
 
 cublasStatus_t launch(const Cuda& dev, const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Product& p) {
     const float alpha = 1.f, beta = p.c.data ? 1.f : 0.f;
-    const std::size_t workspace = dev.workspace ? dev.workspace_bytes : 0;
+    const Workspace workspace = workspace_of(dev, p);
     return cublasLtMatmul(dev.state->blas, plan.operation.get(), &alpha, p.a.data, plan.a.get(), p.b.data, plan.b.get(),
-                          &beta, p.described_c().data, plan.c.get(), p.d.data, plan.d.get(), &algorithm, dev.workspace,
-                          workspace, stream_of(dev));
+                          &beta, p.described_c().data, plan.c.get(), p.d.data, plan.d.get(), &algorithm, workspace.data,
+                          workspace.bytes, stream_of(dev));
 }
 
-// The first use of a shape: the heuristic's proposals in its order; the first that can be launched is kept.
-void plan_and_run(const Cuda& dev, const Product& p, const Key& key) {
-    constexpr int kProposals = 16;
-    Plan plan = describe(p);
+constexpr int kProposals = 32;
+using Proposals = std::array<cublasLtMatmulHeuristicResult_t, kProposals>;
+
+int propose(const Cuda& dev, const Product& p, const Plan& plan, Proposals& proposals) {
     const Preference preference = make_preference(dev, p);
-    std::array<cublasLtMatmulHeuristicResult_t, kProposals> proposals{};
     int found = 0;
     const cublasStatus_t status =
         cublasLtMatmulAlgoGetHeuristic(dev.state->blas, plan.operation.get(), plan.a.get(), plan.b.get(), plan.c.get(),
                                        plan.d.get(), preference.get(), kProposals, proposals.data(), &found);
     if (status != CUBLAS_STATUS_SUCCESS && status != CUBLAS_STATUS_NOT_SUPPORTED) CUBLAS_CHECK(status);
-    for (int i = 0; i < found; ++i) {
+    return found;
+}
+
+// The first use of a shape: of the heuristic's proposals, in its order, the first that can be launched is kept, or the
+// chosen one.
+struct Planned {
+    bool done = false;
+    int proposals = 0;
+};
+Planned plan_and_run(const Cuda& dev, const Product& p, int choice) {
+    Plan plan = describe(p);
+    Proposals proposals{};
+    const int found = propose(dev, p, plan, proposals);
+    const int first = choice == kByHeuristic ? 0 : choice, end = choice == kByHeuristic ? found : choice + 1;
+    for (int i = first; i < std::min(end, found); ++i) {
         if (proposals[i].state != CUBLAS_STATUS_SUCCESS) continue;
         if (launch(dev, plan, proposals[i].algo, p) != CUBLAS_STATUS_SUCCESS) {
             (void)cudaGetLastError();  // the refusal is answered by the next proposal and must not surface elsewhere
             continue;
         }
         plan.algorithm = proposals[i].algo;
-        plans_of(dev).emplace(key, std::move(plan));
-        return;
+        plans_of(dev).emplace(key_of(dev, p, choice), std::move(plan));
+        return {true, found};
     }
+    return {false, found};
+}
+
+// False, for a chosen algorithm only: there is no such proposal, or it cannot run.
+bool run(const Cuda& dev, const Product& p, int choice = kByHeuristic) {
+    const Plans& plans = plans_of(dev);
+    if (const auto it = plans.find(key_of(dev, p, choice)); it != plans.end()) {
+        CUBLAS_CHECK(launch(dev, it->second, it->second.algorithm, p));
+        return true;
+    }
+    const Planned planned = plan_and_run(dev, p, choice);
+    if (planned.done || choice != kByHeuristic) return planned.done;
     throw DeviceError("cuBLASLt has no algorithm for a product of " + std::to_string(p.d.rows) + " x " +
                       std::to_string(p.d.cols) + " (strides " + std::to_string(p.a.ld) + ", " + std::to_string(p.b.ld) +
-                      ", " + std::to_string(p.d.ld) + "; " + std::to_string(found) + " proposals)");
+                      ", " + std::to_string(p.d.ld) + "; " + std::to_string(planned.proposals) + " proposals)");
 }
 
-void run(const Cuda& dev, const Product& p) {
-    const Key key = key_of(dev, p);
-    const Plans& plans = plans_of(dev);
-    const auto it = plans.find(key);
-    if (it == plans.end()) return plan_and_run(dev, p, key);
-    CUBLAS_CHECK(launch(dev, it->second, it->second.algorithm, p));
-}
+// ---- the products of the contract --------------------------------------------------------------------------------
 
 template <class O>
-void forward(const Cuda& dev, const MatmulForward<bf16, O>& p) {
+Product product_of(const MatmulForward<bf16, O>& p) {
+    return {result(p.y), stored(p.w, CUBLAS_OP_T), stored(p.x, CUBLAS_OP_N), {p.residual.data, p.residual.ld}, p.relu};
+}
+Product product_of(const MatmulDx<bf16>& p) {
+    const Addend start = p.accumulate ? Addend{p.dx.data, p.dx.ld} : Addend{};
+    return {result(p.dx), stored(p.w, CUBLAS_OP_N), stored(p.dy, CUBLAS_OP_N), start};
+}
+Product product_of(const MatmulDw<bf16>& p) {
+    return {result(p.dw), stored(p.x, CUBLAS_OP_N), stored(p.dy, CUBLAS_OP_T), {p.dw.data, p.dw.ld}};
+}
+std::int64_t rows_of(const MatmulForward<bf16, bf16>& p) { return p.x.rows; }
+std::int64_t rows_of(const MatmulForward<bf16, float>& p) { return p.x.rows; }
+std::int64_t rows_of(const MatmulDx<bf16>& p) { return p.dy.rows; }
+std::int64_t rows_of(const MatmulDw<bf16>& p) { return p.dy.rows; }
+
+// ---- dw in pieces of rows ----------------------------------------------------------------------------------------
+
+constexpr std::int64_t kMostPieces = 64, kLeastRows = 128;
+
+std::int64_t partial_ld(const MatmulDw<bf16>& p) { return (p.dw.cols + 3) / 4 * 4; }
+std::int64_t partial_elements(const MatmulDw<bf16>& p) { return p.dw.rows * partial_ld(p); }
+
+// Can the sum over the rows be cut so? Pieces of equal length, their sums in one half of the workspace at most.
+bool divides(const Cuda& dev, const MatmulDw<bf16>& p, std::int64_t pieces) {
+    const std::int64_t bytes = pieces * partial_elements(p) * std::int64_t(sizeof(float));
+    return dev.workspace && p.dy.rows % pieces == 0 && p.dy.rows / pieces >= kLeastRows &&
+           bytes <= static_cast<std::int64_t>(dev.workspace_bytes / 2);
+}
+
+// As many pieces as give every multiprocessor a tile of 128 x 128; 1 where the output has more than four of them (cuBLASLt
+// splits such sums well enough itself) or the rows cannot be cut.
+std::int64_t pieces_of(const Cuda& dev, const MatmulDw<bf16>& p) {
+    constexpr std::int64_t kTile = 128, kThin = 4;
+    const std::int64_t tiles = ceil_div(p.dw.rows, kTile) * ceil_div(p.dw.cols, kTile);
+    if (tiles > kThin) return 1;
+    std::int64_t pieces = 1;
+    while (pieces < kMostPieces && pieces * tiles < dev.sm_count && divides(dev, p, 2 * pieces)) pieces *= 2;
+    return pieces >= 4 ? pieces : 1;
+}
+
+constexpr int kColumns = 32, kGroups = 8;
+
+// dw[row, column] += the sum over the pieces of partial[piece][row, column], in an order that depends on their number
+// alone. One block: one row, kColumns columns; thread group g adds pieces g, g + kGroups, ...
+__global__ void __launch_bounds__(kColumns* kGroups)
+    add_pieces(float* dw, std::int64_t ld, const float* partial, std::int64_t columns, std::int64_t partial_ld,
+               std::int64_t stride, int pieces) {
+    __shared__ float sums[kGroups][kColumns];
+    const std::int64_t column = std::int64_t(blockIdx.x) * kColumns + threadIdx.x, row = blockIdx.y;
+    float sum = 0;
+    if (column < columns) {
+        const float* p = partial + row * partial_ld + column;
+#pragma unroll 4
+        for (int i = threadIdx.y; i < pieces; i += kGroups) sum += p[i * stride];
+    }
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y > 0 || column >= columns) return;
+#pragma unroll
+    for (int g = 1; g < kGroups; ++g) sum += sums[g][threadIdx.x];
+    dw[row * ld + column] += sum;
+}
+
+void dw_in_pieces(const Cuda& dev, const MatmulDw<bf16>& p, std::int64_t pieces) {
+    const std::int64_t rows = p.dy.rows / pieces, ld = partial_ld(p), stride = partial_elements(p);
+    auto* partial = static_cast<float*>(dev.workspace);
+    const MatmulDw<bf16> piece{{partial, p.dw.rows, p.dw.cols, ld}, p.dy.slice_rows(0, rows), p.x.slice_rows(0, rows)};
+    Product product = product_of(piece);
+    product.c = {};
+    product.batch = {static_cast<int>(pieces), rows * p.x.ld, rows * p.dy.ld, stride};
+    product.reserved = (static_cast<std::size_t>(pieces * stride) * sizeof(float) + 255) / 256 * 256;
+    run(dev, product);
+    const dim3 blocks(static_cast<unsigned>(ceil_div(p.dw.cols, std::int64_t(kColumns))),
+                      static_cast<unsigned>(p.dw.rows));
+    add_pieces<<<blocks, dim3(kColumns, kGroups), 0, stream_of(dev)>>>(p.dw.data, p.dw.ld, partial, p.dw.cols, ld,
+                                                                       stride, static_cast<int>(pieces));
+    LAUNCH_CHECK("matmul add_pieces");
+}
+
+template <class P>
+void run_checked(const Cuda& dev, const P& p) {
     check(p);
-    if (p.x.rows == 0) return;
-    run(dev,
-        {result(p.y), stored(p.w, CUBLAS_OP_T), stored(p.x, CUBLAS_OP_N), {p.residual.data, p.residual.ld}, p.relu});
+    if (rows_of(p) > 0) run(dev, product_of(p));
 }
 
 }  // namespace
 
-void matmul_forward(const Cuda& dev, const MatmulForward<bf16, bf16>& p) { forward(dev, p); }
-void matmul_forward(const Cuda& dev, const MatmulForward<bf16, float>& p) { forward(dev, p); }
-
-void matmul_dx(const Cuda& dev, const MatmulDx<bf16>& p) {
-    check(p);
-    if (p.dy.rows == 0) return;
-    const Addend start = p.accumulate ? Addend{p.dx.data, p.dx.ld} : Addend{};
-    run(dev, {result(p.dx), stored(p.w, CUBLAS_OP_N), stored(p.dy, CUBLAS_OP_N), start});
-}
-
+void matmul_forward(const Cuda& dev, const MatmulForward<bf16, bf16>& p) { run_checked(dev, p); }
+void matmul_forward(const Cuda& dev, const MatmulForward<bf16, float>& p) { run_checked(dev, p); }
+void matmul_dx(const Cuda& dev, const MatmulDx<bf16>& p) { run_checked(dev, p); }
 void matmul_dw(const Cuda& dev, const MatmulDw<bf16>& p) {
     check(p);
     if (p.dy.rows == 0) return;
-    run(dev, {result(p.dw), stored(p.x, CUBLAS_OP_N), stored(p.dy, CUBLAS_OP_T), {p.dw.data, p.dw.ld}});
+    if (const std::int64_t pieces = pieces_of(dev, p); pieces > 1) return dw_in_pieces(dev, p, pieces);
+    run(dev, product_of(p));
 }
+
+template <class P>
+bool matmul_by_algorithm(const Cuda& dev, const P& p, int k) {
+    check(p);
+    if (rows_of(p) == 0 || k < 0) return false;
+    constexpr int kLast = kMatmulAlgorithms - kMatmulPieceCounts;  // of cuBLASLt's own
+    if (k < kLast) return run(dev, product_of(p), k);
+    if constexpr (std::is_same_v<P, MatmulDw<bf16>>) {
+        const std::int64_t pieces = std::int64_t(2) << (k - kLast);
+        if (k >= kMatmulAlgorithms || !divides(dev, p, pieces)) return false;
+        dw_in_pieces(dev, p, pieces);
+        return true;
+    }
+    return false;
+}
+template bool matmul_by_algorithm(const Cuda&, const MatmulForward<bf16, bf16>&, int);
+template bool matmul_by_algorithm(const Cuda&, const MatmulForward<bf16, float>&, int);
+template bool matmul_by_algorithm(const Cuda&, const MatmulDx<bf16>&, int);
+template bool matmul_by_algorithm(const Cuda&, const MatmulDw<bf16>&, int);
 
 }  // namespace fiedler

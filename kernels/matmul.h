@@ -12,6 +12,8 @@
 //            (Cuda: a product of one row may be rounded to it once more before the addend comes in).
 //            Cuda: cuBLASLt, algorithm chosen once per shape by heuristic and kept: bit-equal from run to run.
 //            Cuda's workspace is used; without one (0 bytes) only algorithms that need none.
+//            Cuda: a thin dW (at most four tiles of 128 x 128) is summed in up to 64 equal pieces of the rows, in f32 in
+//            the workspace, which are then added in the order of the rows; how many depends on shape and device alone.
 #pragma once
 #include "kernels/contract.h"
 #include "kernels/device.h"
@@ -82,5 +84,12 @@ void matmul_forward(const Cuda&, const MatmulForward<bf16, bf16>&);
 void matmul_forward(const Cuda&, const MatmulForward<bf16, float>&);
 void matmul_dx(const Cuda&, const MatmulDx<bf16>&);
 void matmul_dw(const Cuda&, const MatmulDw<bf16>&);
+
+// For benchmarks, which ask how good the choice above is: the same product by algorithm k of kMatmulAlgorithms. First
+// come cuBLASLt's proposals in its heuristic's order; the last kMatmulPieceCounts are dW in 2, 4, 8, ... pieces. False:
+// there is no algorithm k for it, or it cannot run; nothing was computed. P: any problem of the Cuda functions above.
+inline constexpr int kMatmulAlgorithms = 38, kMatmulPieceCounts = 6;
+template <class P>
+bool matmul_by_algorithm(const Cuda&, const P&, int k);
 
 }  // namespace fiedler

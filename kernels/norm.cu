@@ -6,7 +6,9 @@
 namespace fiedler {
 namespace {
 
-constexpr int kThreads = 256, kPackSize = Pack<nv_bf16>::size;
+constexpr int kPackSize = Pack<nv_bf16>::size;
+constexpr int kThreads = 128;  // small blocks: their loads, sums and stores overlap, and the last ones end together
+constexpr int kWideThreads = 256;
 
 struct ForwardArgs {
     nv_bf16* y;
@@ -36,39 +38,50 @@ __device__ float lanes_sum(float x) {
     for (int o = Lanes / 2; o > 0; o /= 2) x += __shfl_xor_sync(0xffffffffu, x, o);
     return x;
 }
-__device__ float dot(const Pack<nv_bf16>& a, const Pack<nv_bf16>& b) {
+
+// Rows wait as raw words, two bf16 to a register: a Pack may be spread over twice as many, and registers are what limits
+// how many rows are under way. Inputs are read once and marked to leave the caches first, which are the next kernel's.
+__device__ uint4 load_raw(const nv_bf16* p) { return *reinterpret_cast<const uint4*>(p); }
+__device__ uint4 load_once(const nv_bf16* p) { return __ldcs(reinterpret_cast<const uint4*>(p)); }
+__device__ void store_raw(nv_bf16* p, const uint4& raw) { *reinterpret_cast<uint4*>(p) = raw; }
+__device__ float low(unsigned word) { return __uint_as_float(word << 16); }
+__device__ float high(unsigned word) { return __uint_as_float(word & 0xffff0000u); }
+__device__ unsigned word_of(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const unsigned*>(&pair);
+}
+__device__ void add_product(float& sum, unsigned a, unsigned b) {
+    sum += low(a) * low(b);
+    sum += high(a) * high(b);
+}
+__device__ float dot(const uint4& a, const uint4& b) {
     float sum = 0;
-#pragma unroll
-    for (int e = 0; e < kPackSize; ++e) sum += to_float(a.v[e]) * to_float(b.v[e]);
+    add_product(sum, a.x, b.x);
+    add_product(sum, a.y, b.y);
+    add_product(sum, a.z, b.z);
+    add_product(sum, a.w, b.w);
     return sum;
 }
-__device__ Pack<nv_bf16> scaled(Pack<nv_bf16> x, float r) {
-#pragma unroll
-    for (int e = 0; e < kPackSize; ++e) x.v[e] = from_float<nv_bf16>(to_float(x.v[e]) * r);
-    return x;
+__device__ uint4 scaled(const uint4& x, float r) {
+    const auto word = [r](unsigned w) { return word_of(low(w) * r, high(w) * r); };
+    return make_uint4(word(x.x), word(x.y), word(x.z), word(x.w));
 }
 // dresidual + (r dy - along_x x)
-__device__ Pack<nv_bf16> row_gradient(Pack<nv_bf16> dresidual, const Pack<nv_bf16>& dy, const Pack<nv_bf16>& x, float r,
-                                      float along_x) {
-#pragma unroll
-    for (int e = 0; e < kPackSize; ++e) {
-        const float g = r * to_float(dy.v[e]) - along_x * to_float(x.v[e]);
-        dresidual.v[e] = from_float<nv_bf16>(to_float(dresidual.v[e]) + g);
-    }
-    return dresidual;
+__device__ uint4 row_gradient(const uint4& dresidual, const uint4& dy, const uint4& x, float r, float along_x) {
+    const auto word = [=](unsigned d, unsigned g, unsigned v) {
+        return word_of(low(d) + (r * low(g) - along_x * low(v)), high(d) + (r * high(g) - along_x * high(v)));
+    };
+    return make_uint4(word(dresidual.x, dy.x, x.x), word(dresidual.y, dy.y, x.y), word(dresidual.z, dy.z, x.z),
+                      word(dresidual.w, dy.w, x.w));
 }
-__device__ Pack<nv_bf16> zero_pack() {
-    Pack<nv_bf16> r;
-    *reinterpret_cast<uint4*>(&r) = make_uint4(0, 0, 0, 0);
-    return r;
-}
+__device__ uint4 zeros() { return make_uint4(0, 0, 0, 0); }
 
 template <class W>
-__device__ void load_row(Pack<nv_bf16> (&row)[W::packs], const nv_bf16* p, int lane, int packs, bool active) {
+__device__ void load_row(uint4 (&row)[W::packs], const nv_bf16* p, int lane, int packs, bool active) {
 #pragma unroll
     for (int k = 0; k < W::packs; ++k) {
         const int pack = lane + k * W::lanes;
-        row[k] = active && pack < packs ? load16(p + pack * kPackSize) : zero_pack();
+        row[k] = active && pack < packs ? load_once(p + pack * kPackSize) : zeros();
     }
 }
 
@@ -77,7 +90,7 @@ __global__ __launch_bounds__(kThreads, 1) void forward_rows(ForwardArgs a) {
     const std::int64_t row = std::int64_t(blockIdx.x) * W::rows_per_block + threadIdx.x / W::lanes;
     const int lane = threadIdx.x % W::lanes, packs = a.channels / kPackSize;
     const bool active = row < a.rows;  // idle lanes stay for the shuffles
-    Pack<nv_bf16> x[W::packs];
+    uint4 x[W::packs];
     load_row<W>(x, a.x + row * a.ld_x, lane, packs, active);
     float sum = 0;
 #pragma unroll
@@ -88,7 +101,7 @@ __global__ __launch_bounds__(kThreads, 1) void forward_rows(ForwardArgs a) {
 #pragma unroll
     for (int k = 0; k < W::packs; ++k) {
         const int pack = lane + k * W::lanes;
-        if (pack < packs) store16(a.y + row * a.ld_y + pack * kPackSize, scaled(x[k], r));
+        if (pack < packs) store_raw(a.y + row * a.ld_y + pack * kPackSize, scaled(x[k], r));
     }
 }
 
@@ -97,7 +110,7 @@ __global__ __launch_bounds__(kThreads) void backward_rows(BackwardArgs a) {
     const std::int64_t row = std::int64_t(blockIdx.x) * W::rows_per_block + threadIdx.x / W::lanes;
     const int lane = threadIdx.x % W::lanes, packs = a.channels / kPackSize;
     const bool active = row < a.rows;
-    Pack<nv_bf16> x[W::packs], dy[W::packs], dresidual[W::packs];
+    uint4 x[W::packs], dy[W::packs], dresidual[W::packs];
     load_row<W>(x, a.x + row * a.ld_x, lane, packs, active);
     load_row<W>(dy, a.dy + row * a.ld_dy, lane, packs, active);
     load_row<W>(dresidual, a.dresidual + row * a.ld_dresidual, lane, packs, active && a.dresidual != nullptr);
@@ -111,41 +124,41 @@ __global__ __launch_bounds__(kThreads) void backward_rows(BackwardArgs a) {
     for (int k = 0; k < W::packs; ++k) {
         const int pack = lane + k * W::lanes;
         if (pack < packs)
-            store16(a.dx + row * a.ld_dx + pack * kPackSize, row_gradient(dresidual[k], dy[k], x[k], r, along_x));
+            store_raw(a.dx + row * a.ld_dx + pack * kPackSize, row_gradient(dresidual[k], dy[k], x[k], r, along_x));
     }
 }
 
-__global__ __launch_bounds__(kThreads) void forward_wide(ForwardArgs a) {
-    __shared__ float shared[kThreads / kWarp];
+__global__ __launch_bounds__(kWideThreads) void forward_wide(ForwardArgs a) {
+    __shared__ float shared[kWideThreads / kWarp];
     const std::int64_t row = blockIdx.x;
     const nv_bf16* x = a.x + row * a.ld_x;
     const int packs = a.channels / kPackSize;
     float sum = 0;
-    for (int pack = threadIdx.x; pack < packs; pack += kThreads) {
-        const Pack<nv_bf16> v = load16(x + pack * kPackSize);
+    for (int pack = threadIdx.x; pack < packs; pack += kWideThreads) {
+        const uint4 v = load_raw(x + pack * kPackSize);
         sum += dot(v, v);
     }
     const float r = 1.f / sqrtf(block_sum(sum, shared) / float(a.channels) + a.eps);
     if (threadIdx.x == 0) a.rstd[row] = r;
-    for (int pack = threadIdx.x; pack < packs; pack += kThreads)
-        store16(a.y + row * a.ld_y + pack * kPackSize, scaled(load16(x + pack * kPackSize), r));
+    for (int pack = threadIdx.x; pack < packs; pack += kWideThreads)
+        store_raw(a.y + row * a.ld_y + pack * kPackSize, scaled(load_once(x + pack * kPackSize), r));
 }
 
-__global__ __launch_bounds__(kThreads) void backward_wide(BackwardArgs a) {
-    __shared__ float shared[kThreads / kWarp];
+__global__ __launch_bounds__(kWideThreads) void backward_wide(BackwardArgs a) {
+    __shared__ float shared[kWideThreads / kWarp];
     const std::int64_t row = blockIdx.x;
     const nv_bf16 *x = a.x + row * a.ld_x, *dy = a.dy + row * a.ld_dy;
     const int packs = a.channels / kPackSize;
     float sum = 0;
-    for (int pack = threadIdx.x; pack < packs; pack += kThreads)
-        sum += dot(load16(dy + pack * kPackSize), load16(x + pack * kPackSize));
+    for (int pack = threadIdx.x; pack < packs; pack += kWideThreads)
+        sum += dot(load_raw(dy + pack * kPackSize), load_raw(x + pack * kPackSize));
     // The barriers of block_sum part all reads for the sum from the first write (dx may be dy).
     const float r = a.rstd[row], along_x = r * r * r * (block_sum(sum, shared) / float(a.channels));
-    for (int pack = threadIdx.x; pack < packs; pack += kThreads) {
-        const Pack<nv_bf16> dresidual =
-            a.dresidual ? load16(a.dresidual + row * a.ld_dresidual + pack * kPackSize) : zero_pack();
-        store16(a.dx + row * a.ld_dx + pack * kPackSize,
-                row_gradient(dresidual, load16(dy + pack * kPackSize), load16(x + pack * kPackSize), r, along_x));
+    for (int pack = threadIdx.x; pack < packs; pack += kWideThreads) {
+        const uint4 dresidual =
+            a.dresidual ? load_once(a.dresidual + row * a.ld_dresidual + pack * kPackSize) : zeros();
+        store_raw(a.dx + row * a.ld_dx + pack * kPackSize, row_gradient(dresidual, load_once(dy + pack * kPackSize),
+                                                                        load_once(x + pack * kPackSize), r, along_x));
     }
 }
 
@@ -182,7 +195,7 @@ void norm_forward(const Cuda& dev, const NormForward<bf16>& p) {
             using W = decltype(width);
             forward_rows<W><<<blocks_for<W>(args.rows), kThreads, 0, stream>>>(args);
         },
-        [&] { forward_wide<<<unsigned(args.rows), kThreads, 0, stream>>>(args); });
+        [&] { forward_wide<<<unsigned(args.rows), kWideThreads, 0, stream>>>(args); });
     LAUNCH_CHECK("norm_forward");
 }
 
@@ -200,7 +213,7 @@ void norm_backward(const Cuda& dev, const NormBackward<bf16>& p) {
             using W = decltype(width);
             backward_rows<W><<<blocks_for<W>(args.rows), kThreads, 0, stream>>>(args);
         },
-        [&] { backward_wide<<<unsigned(args.rows), kThreads, 0, stream>>>(args); });
+        [&] { backward_wide<<<unsigned(args.rows), kWideThreads, 0, stream>>>(args); });
     LAUNCH_CHECK("norm_backward");
 }
 

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Tests of tools/: python3 -m unittest tests/tools_test.py (standard library only, no GPU)."""
 import argparse
+import contextlib
 import importlib.machinery
 import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -28,6 +30,7 @@ def load(name):
 import bench_peers  # noqa: E402
 import gpu_report  # noqa: E402
 import sources_hash  # noqa: E402
+import train_peers  # noqa: E402
 
 gpu_check = load("gpu_check")
 check_results = load("check_results")
@@ -143,6 +146,51 @@ class Report(Folder):
         self.assertNotIn("60.0", table[1])  # a solver that did not reach the residual has no time
         self.assertIn("stopped / 60 s", table[1])
 
+    STEP = {"case": "fiedler-s-d6", "peer": "fiedler-s-d6", "name": "fiedler30m s, 6 layers", "parameters": 25000000,
+            "ms_per_step": 10.0, "noise": 0.01, "tokens_per_second": 3.0e6, "share_of_peak": 0.6, "planned_bytes": 2**32,
+            "profiled_ms_per_step": 11.0, "cuda_graph": "on", "kernels_ms": 9.5, "kernels_note": "",
+            "stages": [{"name": "attention", "ms": 5.0, "share": 0.45, "a_step": 12}],
+            "kernels": [{"name": "attend<64>", "ms": 2.0, "share": 0.2, "a_step": 6}]}
+    PEER = {"name": "gpt2-d6", "attention": "scaled_dot_product_attention", "parameters": 30000000, "ms_per_step": 20.0,
+            "noise": 0.01, "tokens_per_second": 1.5e6, "peak_memory_bytes": 2**35}
+
+    def test_steps_stand_beside_their_peers(self):
+        same = {**self.PEER, "name": "fiedler-s-d6", "tokens_per_second": 1.0e6, "attention": "FlexAttention"}
+        old = {**self.STEP, "tokens_per_second": 1.0}
+        self.write("step-1.json", piece("step", steps=[old], peers=[self.PEER]))
+        self.write("step-2.json", piece("step", "2025-01-02T00:00:00Z", steps=[self.STEP], peers=[self.PEER, same]))
+        path, result = gpu_report.write_report(self.folder, self.folder, "s" * 64)
+        self.assertEqual([(s["ratio_gpt2"], s["ratio_same"]) for s in result["steps"]], [(2.0, 3.0)])
+        text = path.with_suffix(".md").read_text()
+        self.assertIn("| 2.00 x | 3.00 x |", text)
+        self.assertIn("| PyTorch gpt2-d6 | torch.compile, scaled_dot_product_attention | 30.0 | 20.00 |", text)
+        self.assertIn("| attention | 5.000 | 45.0 | 12 |", text)
+        self.assertIn("| `attend<64>` | 2.000 | 20.0 | 6 |", text)
+        self.assertIn("9.50 ms of a step; the rest, 0.50 ms, is gaps", text)
+
+    def test_failed_steps_and_peers_have_no_ratio_and_are_named(self):
+        peer = {"name": "gpt2-d6", "failure": "out of memory"}
+        self.write("step-1.json", piece("step", steps=[self.STEP, {"case": "x", "peer": None, "failure": "exit code 1"}],
+                                        peers=[peer]))
+        path, result = gpu_report.write_report(self.folder, self.folder, "s" * 64)
+        self.assertEqual([s["ratio_gpt2"] for s in result["steps"]], [None, None])
+        self.assertEqual(len(result["failures"]), 2)
+        self.assertIn("out of memory", path.with_suffix(".md").read_text())
+
+    def test_searches_models_and_pairs_have_their_columns(self):
+        row = {"family": "matmul", "case": "dw 1x2x3", "time_us": 10.0, "noise": 0.01, "gb_s": 1000.0, "tflop_s": 1.0,
+               "share_of_peak": 0.5, "model_4090_us": 42.0, "search": {"tried": 20, "ours_over_best": 1.25}}
+        pair = {"family": "attention", "case": "forward+backward 2x8 R1", "time_us": 10.0, "peer": "cuDNN SDPA",
+                "peer_time_us": 20.0, "ratio": 2.0, "peers": {"cuDNN SDPA": 20.0, "FlashAttention SDPA": "cannot run it"}}
+        self.write("bench-1.json", piece("bench", peak={"copy_gb_s": 2000.0, "gemm_tflop_s": 700.0}, bench=[row],
+                                         pairs=[pair], failed={}, runs_per_sample={}))
+        path, _ = gpu_report.write_report(self.folder, self.folder, "s" * 64)
+        text = path.with_suffix(".md").read_text()
+        self.assertIn("| 1.25 of 20 |", text)
+        self.assertIn("| 42.00 |", text)
+        self.assertIn("a model, not a measurement", text)
+        self.assertIn("| attention | forward+backward 2x8 R1 | 10.00 | - | - | 20.00 | 2.00 x |", text)
+
     def test_failures_are_named(self):
         self.write("tests-1.json", self.programs_piece("2025-01-01T00:00:00Z", "kernel_tests", failed=1))
         self.write("train-1.json", piece("train", runs=[{"name": "a", "failure": "exit code 1"}]))
@@ -176,13 +224,15 @@ class Report(Folder):
 
 class BenchPeers(unittest.TestCase):
     def test_shapes_from_names(self):
-        self.assertEqual(bench_peers.attention_shape("backward 32x1024 causal"), (32, 6, 1024, 64, True))
-        self.assertEqual(bench_peers.attention_shape("forward 32x1024 bidirectional width 16"), (32, 24, 1024, 16, False))
-        self.assertEqual(bench_peers.attention_shape("forward B4 T512 H3 D128 R8 causal"), (4, 3, 512, 128, True))
+        shape = bench_peers.attention_shape
+        self.assertEqual(shape("backward 32x1024 causal"), (32, 6, 1024, 64, True, 0, 0))
+        self.assertEqual(shape("forward 32x1024 bidirectional width 16"), (32, 24, 1024, 16, False, 0, 0))
+        self.assertEqual(shape("forward B4 T512 H3 D128 R8 causal"), (4, 3, 512, 128, True, 0, 8))
+        self.assertEqual(shape("forward+backward 32x1024 H6 D64 R8 window 256"), (32, 6, 1024, 64, True, 256, 8))
         self.assertEqual(bench_peers.word_number("backward 32768x384 of 256", "of", 0), 256)
         self.assertEqual(bench_peers.shape_of("forward 32768x384x1536 relu", 3), [32768, 384, 1536])
         self.assertEqual(bench_peers.shape_of("forward+gradient 4096x30522", 2), [4096, 30522])
-        for case in ("forward 32x1024 causal window 256", "decode 1024", "forward causal"):
+        for case in ("forward 32x1024 ragged", "decode 1024", "forward causal"):
             with self.assertRaises(bench_peers.NoPeer):
                 bench_peers.attention_shape(case)
 
@@ -192,6 +242,28 @@ class BenchPeers(unittest.TestCase):
         self.assertEqual((row["peer"], row["peer_time_us"], row["ratio"]), ("b", 20.0, 2.0))
         bench_peers.merge(row, {"c": "cannot run it: x"})
         self.assertEqual((row["peer"], row["ratio"]), ("none: c cannot run it: x", None))
+
+
+    def test_pairs_join_forward_and_backward(self):
+        rows = [{"family": "attention", "case": case, "time_us": time} for case, time in
+                (("forward 2x8 R1", 1.0), ("backward 2x8 R1", 2.5), ("forward 2x8 R8", 4.0), ("decode 8", 1.0))]
+        rows.append({"family": "norm", "case": "forward 2x8 R1", "time_us": 9.0})
+        self.assertEqual(bench_peers.pairs_of(rows), [("attention", "2x8 R1", 3.5)])
+
+
+class TrainPeers(unittest.TestCase):
+    def test_summary_is_the_harness_median_and_noise(self):
+        median, noise = train_peers.summary([3.0, 1.0, 2.0, 10.0, 4.0])
+        self.assertEqual((median, noise), (3.0, 3.0))
+
+    def test_models_are_those_that_the_steps_are_held_against(self):
+        self.assertLessEqual({step.peer for step in gpu_check.STEPS if step.peer}, set(train_peers.patterns()))
+        self.assertIn(gpu_report.GPT2, train_peers.patterns())
+
+    def test_unknown_models_and_no_pytorch_are_said(self):
+        with self.assertRaises(SystemExit) as stopped, contextlib.redirect_stderr(io.StringIO()):
+            train_peers.main(["--out", "unused.json", "--models", "gpt5"])
+        self.assertEqual(stopped.exception.code, 2)
 
 
 class GpuCheck(Folder):
@@ -258,6 +330,29 @@ class GpuCheck(Folder):
         self.assertIn("differ", gpu_check.check_resume(self.options(), run)["failure"])
         self.program("fiedler", "import time; time.sleep(0.2)")
         self.assertIn("by itself", gpu_check.check_resume(self.options(), run)["failure"])
+
+    # A stand-in for `fiedler bench step`: what it was asked for, or nothing but an exit code.
+    BENCH = """
+        import json, sys
+        args = sys.argv[1:]
+        if "--no-conv" in args:
+            sys.exit(1)
+        step = {"name": " ".join(args[2:6]), "tokens_per_second": 2e6}
+        json.dump({"steps": [step]}, open(args[args.index("--json") + 1], "w"))
+    """
+
+    def test_steps_are_timed_and_their_failures_kept(self):
+        self.program("fiedler", self.BENCH)
+        options = self.options(samples=3)
+        by_case = {step.case: step for step in gpu_check.STEPS}
+        result = gpu_check.time_step(options, by_case["fiedler-s-d6"])
+        self.assertEqual((result.get("failure"), result["name"]), (None, "--preset fiedler30m --pattern s"))
+        self.assertEqual((result["case"], result["peer"]), ("fiedler-s-d6", "fiedler-s-d6"))
+        self.assertIn("exit code 1", gpu_check.time_step(options, by_case["gpt-d6-no-conv"])["failure"])
+
+    def test_without_pytorch_there_are_no_peers_and_no_failure(self):
+        options = self.options(peer_python=str(self.folder / "no-python"))
+        self.assertEqual(gpu_check.run_peers(options, "train_peers.py", self.folder / "out.json", []), (None, ""))
 
     def test_without_gpu_exit_code_3(self):
         env = {**os.environ, "PATH": str(self.folder)}

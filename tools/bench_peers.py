@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """tools/bench_peers.py BENCH.json --out MERGED.json: PyTorch beside our kernels, on the same GPU and the same shapes.
 
-Reads what `kernel_bench --json` wrote, times the peer of each case that has one, and adds to its row peer, peer_time_us
+Reads what `fiedler bench --json` wrote, times the peer of each case that has one, and adds to its row peer, peer_time_us
 and ratio (peer's time / ours: above 1 we are faster). Where a case has several peers the fastest counts; all of them are
-kept under "peers". A case without a peer, or whose peer fails, says why in `peer`.
+kept under "peers". A case without a peer, or whose peer fails, says why in `peer`. "pairs": attention forward and
+backward together, ours the sum of both rows, the peers' timed as one.
 
 Method as in tests/bench/harness.cpp: each sample is one run after the L2 cache has been overwritten, the time is the
 median, runs under 10 us are timed 20 at a time. A short sleep on the GPU before each sample lets PyTorch queue its
@@ -12,14 +13,18 @@ kernels ahead, so that the cost of launching them from Python is not counted aga
 Shapes come from the names of the cases: see the FAMILIES table and the files tests/bench/*_bench.cpp.
 """
 import argparse
+import collections
 import json
 import pathlib
 import re
 import statistics
 import sys
 
+DEVICE = "cuda"
 torch = None  # imported in main: the rest of this file is also read where there is no PyTorch
 CHANNELS = 384  # heads x width of a head in the attention cases
+FORWARD_BACKWARD = "forward+backward"
+DIRECTIONS = ("forward", "backward", FORWARD_BACKWARD)
 
 
 class NoPeer(Exception):
@@ -43,12 +48,13 @@ def word_number(case, word, default):
     return int(found.group(1)) if found else default
 
 
+Attention = collections.namedtuple("Attention", "count heads length width causal window scalars")
+
+
 def attention_shape(case):
-    """(B, H, T, D, causal) of an attention case; NoPeer for what scaled_dot_product_attention does not do."""
-    if case.split()[0] not in ("forward", "backward"):
+    """What an attention case computes; NoPeer for what PyTorch has no call for. scalars: 0 for a dot product."""
+    if case.split()[0] not in DIRECTIONS:
         raise NoPeer("decoding has no peer in one call")
-    if re.search(r"\bwindow\b", case):
-        raise NoPeer("scaled_dot_product_attention has no window")
     if re.search(r"\bragged\b", case):
         raise NoPeer("scaled_dot_product_attention takes no packed sequences")
     count, length = word_number(case, "B", 0), word_number(case, "T", 0)
@@ -56,7 +62,8 @@ def attention_shape(case):
         count, length = shape_of(case, 2)
     width = word_number(case, "(?:width|D)", 64)
     heads = word_number(case, "(?:heads|H)", CHANNELS // width)
-    return count, heads, length, width, "bidirectional" not in case
+    return Attention(count, heads, length, width, "bidirectional" not in case, word_number(case, "window", 0),
+                     word_number(case, "R", 0))
 
 
 # ---- peers ------------------------------------------------------------------------------------------------------------------
@@ -64,7 +71,7 @@ def attention_shape(case):
 
 
 def bf16(*shape, grad=False, scale=1.0):
-    return (torch.randn(*shape, device="cuda") * scale).bfloat16().requires_grad_(grad)
+    return (torch.randn(*shape, device=DEVICE) * scale).bfloat16().requires_grad_(grad)
 
 
 def gradient(output, inputs, direction):
@@ -72,31 +79,72 @@ def gradient(output, inputs, direction):
 
 
 def attention(case):
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention import SDPBackend
 
-    count, heads, length, width, causal = attention_shape(case)
-    backward = case.startswith("backward")
+    s, direction = attention_shape(case), case.split()[0]
+    peers = {}
+    if not s.window:
+        peers = {"cuDNN SDPA": sdpa(s, direction, SDPBackend.CUDNN_ATTENTION),
+                 "FlashAttention SDPA": sdpa(s, direction, SDPBackend.FLASH_ATTENTION)}
+    if direction == "forward" and (s.scalars or s.window):
+        peers["FlexAttention" + (", distance score" if s.scalars else "")] = flex_forward(s)
+    if not peers:
+        raise NoPeer("scaled_dot_product_attention has no window")
+    return peers
+
+
+def sdpa(s, direction, backend):
+    from torch.nn.attention import sdpa_kernel
+
     # [B, T, H, D] in memory, as a transformer's projections leave it, seen as [B, H, T, D].
-    q, k, v = (bf16(count, length, heads, width).transpose(1, 2).requires_grad_(backward) for _ in range(3))
+    q, k, v = (bf16(s.count, s.length, s.heads, s.width).transpose(1, 2).requires_grad_(direction != "forward")
+               for _ in range(3))
+    state = []
 
-    def forward(backend):
+    def forward():
         with sdpa_kernel(backend):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=s.causal)
 
-    def run(backend):
-        if not backward:
-            return lambda: forward(backend)
-        state = []
+    def both():
+        output = forward()
+        if not state:
+            state.append(torch.randn_like(output))
+        torch.autograd.grad(output, (q, k, v), state[0])
 
-        def step():
-            if not state:
-                state.append(forward(backend))
-                state.append(torch.randn_like(state[0]))
-            torch.autograd.grad(state[0], (q, k, v), state[1], retain_graph=True)
+    def backward():
+        if not state:
+            state.append(forward())
+            state.append(torch.randn_like(state[0]))
+        torch.autograd.grad(state[0], (q, k, v), state[1], retain_graph=True)
 
-        return step
+    return {"forward": forward, "backward": backward, FORWARD_BACKWARD: both}[direction]
 
-    return {"cuDNN SDPA": run(SDPBackend.CUDNN_ATTENTION), "FlashAttention SDPA": run(SDPBackend.FLASH_ATTENTION)}
+
+def flex_forward(s):
+    """FlexAttention with the scalar-distance score, or the dot product's, where SDPA cannot do it."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def seen(_, head, i, j):
+        allowed = i >= j if s.causal else i == i
+        return allowed & (i - j < s.window) if s.window else allowed
+
+    # A tensor for each scalar: FlexAttention's indices are tensors only.
+    scalars = lambda: torch.randn(s.count, s.heads, s.length, device=DEVICE)  # noqa: E731
+    pairs = [(scalars(), scalars()) for _ in range(s.scalars)]
+    gate = torch.zeros(s.count, s.heads, s.length, device=DEVICE)
+
+    def distance(_, batch, head, i, j):
+        value = gate[batch, head, i] - gate[batch, head, j] if s.causal else 0
+        for ours, theirs in pairs:
+            value = value - (ours[batch, head, i] - theirs[batch, head, j]).abs()
+        return value
+
+    masked = s.causal or s.window
+    mask = create_block_mask(seen, None, None, s.length, s.length, device=DEVICE) if masked else None
+    v = bf16(s.count, s.heads, s.length, s.width)
+    key = bf16(s.count, s.heads, s.length, s.width) if not s.scalars else v.new_zeros(*v.shape[:3], 16)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: no_grad(compiled, key, key, v, distance if s.scalars else None, mask)
 
 
 def norm(case):
@@ -185,11 +233,11 @@ class Timer:
     def __init__(self, samples):
         self.samples = samples
         l2 = torch.cuda.get_device_properties(0).L2_cache_size
-        self.flush = torch.empty(max(2 * l2, 256 << 20), dtype=torch.uint8, device="cuda")
+        self.flush = torch.zeros(max(2 * l2, 256 << 20) // 8, dtype=torch.int64, device="cuda")
 
     def once(self, run, batch):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.flush.zero_()
+        self.flush.sum()  # fills L2 with clean lines: written ones would be written back in the time of the run
         torch.cuda._sleep(2_000_000)  # about a millisecond
         start.record()
         for _ in range(batch):
@@ -235,10 +283,36 @@ def merge(row, times):
         row["peer_time_us"] = row["ratio"] = None
 
 
+def pairs_of(rows):
+    """[(family, shape, ours)] of attention cases whose forward and backward pass were both measured."""
+    times = {(row["family"], row["case"]): row["time_us"] for row in rows if row["family"] in ("attention", "dot")}
+    found = []
+    for (family, case), forward in times.items():
+        direction, _, shape = case.partition(" ")
+        if direction == "forward" and (family, "backward " + shape) in times:
+            found.append((family, shape, forward + times[family, "backward " + shape]))
+    return found
+
+
+def compare(row, timer):
+    """Adds peer, peer_time_us and ratio to the row, and returns the times of all its peers."""
+    try:
+        times = time_peers(row, timer)
+    except NoPeer as why:
+        times = {"": str(why)}
+    except Exception as error:  # pylint: disable=broad-except
+        times = {"PyTorch": f"failed: {short(error)}"}
+    merge(row, times)
+    ratio = "" if row["ratio"] is None else f"  {row['peer_time_us']:.2f} us, {row['ratio']:.2f} x ours"
+    print(f"{row['family']:11} {row['case']:44} {row['peer']}{ratio}", flush=True)
+    torch.cuda.empty_cache()
+    return times
+
+
 def main(arguments):
     global torch
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", type=pathlib.Path, help="what kernel_bench --json wrote")
+    parser.add_argument("bench", type=pathlib.Path, help="what fiedler bench --json wrote")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--samples", type=int, default=20)
     options = parser.parse_args(arguments)
@@ -258,17 +332,12 @@ def main(arguments):
     result["peers"] = {}
     result["peer_version"] = f"PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
     for row in result["bench"]:
-        try:
-            times = time_peers(row, timer)
-        except NoPeer as why:
-            times = {"": str(why)}
-        except Exception as error:  # pylint: disable=broad-except
-            times = {"PyTorch": f"failed: {short(error)}"}
-        merge(row, times)
-        result["peers"][f"{row['family']}/{row['case']}"] = times
-        ratio = "" if row["ratio"] is None else f"  {row['peer_time_us']:.2f} us, {row['ratio']:.2f} x ours"
-        print(f"{row['family']:11} {row['case']:44} {row['peer']}{ratio}", flush=True)
-        torch.cuda.empty_cache()
+        result["peers"][f"{row['family']}/{row['case']}"] = compare(row, timer)
+    result["pairs"] = []
+    for family, shape, ours in pairs_of(result["bench"]):
+        pair = {"family": family, "case": f"{FORWARD_BACKWARD} {shape}", "time_us": round(ours, 3)}
+        pair["peers"] = compare(pair, timer)
+        result["pairs"].append(pair)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

@@ -13,7 +13,10 @@ RUN_KEYS = ("name", "preset", "data", "steps", "tokens", "val_loss", "val_bits_p
 SPECTRUM_KEYS = ("graph", "solver", "nodes", "edges", "degree_min", "degree_max", "precision", "method", "seconds", "reached",
                  "ratio", "worst_residual", "orthogonality", "higher", "highest_excess", "zeros", "iterations", "products",
                  "peak_bytes", "share_of_copy", "note")
-BENCH_KEYS = ("family", "case", "time_us", "noise", "gb_s", "tflop_s", "share_of_peak", "peer", "peer_time_us", "ratio")
+BENCH_KEYS = ("family", "case", "time_us", "noise", "gb_s", "tflop_s", "share_of_peak", "model_4090_us", "search", "peer",
+              "peer_time_us", "ratio")
+PAIR_KEYS = ("family", "case", "time_us", "peer", "peer_time_us", "ratio", "peers")
+GPT2 = "gpt2-d6"  # the training of tools/train_peers.py that all of ours are held against
 
 
 class Refused(Exception):
@@ -51,7 +54,7 @@ def latest(pieces, stage, key, identity):
     found = {}
     for piece in pieces:
         if piece["stage"] == stage:
-            for entry in piece[key]:
+            for entry in piece.get(key, []):
                 found[tuple(entry[field] for field in identity)] = entry
     return list(found.values())
 
@@ -75,6 +78,9 @@ def combine(pieces):
                  if not run.get("failure") and not run.get("skipped")],
         "bench": [{key: row.get(key) for key in BENCH_KEYS}
                   for row in latest(pieces, "bench", "bench", ("family", "case"))],
+        "pairs": [{key: row.get(key) for key in PAIR_KEYS} for row in latest(pieces, "bench", "pairs", ("family", "case"))],
+        "steps": step_ratios(*latest_steps(pieces)),
+        "step_peers": latest_steps(pieces)[1],
         "spectrum": [{key: row.get(key) for key in SPECTRUM_KEYS}
                      for row in latest(pieces, "spectrum", "rows", ("graph", "solver"))],
         "spectrum_settings": next((piece["settings"] for piece in reversed(pieces) if piece["stage"] == "spectrum"), None),
@@ -83,6 +89,25 @@ def combine(pieces):
         "not_run": [f"training {run['name']}: {run['skipped']}" for run in runs if run.get("skipped")],
         "failures": failures(pieces, binaries, runs),
     }
+
+
+def latest_steps(pieces):
+    """Steps and their peers of the last piece of the stage step: ratios hold within one run only."""
+    for piece in reversed(pieces):
+        if piece["stage"] == "step":
+            return piece["steps"], piece["peers"]
+    return [], []
+
+
+def step_ratios(steps, peers):
+    """Adds to each step how much faster it is than PyTorch's GPT-2, and than its own architecture in PyTorch."""
+    speed = {peer["name"]: peer["tokens_per_second"] for peer in peers if not peer.get("failure")}
+    found = []
+    for step in steps:
+        ours = step.get("tokens_per_second")
+        ratio = lambda name: round(ours / speed[name], 4) if ours and name in speed else None  # noqa: E731
+        found.append({**step, "ratio_gpt2": ratio(GPT2), "ratio_same": ratio(step.get("peer"))})
+    return found
 
 
 def failures(pieces, binaries, runs):
@@ -98,6 +123,9 @@ def failures(pieces, binaries, runs):
     for check in latest(pieces, "resume", "checks", ("name",)):
         if check["failure"]:
             found.append(f"resume of {check['name']}: {check['failure']}")
+    steps, peers = latest_steps(pieces)
+    found += [f"step {step['case']}: {step['failure']}" for step in steps if step.get("failure")]
+    found += [f"PyTorch's {peer['name']}: {peer['failure']}" for peer in peers if peer.get("failure")]
     return found + [f"benchmark {name}: {why}" for name, why in failed_benchmarks(pieces).items()]
 
 
@@ -152,21 +180,92 @@ def runs_markdown(runs):
     return ["", "## Trainings", "", *table(header, rows), "", *comparisons(runs)]
 
 
+def times(ratio):
+    return "-" if ratio is None else f"{ratio:.2f} x"
+
+
+def steps_markdown(result):
+    if not result.get("steps"):
+        return []
+    rows = [(step["case"], f"`{step['name']}`", number(step["parameters"], 1, 1e-6), number(step["ms_per_step"]),
+             number(step["noise"], 1, 100), number(step["tokens_per_second"], 0), number(step["share_of_peak"], 1, 100),
+             number(step["planned_bytes"], 2, 2**-30), times(step["ratio_gpt2"]), times(step["ratio_same"]))
+            for step in result["steps"] if not step.get("failure")]
+    rows += [(f"PyTorch {peer['name']}", f"torch.compile, {peer['attention']}", number(peer["parameters"], 1, 1e-6),
+              number(peer["ms_per_step"]), number(peer["noise"], 1, 100), number(peer["tokens_per_second"], 0), "-",
+              number(peer["peak_memory_bytes"], 2, 2**-30), "", "")
+             for peer in result["step_peers"] if not peer.get("failure")]
+    header = ("step", "model", "parameters, M", "ms a step", "noise, %", "tokens/s", "% of measured peak",
+              "peak memory, GiB", "tokens/s / torch.compile GPT-2", "tokens/s / PyTorch, same architecture")
+    lines = ["", "## Training steps, side by side", "",
+             "`fiedler bench step` and tools/train_peers.py in one run, on synthetic tokens: medians of the times from one "
+             "step's end to the next. Memory: the arena's peak; of PyTorch, what its allocator reserved.", "",
+             *table(header, rows)]
+    for step in result["steps"]:
+        if not step.get("failure"):
+            lines += profile_markdown(step)
+    return lines
+
+
+def profile_markdown(step):
+    """Where a step's time goes: its stages, its longest kernels, and what no kernel accounts for."""
+    lines = ["", f"### Profile of {step['case']}", "",
+             f"Time between the marks of the stages, measured without a CUDA graph: {number(step['profiled_ms_per_step'])} ms a "
+             f"step; with it (CUDA graph {step['cuda_graph']}) {number(step['ms_per_step'])} ms.", "",
+             *table(("stage", "ms a step", "%", "times a step"),
+                    [(stage["name"], number(stage["ms"], 3), number(stage["share"], 1, 100), stage["a_step"])
+                     for stage in step["stages"]])]
+    if not step["kernels"]:
+        return lines + ["", f"No table of kernels: {step['kernels_note']}."]
+    gaps = step["ms_per_step"] - step["kernels_ms"]
+    return lines + ["", f"Kernels take {number(step['kernels_ms'])} ms of a step; the rest, {number(gaps)} ms, is gaps.", "",
+                    *table(("kernel", "ms a step", "%", "launches a step"),
+                           [(f"`{kernel['name']}`", number(kernel["ms"], 3), number(kernel["share"], 1, 100),
+                             kernel["a_step"]) for kernel in step["kernels"]])]
+
+
+def pairs_markdown(result):
+    if not result.get("pairs"):
+        return []
+    peers = sorted({name for pair in result["pairs"] for name in pair["peers"] if name})
+    rows = []
+    for pair in result["pairs"]:
+        cells = []
+        for name in peers:
+            theirs = pair["peers"].get(name)
+            measured = isinstance(theirs, (int, float))
+            cells += [number(theirs) if measured else "-", times(theirs / pair["time_us"]) if measured else "-"]
+        rows.append((pair["family"], pair["case"], number(pair["time_us"]), *cells))
+    header = ["family", "case", "ours, us"]
+    for name in peers:
+        header += [f"{name}, us", "theirs / ours"]
+    return ["", "### Attention, forward and backward together", "", *table(header, rows)]
+
+
 def bench_markdown(result):
     if not result["bench"]:
         return []
     peak = result["peak"]
     rows = [(row["family"], row["case"], number(row["time_us"]), number(row["noise"], 1, 100), number(row["gb_s"], 0),
-             number(row["tflop_s"], 1), number(row["share_of_peak"], 1, 100), row["peer"] or "",
-             number(row["peer_time_us"]), number(row["ratio"])) for row in result["bench"]]
-    header = ("family", "case", "time, us", "noise, %", "GB/s", "TFLOP/s", "% of peak", "peer", "peer, us",
-              "peer / ours")
+             number(row["tflop_s"], 1), number(row["share_of_peak"], 1, 100), searched(row), row["peer"] or "",
+             number(row["peer_time_us"]), number(row["ratio"]), number(row.get("model_4090_us")))
+            for row in result["bench"]]
+    header = ("family", "case", "time, us", "noise, %", "GB/s", "TFLOP/s", "% of limit", "ours / best found", "peer",
+              "peer, us", "peer / ours", "4090 model, us")
     return ["", "## Kernels", "",
             f"Measured peak: copy {number(peak['copy_gb_s'], 0)} GB/s (bytes read and written), bf16 matrix product of "
             f"8192 x 8192 x 8192 {number(peak['gemm_tflop_s'], 0)} TFLOP/s. Each sample is one run after the L2 cache "
-            "has been overwritten, the time the median of 20 samples, noise (p90 - p10) / median; runs under 10 us are "
-            "timed 20 at a time after one such flush. Peers are timed the same way in the same session.", "",
-            *table(header, rows)]
+            "has been filled with other, clean lines, the time the median of 20 samples, noise (p90 - p10) / median; runs under 10 us are "
+            "timed 20 at a time after one such flush. Peers are timed the same way in the same session. % of limit: of the "
+            "larger of bytes / copy rate and, for tensor cores, flops / product rate. Ours / best found: against the fastest of "
+            "so many cuBLASLt algorithms, timed one by one. **4090 model**: the larger of bytes / 1008 GB/s and flops / 165 "
+            "TFLOP/s, over the share of the limit reached here; a model, not a measurement.", "",
+            *table(header, rows), *pairs_markdown(result)]
+
+
+def searched(row):
+    search = row.get("search")
+    return f"{search['ours_over_best']:.2f} of {search['tried']}" if search else ""
 
 
 def spectrum_table(rows):
@@ -215,7 +314,8 @@ def markdown(result):
         lines += ["", "## Failures", "", *(f"* {failure}" for failure in result["failures"])]
     if result["not_run"]:
         lines += ["", "## Not run", "", *(f"* {line}" for line in result["not_run"])]
-    return "\n".join(lines + runs_markdown(result["runs"]) + spectrum_markdown(result) + bench_markdown(result)) + "\n"
+    return "\n".join(lines + runs_markdown(result["runs"]) + steps_markdown(result) + spectrum_markdown(result) +
+                     bench_markdown(result)) + "\n"
 
 
 def write_report(pieces_folder, results_folder, sources):

@@ -30,6 +30,8 @@ void add_shape(Suite& suite, const Shape& s) {
     if (s.causal) b.dF = {suite.zeros<Accum>(n * s.heads), n, s.heads};
     b.dv = {suite.zeros<Storage>(n * values), n, values};
     b.delta = {suite.zeros<Accum>(n * s.heads), n, s.heads};
+    const auto partial = attention_partial_elements(f.seq, 0, s.heads, s.width, s.scalars, s.window, s.causal);
+    b.partial = {suite.zeros<Accum>(partial), partial};
     b.a = f.a, b.b = f.b, b.F = f.F, b.v = f.v, b.o = f.o, b.lse = f.lse;
     b.do_ = Mat<Storage>(suite.random<Storage>(n * values), n, values);
     b.seq = f.seq, b.heads = f.heads, b.scalars = f.scalars, b.window = f.window, b.causal = f.causal;
@@ -77,6 +79,7 @@ FIEDLER_BENCH(attention) {
     add_shape(suite, {32, 1024, 6, 64, 8, 256, true});
     add_shape(suite, {32, 1024, 6, 64, 1, 0, false});
     add_shape(suite, {16, 4096, 6, 64, 1, 0, true});
+    add_shape(suite, {4, 16384, 6, 64, 1, 0, true});
     add_shape(suite, {16, 4096, 6, 64, 8, 1024, true});
     add_shape(suite, {32, 1024, 12, 32, 8, 0, true});
     add_shape(suite, {32, 1024, 3, 128, 8, 0, true});

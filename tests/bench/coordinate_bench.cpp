@@ -27,7 +27,7 @@ void add_coordinate(Suite& s, std::int32_t sequences, std::int32_t length, std::
     b.da = Mat<const Accum>(s.random<Accum>(n * half), n, half);
     b.db = Mat<const Accum>(s.random<Accum>(n * half), n, half);
     b.a = f.a, b.b = f.b, b.s = f.s, b.w = f.w, b.log_temp = f.log_temp, b.seq = f.seq;
-#if FIEDLER_CUDA
+#if FIEDLER_BENCH_CUDA
     const std::int64_t scratch = coordinate_scratch_elements(n, 2 * half);
     b.scratch = {s.zeros<Accum>(scratch), scratch};
 #endif

@@ -54,7 +54,7 @@ void add_energy(Suite& s, std::int64_t n, int heads, int dim, int scalars, bool 
     b.dlog_temp = {s.zeros<Accum>(heads), heads};
     b.da = Mat<const Accum>(s.random<Accum>(n * heads * scalars), n, heads * scalars);
     b.x = f.x, b.lap = f.lap, b.log_tau = f.log_tau, b.log_temp = f.log_temp, b.heads = heads, b.scalars = scalars;
-#if FIEDLER_CUDA
+#if FIEDLER_BENCH_CUDA
     const std::int64_t scratch = energy_scratch_elements(n, heads, scalars);
     b.scratch = {s.zeros<Accum>(scratch), scratch};
 #endif

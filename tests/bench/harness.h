@@ -1,4 +1,4 @@
-// tests/bench/harness.h: benchmarks of kernel families. One file per family adds cases; the harness times and reports.
+// tests/bench/harness.h: benchmarks of kernel families. One file per family adds cases; the harness times them.
 //
 // A family's file, tests/bench/<family>_bench.cpp, is one function:
 //     FIEDLER_BENCH(norm) {
@@ -7,11 +7,11 @@
 //         suite.add("forward 32768x384", traffic(p), [=, &suite] { norm_forward(suite.device, p); });
 //     }
 //
-// Device is Cuda with Storage bf16 where a GPU is used, Cpu with Storage float otherwise. suite.small asks for small
-// shapes.
+// These files are compiled once for each device: FIEDLER_BENCH_CUDA 1: Device is Cuda, Storage bf16; 0: Cpu and float.
+// suite.small asks for small shapes.
 //
-// Timing (Cuda): each sample is one run after the L2 cache has been flushed; the median of the samples is reported, and
-// noise = (p90 - p10) / median.
+// Timing (Cuda): each sample is one run after the L2 cache has been filled with other lines, by reading: lines that were
+// written would be written back in the time of the run. The median is reported, and noise = (p90 - p10) / median.
 #pragma once
 #include <functional>
 #include <string>
@@ -21,9 +21,21 @@
 #include "kernels/dtype.h"
 #include "kernels/traffic.h"
 
+#ifndef FIEDLER_BENCH_CUDA
+#define FIEDLER_BENCH_CUDA FIEDLER_CUDA
+#endif
+
 namespace fiedler::bench {
 
-#if FIEDLER_CUDA
+// In a CUDA build both sets of names are in one program: each device has a namespace.
+#if FIEDLER_BENCH_CUDA
+#define FIEDLER_BENCH_SPACE on_cuda
+#else
+#define FIEDLER_BENCH_SPACE on_cpu
+#endif
+inline namespace FIEDLER_BENCH_SPACE {
+
+#if FIEDLER_BENCH_CUDA
 using Device = Cuda;
 using Storage = bf16;
 #else
@@ -36,7 +48,9 @@ struct Case {
     std::string family, name;
     Traffic traffic;
     std::function<void()> run;
-    bool tensor_cores = false;  // share of peak: of the measured GEMM rate if true, else of the measured copy rate
+    bool tensor_cores = false;  // the measured GEMM rate is a limit of it, beside the measured copy rate
+    // Optional: runs the same problem by algorithm k = 0, 1, ... of a library; false: there is none, or it cannot run.
+    std::function<bool(int)> algorithm = {};
 };
 
 class Suite {
@@ -67,6 +81,9 @@ class Suite {
 
 using FamilyBench = void (*)(Suite&);
 bool register_bench(const char* family, FamilyBench);
+
+}  // namespace FIEDLER_BENCH_SPACE
+
 #define FIEDLER_BENCH(word)                                                                                       \
     static void word##_bench(::fiedler::bench::Suite& suite);                                                     \
     [[maybe_unused]] static const bool word##_registered = ::fiedler::bench::register_bench(#word, word##_bench); \

@@ -1,4 +1,5 @@
-// Names: direction rows x in x out [type of the output] [epilogue], as in y[rows, out] = x[rows, in] W'.
+// Names: direction rows x in x out [type of the output] [epilogue], as in y[rows, out] = x[rows, in] W'. Beside each,
+// on the GPU, the best of all algorithms that there are for it.
 #include "kernels/matmul.h"
 
 #include <type_traits>
@@ -15,6 +16,15 @@ struct Shape {
     std::int64_t ld_out() const { return (out + 7) / 8 * 8; }
 };
 
+template <class P>
+void add_case(Suite& s, const std::string& name, const P& p, void (*run)(const Device&, const P&)) {
+    s.add(
+        name, traffic(p), [p, run, &s] { run(s.device, p); }, true);
+#if FIEDLER_BENCH_CUDA
+    s.cases.back().algorithm = [p, &s](int k) { return matmul_by_algorithm(s.device, p, k); };
+#endif
+}
+
 template <class O>
 void add_forward(Suite& s, const std::string& name, const Shape& n, bool residual, bool relu) {
     MatmulForward<Storage, O> p;
@@ -23,8 +33,7 @@ void add_forward(Suite& s, const std::string& name, const Shape& n, bool residua
     p.y = Mat<O>(s.zeros<O>(n.rows * n.ld_out()), n.rows, n.out, n.ld_out());
     if (residual) p.residual = Mat<const O>(s.random<O>(n.rows * n.ld_out()), n.rows, n.out, n.ld_out());
     p.relu = relu;
-    s.add(
-        name, traffic(p), [p, &s] { matmul_forward(s.device, p); }, true);
+    add_case(s, name, p, matmul_forward);
 }
 
 void add_backward(Suite& s, const Shape& n) {
@@ -32,14 +41,12 @@ void add_backward(Suite& s, const Shape& n) {
     dx.dy = Mat<const Storage>(s.random<Storage>(n.rows * n.ld_out()), n.rows, n.out, n.ld_out());
     dx.w = Mat<const Storage>(s.random<Storage>(n.out * n.in, 0.02), n.out, n.in);
     dx.dx = Mat<Storage>(s.zeros<Storage>(n.rows * n.in), n.rows, n.in);
-    s.add(
-        "dx " + n.name(), traffic(dx), [dx, &s] { matmul_dx(s.device, dx); }, true);
+    add_case(s, "dx " + n.name(), dx, matmul_dx);
     MatmulDw<Storage> dw;
     dw.dy = dx.dy;
     dw.x = Mat<const Storage>(s.random<Storage>(n.rows * n.in), n.rows, n.in);
     dw.dw = Mat<Accum>(s.zeros<Accum>(n.out * n.in), n.out, n.in);
-    s.add(
-        "dw " + n.name(), traffic(dw), [dw, &s] { matmul_dw(s.device, dw); }, true);
+    add_case(s, "dw " + n.name(), dw, matmul_dw);
 }
 
 }  // namespace
@@ -51,15 +58,20 @@ FIEDLER_BENCH(matmul) {
 
     const std::int64_t rows = suite.small ? 1024 : 32768, c = suite.small ? 128 : 384, chunk = suite.small ? 256 : 4096;
     const Shape qkv{rows, c, 3 * c}, square{rows, c, c}, up{rows, c, 4 * c}, down{rows, 4 * c, c};
-    const Shape scalars{rows, c, 96}, gate{rows, c, 6}, head{chunk, c, suite.small ? 4096 : 16384};
+    // Scalars of queries and keys with the gate's logits, 2 H R + H columns (R = 8 and 1, H = 6), without it, and alone;
+    // the projection of the spectral embedding.
+    const Shape aux8{rows, c, 102}, scalars{rows, c, 96}, aux1{rows, c, 18}, gate{rows, c, 6}, spectral{rows, 64, c};
+    const Shape head{chunk, c, suite.small ? 4096 : 16384}, head_gpt2{chunk / 8, c, suite.small ? 4096 : 50304};
     add_forward<Storage>(suite, "forward " + qkv.name(), qkv, false, false);
     add_forward<Storage>(suite, "forward " + square.name() + " residual", square, true, false);
     add_forward<Storage>(suite, "forward " + up.name() + " relu", up, false, true);
     add_forward<Storage>(suite, "forward " + down.name() + " residual", down, true, false);
-    add_forward<Accum>(suite, "forward " + scalars.name() + " f32", scalars, false, false);
-    add_forward<Accum>(suite, "forward " + gate.name() + " f32", gate, false, false);
-    add_forward<Storage>(suite, "forward " + head.name(), head, false, false);
-    for (const Shape& n : {qkv, square, up, down, scalars, gate, head}) add_backward(suite, n);
+    for (const Shape& n : {aux8, scalars, aux1, gate})
+        add_forward<Accum>(suite, "forward " + n.name() + " f32", n, false, false);
+    add_forward<Storage>(suite, "forward " + spectral.name() + " residual", spectral, true, false);
+    for (const Shape& n : {head, head_gpt2}) add_forward<Storage>(suite, "forward " + n.name(), n, false, false);
+    for (const Shape& n : {qkv, square, up, down, aux8, scalars, aux1, gate, spectral, head, head_gpt2})
+        add_backward(suite, n);
     const Shape decode{1, c, suite.small ? 4096 : 16384};
     add_forward<Storage>(suite, "forward " + decode.name(), decode, false, false);
 }

@@ -72,7 +72,7 @@ void add_batch(Suite& s, std::int64_t graphs, int smallest, int largest, std::in
     p.status = {s.zeros<std::int32_t>(graphs), graphs};
     p.node_offsets = upload(s, b.nodes), p.row_offsets = upload(s, b.rows);
     p.columns = upload(s, b.columns), p.matrix = upload(s, b.entries);
-#if FIEDLER_CUDA
+#if FIEDLER_BENCH_CUDA
     const SmallSpectraOrder order = small_spectra_order(b.nodes.data(), graphs);
     const std::int64_t scratch = small_spectra_scratch_elements(order.first);
     p.order = upload(s, order.graphs), p.first = order.first;

@@ -52,6 +52,7 @@ std::vector<float> train(bool with_nccl) {
     const ModelSpec spec = model_spec(c);
     RunPlan plan;
     plan.micro_batch = 4;
+    plan.micro_batches = 2;
     plan.tokens = 4 * 32;
     Runner<Cuda, bf16> runner(std::make_unique<Cuda>(), spec, plan, 0);
     if (with_nccl) runner.use_comm(make_comm(runner.device(), World{}, true));

@@ -104,7 +104,7 @@ TEST(Knobs, EachIsAFlagALineOfTomlAndAJsonKey) {
         EXPECT_EQ(to_json(config_from_json(to_json(c), "test")), to_json(c)) << k.name;
         EXPECT_EQ(to_json(config_from_json(Json::parse(to_json(c).dump()), "test")), to_json(c)) << k.name;
         for (const Command command : {Command::prepare, Command::train, Command::eval, Command::generate, Command::plan,
-                                      Command::inspect, Command::spectrum}) {
+                                      Command::inspect, Command::spectrum, Command::bench}) {
             std::vector<std::string> arguments = {std::string("--") + k.name};
             if (std::holds_alternative<bool Config::*>(k.field))
                 arguments = {(value[0] == "true" ? "--" : "--no-") + std::string(k.name)};

@@ -62,16 +62,16 @@ State run(const Dev& dev, std::size_t n, const Settings& s) {
     p.master = master.vec(), p.m = m.vec(), p.v = v.vec(), p.grads = grads.vec();
     if constexpr (kSeparateWeights<T>) p.weights = weights.vec();
     p.decay_count = s.decay_count;
-    p.lr = A(s.lr), p.beta1 = A(s.beta1), p.beta2 = A(s.beta2), p.eps = A(s.eps), p.decay = A(s.decay);
     for (int step = 0; step < kSteps; ++step) {
         const bool skip = step == kSkipped;
         auto grad = to<A>(gradients(n, step));
         if (skip) grad[n / 2] = std::numeric_limits<A>::quiet_NaN();
         copy_to_device(dev, grads.data(), grad.data(), grads.bytes());
-        const Buffer<StepControl<A>, Dev> control(
-            dev, std::vector<StepControl<A>>{{A(0), A(1), skip ? A(0) : A(s.scale), A(skip)}});
+        StepControl<A> c{.norm = A(1), .scale = skip ? A(0) : A(s.scale), .skip = A(skip)};
+        c.inverse1 = 1 / A(s.bias1(step)), c.inverse2 = 1 / A(s.bias2(step));
+        c.lr = A(s.lr), c.beta1 = A(s.beta1), c.beta2 = A(s.beta2), c.eps = A(s.eps), c.decay = A(s.decay);
+        const Buffer<StepControl<A>, Dev> control(dev, std::vector<StepControl<A>>{c});
         p.control = control.data();
-        p.bias1 = A(s.bias1(step)), p.bias2 = A(s.bias2(step));
         const auto before = master.host();
         weights.poison();
         adamw(dev, p);
@@ -114,7 +114,8 @@ TEST(Adamw, FirstStepIsTheSignOfTheGradient) {  // m / bias1 = g and v / bias2 =
     Adamw<double> p;
     p.master = {w, 2}, p.m = {m, 2}, p.v = {v, 2}, p.grads = {g, 2};
     p.control = &control;
-    p.lr = 0.25, p.eps = 1e-300, p.bias1 = 1 - p.beta1, p.bias2 = 1 - p.beta2;
+    control.lr = 0.25, control.eps = 1e-300;
+    control.inverse1 = 1 / (1 - control.beta1), control.inverse2 = 1 / (1 - control.beta2);
     adamw(Cpu{}, p);
     EXPECT_NEAR(w[0], 0.75, 1e-15);
     EXPECT_NEAR(w[1], 1.25, 1e-15);
@@ -125,7 +126,7 @@ TEST(Adamw, ZeroGradientsAndMomentsStayFinite) {
     Adamw<float> p;
     p.master = {w, 2}, p.m = {m, 2}, p.v = {v, 2}, p.grads = {g, 2};
     p.control = &control;
-    p.lr = 0.5f, p.decay = 0.5f, p.decay_count = 1;
+    control.lr = 0.5f, control.decay = 0.5f, p.decay_count = 1;
     adamw(Cpu{}, p);
     EXPECT_EQ(w[0], 0.75f);
     EXPECT_EQ(w[1], 1.f);

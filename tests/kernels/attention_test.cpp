@@ -18,6 +18,7 @@ struct Case {
     std::int32_t heads = 1, scalars = 1, width = 16, window = 0;
     bool causal = true, gate = false;
     Points points = Points::kNormal;
+    std::int32_t slabs = 0;  // room for the backward's parts of da on the GPU; 0: as much as is of use
 
     bool uniform() const {
         return std::all_of(lengths.begin(), lengths.end(), [&](auto n) { return n == lengths[0]; });
@@ -28,6 +29,7 @@ struct Case {
         for (const auto n : lengths) s << ' ' << n;
         s << ", H " << heads << ", R " << scalars << ", D " << width << ", window " << window;
         s << (causal ? ", causal" : "") << (gate ? ", gate" : "") << ", points " << int(points);
+        if (slabs > 0) s << ", slabs " << slabs;
         return s.str();
     }
 };
@@ -146,7 +148,7 @@ struct Trial {
     const Dev& dev;
     const Inputs& in;
     std::int64_t n, ld;
-    Buffer<A, Dev> a, b, F, lse, delta, da, db, dF;
+    Buffer<A, Dev> a, b, F, lse, delta, da, db, dF, partial;
     Buffer<T, Dev> v, o, dout, dv;
     Buffer<std::int32_t, Dev> offsets, begin, end;
 
@@ -163,6 +165,7 @@ struct Trial {
           da(d, i.a.size()),
           db(d, i.a.size()),
           dF(d, i.F.size()),
+          partial(d, partial_elements(i)),
           v(d, padded(i.v)),
           o(d, v.size()),
           dout(d, padded(i.dout)),
@@ -171,6 +174,15 @@ struct Trial {
           begin(d, i.ragged.begin),
           end(d, i.ragged.end) {}
 
+    static std::size_t partial_elements(const Inputs& i) {
+        if constexpr (std::is_same_v<Dev, Cpu>) return 0;
+        const Case& c = i.c;
+        const auto slab = attention_slab_elements(i.tokens(), c.heads, c.scalars);
+        return std::size_t(c.slabs > 0 ? c.slabs * slab
+                                       : attention_partial_elements(i.packed(), longest(i), c.heads, c.width, c.scalars,
+                                                                    c.window, c.causal));
+    }
+    static std::int32_t longest(const Inputs& i) { return *std::max_element(i.c.lengths.begin(), i.c.lengths.end()); }
     std::vector<T> padded(const Values& x) const {
         std::vector<T> y(std::size_t(n * ld), narrow<T>(NAN));
         for (std::int64_t i = 0; i < n; ++i)
@@ -211,6 +223,7 @@ struct Trial {
         AttentionBackward<T> p;
         p.da = scalars(da), p.db = scalars(db), p.dv = rows(dv), p.delta = numbers(delta);
         p.a = scalars(a), p.b = scalars(b), p.v = rows(v), p.o = rows(o), p.do_ = rows(dout), p.lse = numbers(lse);
+        p.partial = partial.vec(), p.longest = longest(in);
         if (in.c.gate) p.F = numbers(F), p.dF = numbers(dF);
         p.seq = packed(), p.heads = in.c.heads, p.scalars = in.c.scalars, p.window = in.c.window,
         p.causal = in.c.causal;
@@ -383,9 +396,9 @@ TEST(Attention, DecodeMatchesForward) {
 }
 
 #if FIEDLER_CUDA
-void check_gpu(const Case& c) {
+void check_gpu(const Inputs& in) {
+    const Case& c = in.c;
     SCOPED_TRACE(c.name());
-    const Inputs in(c);
     Trial<double, Cpu> reference(kCpu, in);
     reference.forward();
     const Values want_o = reference.compact(reference.o), want_lse = reference.lse.values();
@@ -435,6 +448,8 @@ void check_gpu(const Case& c) {
         EXPECT_TRUE(identical(second.dF.data(), got.dF.data(), got.dF.size() * 8));
     }
 }
+
+void check_gpu(const Case& c) { check_gpu(Inputs(c)); }
 
 // Every instantiation, and the scalars that are padded to one of them.
 TEST(Attention, GpuMatchesReferenceAtEveryWidthAndNumberOfScalars) {
@@ -487,6 +502,121 @@ TEST(Attention, GpuMatchesReferenceAtTiesAndFarApart) {
             check_gpu({.lengths = {129}, .scalars = scalars, .width = 32, .causal = false, .points = points});
         }
 }
+// o and lse of the forward pass, twice.
+void check_gpu_forward(const Inputs& in, const char* what) {
+    SCOPED_TRACE(in.c.name() + ", " + what);
+    Trial<double, Cpu> reference(kCpu, in);
+    reference.forward();
+    const Outputs low = naive<float, bf16, bf16>(in);
+    Trial<bf16, Cuda> run(gpu(), in), again(gpu(), in);
+    run.forward();
+    again.forward();
+    const Values o = run.compact(run.o), lse = run.lse.values();
+    EXPECT_TRUE(close(o, reference.compact(reference.o), low.o)) << "o";
+    EXPECT_TRUE(close(lse, reference.lse.values(), low.lse)) << "lse";
+    EXPECT_TRUE(identical(o.data(), again.compact(again.o).data(), o.size() * 8));
+    EXPECT_TRUE(identical(lse.data(), again.lse.values().data(), lse.size() * 8));
+}
+// F of every head falls by `step` a token, and by `jump` at every 100th; sums restart with the sequences.
+void set_gate(Inputs& in, double step, double jump) {
+    for (std::int32_t i = 0; i < in.tokens(); ++i)
+        for (std::int32_t h = 0; h < in.c.heads; ++h) {
+            const auto k = std::size_t(i * in.c.heads + h);
+            const double before = i > in.ragged.begin[std::size_t(i)] ? in.F[k - std::size_t(in.c.heads)] : 0;
+            in.F[k] = before - step - (i % 100 == 99 ? jump : 0);
+        }
+    in.F = round_to<float>(in.F);
+}
+// The kernel weighs relative to a fixed reference as long as bounds hold (kernels/attention_forward.cuh) and otherwise
+// with a running maximum: inside, at the border, outside, and changing over on the way.
+TEST(Attention, GpuForwardMatchesReferenceInAndOutOfBounds) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const std::int32_t scalars : {1, 2, 8}) {
+        const Case c{.lengths = {700}, .heads = 2, .scalars = scalars, .width = 64, .gate = true};
+        const auto count = std::size_t(c.heads * scalars);
+        const auto check = [&](const char* what, auto&& change) {
+            Inputs in(c);
+            set_gate(in, 0.01, 0);
+            change(in);
+            in.a = round_to<float>(in.a), in.b = round_to<float>(in.b), in.F = round_to<float>(in.F);
+            check_gpu_forward(in, what);
+        };
+        check("mild gate", [](Inputs&) {});
+        check("gate at the bound", [](Inputs& in) { set_gate(in, 0.12, 0); });
+        check("gate out of bounds", [](Inputs& in) { set_gate(in, 0.5, 0); });
+        check("gate closes in one token", [](Inputs& in) { set_gate(in, 0.001, 30); });
+        check("gate closes for good", [](Inputs& in) { set_gate(in, 0.001, 1e4); });
+        check("gate opens: bounds hold at first, not for earlier keys", [&](Inputs& in) {
+            for (std::size_t i = 0; i < in.F.size(); ++i) in.F[i] += i < 300 * 2 ? -50 : 0;
+        });
+        check("a key far off, of one query", [&](Inputs& in) { in.b[400 * count] += 45; });
+        check("keys far off, on either side", [&](Inputs& in) {
+            for (std::size_t i = 0; i < in.b.size(); i += count) in.b[i] += (i / count % 3 - 1.0) * 100;
+            for (std::size_t i = 0; i < in.b.size(); i += 7 * count) in.b[i] = in.a[i];
+        });
+        check("own keys far off, others close", [&](Inputs& in) {
+            for (std::size_t i = 0; i < in.b.size(); i += count) in.b[i] += i / count % 2 ? 30 : 0;
+        });
+        check("queries spread over the bound", [&](Inputs& in) {
+            for (std::size_t i = 0; i < in.a.size(); i += count) in.a[i] += i / count % 2 ? 22 : -22;
+            for (std::size_t i = 0; i < in.b.size(); i += count) in.b[i] += i / count % 2 ? 22 : -22;
+        });
+        check("queries spread out of bounds", [&](Inputs& in) {
+            for (std::size_t i = 0; i < in.a.size(); i += count) in.a[i] += i / count % 2 ? 90 : -90;
+            for (std::size_t i = 0; i < in.b.size(); i += count) in.b[i] += i / count % 2 ? 90 : -90;
+        });
+        check("all far from zero", [](Inputs& in) {
+            for (double& x : in.a) x += 1000;
+            for (double& x : in.b) x += 1000;
+        });
+        check("ties", [](Inputs& in) {
+            for (double& x : in.a) x = std::round(x);
+            for (double& x : in.b) x = std::round(x);
+        });
+    }
+}
+TEST(Attention, GpuForwardMatchesReferenceAtEveryBorderOfBlocks) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const std::int32_t n : {1, 31, 33, 127, 128, 129, 255, 256, 257, 512, 1000})
+        for (const std::int32_t scalars : {1, 8})
+            for (const bool causal : {true, false}) {
+                Inputs in({.lengths = {n, n},
+                           .heads = n < 64 ? 8 : 2,
+                           .scalars = scalars,
+                           .width = 64,
+                           .causal = causal,
+                           .gate = causal});
+                if (causal) set_gate(in, 0.02, 0);
+                check_gpu_forward(in, "mild gate");
+            }
+    for (const std::int32_t width : {16, 32, 64, 128})
+        for (const std::int32_t scalars : {1, 2, 4, 8, 16})
+            for (const std::int32_t window : {0, 100}) {
+                Inputs in({.lengths = {5, 300, 64, 1, 190},
+                           .heads = 2,
+                           .scalars = scalars,
+                           .width = width,
+                           .window = window,
+                           .gate = true});
+                set_gate(in, 0.02, 0);
+                check_gpu_forward(in, "mild gate");
+            }
+}
+// A query of NaN gives NaN, and to no other query.
+TEST(Attention, GpuForwardShowsNaN) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const std::int32_t scalars : {1, 8}) {
+        Inputs in({.lengths = {300}, .scalars = scalars, .width = 64});
+        in.a[std::size_t(200 * scalars)] = NAN;
+        Trial<bf16, Cuda> run(gpu(), in);
+        run.forward();
+        const Values o = run.compact(run.o), lse = run.lse.values();
+        for (std::size_t i = 0; i < 300; ++i) {
+            ASSERT_EQ(std::isnan(lse[i]), i == 200) << i;
+            for (std::size_t d = 0; d < 64; ++d) ASSERT_EQ(std::isnan(o[i * 64 + d]), i == 200) << i;
+        }
+    }
+}
 TEST(Attention, GpuScalarGradientsOfEqualScalarsAreExactlyZero) {
     FIEDLER_GPU_OR_SKIP();
     Inputs in({.lengths = {200}, .heads = 2, .scalars = 3, .width = 64});
@@ -498,6 +628,43 @@ TEST(Attention, GpuScalarGradientsOfEqualScalarsAreExactlyZero) {
     const Outputs got = run.outputs();
     for (const double x : got.da) ASSERT_EQ(x, 0);
     for (const double x : got.db) ASSERT_EQ(x, 0);
+}
+// Groups of keys: several blocks of keys a sequence, several walked by one block, one block for all, and tiles of
+// queries that see the end of one sequence and the begin of the next.
+TEST(Attention, GpuMatchesReferenceWithAnyNumberOfSlabs) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const std::int32_t slabs : {0, 1, 2, 3, 5})
+        for (const std::int32_t scalars : {1, 2, 4, 8, 16}) {
+            check_gpu({.lengths = {1000}, .scalars = scalars, .width = 16, .gate = true, .slabs = slabs});
+            check_gpu({.lengths = {256, 256, 256}, .scalars = scalars, .width = 32, .slabs = slabs});
+            check_gpu({.lengths = {700, 1, 130, 300},
+                       .heads = 2,
+                       .scalars = scalars,
+                       .width = 16,
+                       .causal = false,
+                       .slabs = slabs});
+            check_gpu({.lengths = {40, 700, 3, 290},
+                       .scalars = scalars,
+                       .width = 32,
+                       .window = 150,
+                       .gate = true,
+                       .slabs = slabs});
+        }
+    check_gpu({.lengths = {2500}, .heads = 2, .scalars = 8, .width = 64, .gate = true, .slabs = 2});
+    check_gpu({.lengths = {2500}, .scalars = 1, .width = 128});
+}
+// A gate that closes completely now and then: whole tiles are nothing, and their sums must be zero, not left out.
+TEST(Attention, GpuGateClosesCompletely) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const std::int32_t scalars : {1, 8}) {
+        Inputs in({.lengths = {600}, .scalars = scalars, .width = 64, .gate = true});
+        float closed = 0;
+        for (std::size_t i = 0; i < in.F.size(); ++i) {
+            if (i % 190 == 189) closed += 200;
+            in.F[i] = round_to<float>({in.F[i] - double(closed)})[0];
+        }
+        check_gpu(in);
+    }
 }
 TEST(Attention, GpuDecodeMatchesReference) {
     FIEDLER_GPU_OR_SKIP();

@@ -195,7 +195,8 @@ TEST(Gate, BrokenContractThrows) {
 }
 
 #if FIEDLER_CUDA
-// Lengths around a warp's, a block's and several tiles' tokens (a block has 32 to 1024 threads, four tokens each).
+// Lengths around a warp's, a block's and several tiles' tokens (a block has 32 to 1024 threads, four tokens each), and
+// around where sequences are cut into chunks of 2048 tokens and more.
 const std::vector<std::pair<Lengths, int>> kGpuShapes = {{{1}, 1},
                                                          {{3}, 6},
                                                          {{7, 7}, 6},
@@ -212,6 +213,10 @@ const std::vector<std::pair<Lengths, int>> kGpuShapes = {{{1}, 1},
                                                          {{4096}, 2},
                                                          {{4097}, 2},
                                                          {{9000}, 40},
+                                                         {{6143}, 3},
+                                                         {{6144, 6144}, 3},
+                                                         {Lengths(200, 4097), 2},
+                                                         {Lengths(300, 4097), 1},
                                                          {Lengths(700, 5), 6},
                                                          {{1, 2, 0, 5, 60, 1}, 3},
                                                          {{3000, 1, 47, 500}, 6},
@@ -255,6 +260,10 @@ TEST(Gate, GpuCarryContinuesASequence) {
     const Problem q({301}, 6);
     for (const std::int64_t step : {1, 7, 129, 301})
         EXPECT_TRUE(close(decode<float>(gpu(), q, step), q.naive_forward(), decode<float>(Cpu{}, q, step)));
+    const Problem chunks({10007}, 3);
+    for (const std::int64_t step : {5000, 10007})
+        EXPECT_TRUE(
+            close(decode<float>(gpu(), chunks, step), chunks.naive_forward(), decode<float>(Cpu{}, chunks, step)));
 }
 
 TEST(Gate, GpuNanIsSeen) {

@@ -268,6 +268,29 @@ TEST(Matmul, GpuLongSumIsStable) {  // a split inner dimension, as dw of a whole
     FIEDLER_GPU_OR_SKIP();
     check_on_gpu({8194, 40, 24});
 }
+TEST(Matmul, GpuThinGradientsAreSummedInPieces) {  // rows that divide, and an output of few tiles
+    FIEDLER_GPU_OR_SKIP();
+    // 64 pieces of 128 rows; 32 of 136, whose distance is no multiple of 256 bytes; 4 of 160; in > out and out > in.
+    for (const Shape& n : {Shape{8192, 40, 6}, Shape{4352, 72, 18}, Shape{640, 24, 136}, Shape{2048, 8, 300}})
+        check_on_gpu(n);
+}
+TEST(Matmul, GpuEveryAlgorithmComputesTheSameProduct) {
+    FIEDLER_GPU_OR_SKIP();
+    Problem q({1024, 64, 24});
+    q.round<bf16>();
+    const Padded<bf16, Cuda> x(gpu(), q.rows, q.in, q.in, q.x), dy(gpu(), q.rows, q.out, q.out, q.dy);
+    const Values ref = q.grad_w(), low = q.grad_w(Sum::tensor_core);
+    int ran = 0, in_pieces = 0;
+    for (int k = 0; k < kMatmulAlgorithms + 2; ++k) {
+        const Padded<float, Cuda> dw(gpu(), q.out, q.in, q.in, q.dw0);
+        const bool done = matmul_by_algorithm(gpu(), MatmulDw<bf16>{dw.mat(), dy.mat(), x.mat()}, k);
+        EXPECT_TRUE(close(dw.values(), done ? ref : q.dw0, done ? low : q.dw0)) << "algorithm " << k;
+        ran += done;
+        in_pieces += done && k >= kMatmulAlgorithms - kMatmulPieceCounts;
+    }
+    EXPECT_GT(ran, in_pieces);
+    EXPECT_EQ(in_pieces, 3);  // 2, 4 and 8 pieces of at least 128 rows
+}
 TEST(Matmul, GpuViewsAtAnOffset) {  // columns of a wider matrix, 16-byte aligned but not more
     FIEDLER_GPU_OR_SKIP();
     Problem q({66, 32, 40});

@@ -1,0 +1,188 @@
+#include "engine/bench_step.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+
+#include "engine/error.h"
+#include "engine/kernel_trace.h"
+#include "engine/rng.h"
+#include "engine/runner.h"
+#include "kernels/profile.h"
+
+namespace fiedler {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+std::string name_of_step(const Config& c) {
+    std::string name = fmt::format("{} {}, {} layers, C{} H{} V{} T{}, {} tokens", c.preset, c.pattern, c.layers,
+                                   c.channels, c.heads, c.vocab, c.context, c.batch_tokens);
+    if (c.scalar_kind == ScalarKind::energy) name += ", energies";
+    if (c.spectral_dims > 0) name += fmt::format(", spectral {}", c.spectral_dims);
+    return name;
+}
+
+std::vector<Batch> synthetic_batches(const RunPlan& plan, const ModelSpec& spec, std::uint64_t seed) {
+    const auto token = [&](std::uint64_t i) {
+        const double u = rng::uniform(seed, 0, i);
+        return static_cast<std::int32_t>(std::min(std::pow(double(spec.vocab) + 1, u) - 1, double(spec.vocab - 1)));
+    };
+    std::vector<Batch> batches(static_cast<std::size_t>(plan.micro_batches));
+    std::uint64_t i = 0;
+    for (Batch& b : batches) {
+        b.rows = b.real_rows = plan.micro_batch;
+        b.length = spec.context;
+        for (std::int64_t n = 0; n < b.rows * b.length; ++n) {
+            b.inputs.push_back(token(i++));
+            b.targets.push_back(token(i++));
+        }
+    }
+    return batches;
+}
+
+// A model that is ready to be trained on tokens of nobody's.
+struct Trained {
+    std::unique_ptr<Engine> engine;
+    std::vector<Batch> batches;
+    StepSettings settings;
+
+    Trained(const Config& c, const EngineOptions& options) {
+        const ModelSpec spec = model_spec(c);
+        ModelConstants constants;
+        if (spec.spectral_dims > 0) constants.spectral = random_spectral_table(spec, 1);
+        engine = make_engine(spec, options, constants);
+        std::vector<float> master(static_cast<std::size_t>(engine->table().elements));
+        initialise(engine->table(), spec, 1, master.data());
+        engine->write(Block::master, master.data());
+        batches = synthetic_batches(engine->plan(), spec, 1);
+        if (spec.has_energies() && spec.measured_tau) (void)engine->calibrate_tau(batches[0]);
+        settings.lr = 1e-4;
+        settings.beta1 = c.beta1, settings.beta2 = c.beta2, settings.eps = c.adam_eps;
+        settings.decay = c.weight_decay, settings.clip = c.clip;
+    }
+    void submit() {
+        engine->submit_step(batches, settings);
+        ++settings.step;
+    }
+    StepResult step() {
+        submit();
+        return engine->finish_step();
+    }
+};
+
+void set_times(bench::StepRow& row, std::vector<double> seconds) {
+    std::sort(seconds.begin(), seconds.end());
+    const auto at = [&](double q) { return seconds[std::size_t(q * double(seconds.size() - 1) + 0.5)]; };
+    const std::size_t middle = seconds.size() / 2;
+    row.seconds = seconds.size() % 2 ? seconds[middle] : (seconds[middle - 1] + seconds[middle]) / 2;
+    row.noise = (at(0.9) - at(0.1)) / row.seconds;
+}
+
+void time_steps(Trained& model, int steps, bench::StepRow& row) {
+    // The first steps choose algorithms and record the graph.
+    const int warm_up = model.engine->device_kind() == "cuda" ? 5 : 1;
+    for (int i = 0; i < warm_up; ++i) model.step();
+    std::vector<double> seconds;
+    model.submit();
+    model.submit();
+    (void)model.engine->finish_step();
+    auto last = Clock::now();
+    for (int i = 0; i < steps; ++i) {
+        if (i + 1 < steps) model.submit();
+        row.loss = model.engine->finish_step().loss;
+        const auto now = Clock::now();
+        seconds.push_back(std::chrono::duration<double>(now - last).count());
+        last = now;
+    }
+    set_times(row, std::move(seconds));
+}
+
+std::unique_ptr<MarkClock> clock_of(Engine& engine) {
+#if FIEDLER_CUDA
+    if (auto* runner = dynamic_cast<Runner<Cuda, bf16>*>(&engine)) return mark_clock(runner->device());
+#endif
+    (void)engine;
+    return mark_clock(Cpu{});
+}
+
+void profile_stages(Trained& model, int steps, bench::StepRow& row) {
+    model.step();
+    StageProfile profile(clock_of(*model.engine));
+    std::vector<double> seconds;
+    for (int i = 0; i < steps; ++i) {
+        const auto begin = Clock::now();
+        profile.begin_step();
+        model.step();
+        profile.end_step();
+        seconds.push_back(std::chrono::duration<double>(Clock::now() - begin).count());
+    }
+    row.profiled_seconds = 0;
+    for (const StageProfile::Stage& s : profile.stages()) {
+        row.stages.push_back({s.name, s.seconds, s.entered / profile.steps()});
+        row.profiled_seconds += s.seconds;
+    }
+}
+
+void trace_step(Trained& model, bench::StepRow& row) {
+    constexpr int kSteps = 3;
+    constexpr std::size_t kMost = 10;
+    const KernelTrace trace = trace_kernels([&] {
+        for (int i = 0; i < kSteps; ++i) model.step();
+    });
+    row.kernels_note = trace.note;
+    row.kernels_seconds = trace.seconds / kSteps;
+    for (std::size_t i = 0; i < std::min(kMost, trace.kernels.size()); ++i) {
+        const KernelTime& k = trace.kernels[i];
+        row.kernels.push_back({k.name, k.seconds / kSteps, k.launches / kSteps});
+    }
+}
+
+bool replays(Engine& engine) {
+#if FIEDLER_CUDA
+    if (auto* runner = dynamic_cast<Runner<Cuda, bf16>*>(&engine)) return runner->replayed_steps() > 0;
+#endif
+    (void)engine;
+    return false;
+}
+
+}  // namespace
+
+bench::StepRow bench_step(const Config& c, DeviceKind device, const StepBenchOptions& o,
+                          const std::function<void(const bench::StepRow&)>& after_timing) {
+    check_training(c);
+    EngineOptions options = engine_options(c, device, true);
+    bench::StepRow row;
+    row.name = name_of_step(c);
+    row.steps = o.steps;
+    row.context = c.context;
+    row.tokens = c.batch_tokens;
+    {
+        Trained model(c, options);
+        Engine& engine = *model.engine;
+        row.device = engine.device_name();
+        row.parameters = engine.table().parameters;
+        row.micro_batches = engine.plan().micro_batches;
+        row.recompute = name_of(engine.plan().recompute);
+        row.planned_bytes = static_cast<std::int64_t>(engine.plan().bytes);
+        time_steps(model, o.steps, row);
+        row.cuda_graph = replays(engine) ? "on" : "off";
+        row.device_bytes = static_cast<std::int64_t>(engine.device_bytes_in_use());
+        row.tokens_per_second = double(row.tokens) / row.seconds;
+        row.flops_per_token = training_flops_per_token(engine.spec(), engine.spec().context);
+        row.peak_flops = engine.measured_peak_flops();
+        if (row.peak_flops > 0) row.share = row.tokens_per_second * row.flops_per_token / row.peak_flops;
+        if (!std::isfinite(row.loss)) run_error("bench step: the loss is not finite ({})", row.loss);
+    }
+    if (after_timing) after_timing(row);
+    options.cuda_graph = GraphChoice::off;
+    Trained model(c, options);
+    profile_stages(model, std::min(o.steps, 5), row);
+    if (o.trace) trace_step(model, row);
+    return row;
+}
+
+}  // namespace fiedler

@@ -1,0 +1,160 @@
+// kernels/hopper.cuh: the instructions that only sm_90a has: barriers that count bytes, tile loads by the tensor memory
+// accelerator (TMA), products of a warpgroup (128 threads). Names and meanings as in the PTX ISA.
+//
+// Tiles of operands lie in shared memory as TMA's 128-byte swizzle writes them: rows of 64 bf16 (128 bytes), at an
+// address that is a multiple of 1024; the 16-byte piece c of row r lies at place c ^ (r % 8) of its row.
+#pragma once
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kernels/mma.cuh"
+
+namespace fiedler::hopper {
+
+constexpr int kWarpgroup = 128;
+constexpr int kSwizzleColumns = 64, kSwizzleBytes = 128;  // of a row of a tile
+constexpr int kTileAlignment = 1024;
+
+// ---- barriers in shared memory -----------------------------------------------------------------------------------
+// A barrier goes from phase to phase; a phase is over when `count` threads have arrived and all announced bytes are there.
+// wait(parity) returns once a phase of that parity (0 the first, 1 the second, 0, ...) is the last one that is over;
+// parity 1 returns at once on a fresh barrier.
+using Barrier = std::uint64_t;
+
+__device__ inline void barrier_init(Barrier* b, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(b)), "r"(count) : "memory");
+}
+// Makes the initialised barriers known to TMA; before the __syncthreads that tells the other threads.
+__device__ inline void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory"); }
+__device__ inline void barrier_arrive(Barrier* b) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(b)) : "memory");
+}
+// Arrives and announces bytes that TMA is going to bring.
+__device__ inline void barrier_arrive_expecting(Barrier* b, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(b)), "r"(bytes)
+                 : "memory");
+}
+__device__ inline void barrier_wait(Barrier* b, int parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra over;\n"
+        "bra again;\n"
+        "over:\n}\n" ::"r"(shared_address(b)),
+        "r"(parity)
+        : "memory");
+}
+// Numbered barriers of the block: `threads` threads in all, of which some wait and the others only announce themselves.
+__device__ inline void named_wait(int number, int threads) {
+    asm volatile("bar.sync %0, %1;\n" ::"r"(number), "r"(threads) : "memory");
+}
+__device__ inline void named_arrive(int number, int threads) {
+    asm volatile("bar.arrive %0, %1;\n" ::"r"(number), "r"(threads) : "memory");
+}
+
+// The whole warpgroup gives registers away, or waits until it can have so many of its own (for each thread).
+template <int n>
+__device__ inline void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(n));
+}
+template <int n>
+__device__ inline void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(n));
+}
+
+// ---- TMA ---------------------------------------------------------------------------------------------------------
+// The box of `map` at the given coordinates (innermost first) -> shared memory; its bytes are counted by b. Elements
+// beyond the tensor are zeros, and count.
+__device__ inline void load_box(void* to, const CUtensorMap* map, int x, int y, Barrier* b) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
+        "[%2];\n" ::"r"(shared_address(to)),
+        "l"(map), "r"(shared_address(b)), "r"(x), "r"(y)
+        : "memory");
+}
+__device__ inline void load_box(void* to, const CUtensorMap* map, int x, int y, int z, int w, Barrier* b) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
+        "%6}], [%2];\n" ::"r"(shared_address(to)),
+        "l"(map), "r"(shared_address(b)), "r"(x), "r"(y), "r"(z), "r"(w)
+        : "memory");
+}
+// What this thread has written into shared memory becomes visible to products and TMA (after a barrier, to those that
+// others start).
+__device__ inline void publish_shared() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
+
+// ---- products of a warpgroup -------------------------------------------------------------------------------------
+// Operand in shared memory: rows of 64 of the inner dimension, swizzled as above, eight rows after each other every 1024
+// bytes. Bits 0-13 address / 16, 16-29 unused with this swizzle, 32-45 distance of eight rows / 16, 62-63 the swizzle.
+__device__ inline std::uint64_t operand(const void* tile) {
+    constexpr std::uint64_t kEightRows = 8 * kSwizzleBytes / 16, k128ByteSwizzle = 1;
+    return std::uint64_t((shared_address(tile) & 0x3ffff) >> 4) | std::uint64_t(1) << 16 | kEightRows << 32 |
+           k128ByteSwizzle << 62;
+}
+// The operand `steps` of 16 columns further on; the swizzle is applied to the address that results.
+__device__ inline std::uint64_t advance(std::uint64_t operand, int steps) { return operand + 2 * steps; }
+
+__device__ inline void product_begin() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
+__device__ inline void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
+template <int pending>
+__device__ inline void product_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(pending) : "memory");
+}
+// The sums are read or written by this thread only here and later, or here and before.
+template <int n>
+__device__ inline void pin(float (&d)[n]) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// d = [d +] A B': A 64 x 16, B N x 16 (d kept when `add`). Thread `lane` of warp w holds, in d[4 j .. 4 j + 3], columns
+// 8 j + 2 t and the next one of rows 16 w + g and then 16 w + g + 8, where g = lane / 4, t = lane % 4.
+template <int N>
+__device__ void multiply(float (&d)[N / 2], std::uint64_t a, std::uint64_t b, bool add);
+
+// Ten operands' names in the text of an instruction (the tens digit given), and eight or 32 of its list.
+#define FIEDLER_TEN(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
+#define FIEDLER_D8(i)                                                                                           \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+        "+f"(d[i + 7])
+#define FIEDLER_D32(i) FIEDLER_D8(i), FIEDLER_D8(i + 8), FIEDLER_D8(i + 16), FIEDLER_D8(i + 24)
+#define FIEDLER_MULTIPLY(n, sums, a, b, add) \
+    "{\n.reg .pred p;\nsetp.ne.b32 p, " add  \
+    ", 0;\n"                                 \
+    "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" sums "}, " a ", " b ", p, 1, 1, 0, 0;\n}\n"
+
+template <>
+__device__ inline void multiply<96>(float (&d)[48], std::uint64_t a, std::uint64_t b, bool add) {
+    asm volatile(FIEDLER_MULTIPLY(
+                     96, FIEDLER_TEN() FIEDLER_TEN(1) FIEDLER_TEN(2) FIEDLER_TEN(3) "%40,%41,%42,%43,%44,%45,%46,%47",
+                     "%48", "%49", "%50")
+                 : FIEDLER_D32(0), FIEDLER_D8(32), FIEDLER_D8(40)
+                 : "l"(a), "l"(b), "r"(int(add)));
+}
+template <>
+__device__ inline void multiply<128>(float (&d)[64], std::uint64_t a, std::uint64_t b, bool add) {
+    asm volatile(FIEDLER_MULTIPLY(128,
+                                  FIEDLER_TEN() FIEDLER_TEN(1) FIEDLER_TEN(2) FIEDLER_TEN(3) FIEDLER_TEN(4)
+                                      FIEDLER_TEN(5) "%60,%61,%62,%63",
+                                  "%64", "%65", "%66")
+                 : FIEDLER_D32(0), FIEDLER_D32(32)
+                 : "l"(a), "l"(b), "r"(int(add)));
+}
+template <>
+__device__ inline void multiply<192>(float (&d)[96], std::uint64_t a, std::uint64_t b, bool add) {
+    asm volatile(FIEDLER_MULTIPLY(192,
+                                  FIEDLER_TEN() FIEDLER_TEN(1) FIEDLER_TEN(2) FIEDLER_TEN(3) FIEDLER_TEN(4) FIEDLER_TEN(
+                                      5) FIEDLER_TEN(6) FIEDLER_TEN(7) FIEDLER_TEN(8) "%90,%91,%92,%93,%94,%95",
+                                  "%96", "%97", "%98")
+                 : FIEDLER_D32(0), FIEDLER_D32(32), FIEDLER_D32(64)
+                 : "l"(a), "l"(b), "r"(int(add)));
+}
+#undef FIEDLER_TEN
+#undef FIEDLER_D8
+#undef FIEDLER_D32
+#undef FIEDLER_MULTIPLY
+
+}  // namespace fiedler::hopper

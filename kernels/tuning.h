@@ -1,0 +1,60 @@
+// kernels/tuning.h: block shapes of the fused kernels, with the reason of each: numbers that a kernel reads, no code.
+#pragma once
+
+namespace fiedler::tuning {
+
+// Forward pass of scalar-distance attention (kernels/attention.cu). A group is four warps of `row_tiles` x 16 queries
+// with one reference for their exponents; `groups` of them make a block and share the tiles of V.
+struct AttentionForward {
+    int row_tiles;  // 16-row tiles of a warp: each fragment of V read from shared memory feeds so many mma
+    int groups;     // in a block
+    int keys;       // of a stage: two are in shared memory, one computed with, one on its way
+    int blocks;     // that fit on a multiprocessor: the bound on registers, 65,536 / (128 groups blocks)
+};
+
+// row_tiles: a fragment of V costs 512 bytes of shared memory reads, four cycles of a multiprocessor, and four mma of
+//   one 16-row tile take 6.5 cycles of it on sm_90: with one tile a warp the reads, with two the tensor cores are the
+//   limit. Two tiles hold 2 x D/2 accumulators and 4 R scalars a thread: too many beyond D = 64 or R = 8.
+// groups: one scalar costs so little that L2 is the next limit; 256 queries a block halve what V, b and F are read.
+//   More scalars compute four times as long for the same tile, and small blocks balance better.
+// keys: what a stage costs beside the pairs, some 150 instructions a warp, is spread over 128 keys where pairs are cheap;
+//   two blocks of that are the most that fit into the 100 KiB of sm_86, sm_89 and sm_120.
+// blocks: 16 warps a multiprocessor at 128 registers, 12 at 168; nothing spills on sm_80 to sm_120. The same on every
+//   architecture: all have 65,536 registers, and shared memory stays below 100 KiB / blocks.
+constexpr AttentionForward attention_forward(int width, int scalars) {
+    const bool large = width == 128 || scalars == 16;
+    if (scalars == 1) return {large ? 1 : 2, 2, large ? 64 : 128, 2};
+    return {large ? 1 : 2, 1, 64, 3};
+}
+
+// Backward pass of scalar-distance attention (kernels/attention_backward.cuh). A block is four warps of `row_tiles` x 16
+// keys and streams the queries that see them.
+struct AttentionBackward {
+    int row_tiles;         // 16-row tiles of a warp
+    bool values, scalars;  // whether V and b of the keys stay in registers; else they are read from shared memory
+    int blocks;            // that fit on a multiprocessor: the bound on registers, 65,536 / (128 blocks)
+    constexpr int keys() const { return 64 * row_tiles; }  // of a block
+};
+
+// row_tiles: what is read for 16 queries (dO twice) and what their sums over keys cost (exchange between threads) are
+//   shared by the rows of a warp; with one tile shared memory is the limit, with two the arithmetic. dv takes
+//   row_tiles D/2 registers, the row sums 2 row_tiles R: two tiles are too many beyond D = 64 or R = 8.
+// values: row_tiles D/4 registers against a read of row_tiles D/16 fragments for 16 queries.
+// scalars: 2 row_tiles R registers against a read of as many numbers for 8 queries.
+// blocks: what nothing spills at, on sm_80 to sm_120; shared memory stays below 99 KiB / blocks but for R = 8 and 16.
+constexpr AttentionBackward attention_backward(int width, int scalars) {
+    if (scalars == 16) return {1, false, false, 2};
+    if (width == 128) return {1, true, true, 2};
+    if (scalars == 8) return {2, false, true, 2};
+    if (scalars == 4) return {2, true, true, 2};
+    return {2, false, true, 3};
+}
+
+// The sum of the rounded weights: as a product with ones, an eighth more tensor-core work for D = 64, or with two more
+// instructions a pair. arch: 80 to 120. GeForce cards take 32 cycles for a product that others do in 8 or less. On
+// sm_80 eight scalars leave no registers for the product.
+constexpr bool sums_on_tensor_cores(int arch, int scalars) {
+    return arch == 90 || arch == 100 || (arch == 80 && scalars < 8);
+}
+
+}  // namespace fiedler::tuning

@@ -1,0 +1,108 @@
+// tests/engine/prefetch_test.cpp: the same steps as without a thread; errors in their turn; a bounded lead; a clean end.
+#include "engine/prefetch.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <chrono>
+
+#include "engine/dataset.h"
+#include "engine/error.h"
+#include "tests/engine/temp_folder.h"
+
+namespace fiedler {
+namespace {
+
+using std::chrono::milliseconds;
+
+void numbered(std::int64_t cursor, Batch& b) { b.inputs.assign(3, static_cast<std::int32_t>(cursor)); }
+
+bool same(const Batch& a, const Batch& b) {
+    return a.rows == b.rows && a.length == b.length && a.inputs == b.inputs && a.targets == b.targets &&
+           a.offsets == b.offsets && a.begin == b.begin && a.end == b.end;
+}
+
+TEST(Prefetch, StepsAreThoseOfTheDataset) {
+    const test::TempFolder folder;
+    std::vector<std::int32_t> tokens(2000);
+    for (std::size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<std::int32_t>(i * 7919 % 100);
+    ShardWriter writer(folder / "train.bin", 100);
+    writer.append(tokens);
+    writer.finish();
+    const Dataset data = Dataset::open(folder / "train.bin");
+    const TrainWindows w{4, 16, 3, false, 1, 2};  // the second of two processes
+    constexpr std::size_t kMicroBatches = 3;
+    for (const std::int64_t start : {0, 24, 240}) {
+        Prefetcher batches([&](std::int64_t c, Batch& b) { data.train_batch(c, w, b); }, kMicroBatches,
+                           w.rows * w.world, start);
+        std::int64_t cursor = start;
+        for (int step = 0; step < 40; ++step) {  // over several epochs
+            EXPECT_EQ(batches.cursor(), cursor) << "that of the steps taken";
+            const std::vector<Batch>& got = batches.next();
+            ASSERT_EQ(got.size(), kMicroBatches);
+            for (const Batch& b : got) {
+                Batch want;
+                data.train_batch(cursor, w, want);
+                EXPECT_TRUE(same(b, want)) << "step " << step;
+                cursor += w.rows * w.world;
+            }
+        }
+        EXPECT_EQ(batches.cursor(), cursor);
+    }
+}
+
+TEST(Prefetch, ALeadOfTwoStepsAndNoMore) {
+    std::atomic<std::int64_t> read = 0;
+    Prefetcher batches([&](std::int64_t c, Batch& b) { numbered(c, b), ++read; }, 1, 5, 100);
+    const auto settled = [&](std::int64_t expected) {
+        for (int wait = 0; wait < 2000 && read < expected; ++wait) std::this_thread::sleep_for(milliseconds(1));
+        std::this_thread::sleep_for(milliseconds(20));
+        return read == expected;
+    };
+    EXPECT_TRUE(settled(2)) << read;
+    for (std::int64_t step = 0; step < 4; ++step) {
+        const std::vector<Batch>& got = batches.next();
+        EXPECT_TRUE(settled(step + 3)) << read;
+        EXPECT_EQ(got[0].inputs[0], 100 + 5 * step) << "changed while it was held";
+        EXPECT_EQ(batches.cursor(), 105 + 5 * step);
+    }
+}
+
+TEST(Prefetch, AnErrorComesInItsTurnAndStays) {
+    Prefetcher batches(
+        [](std::int64_t c, Batch& b) {
+            if (c == 4) input_error("data: no more");
+            numbered(c, b);
+        },
+        2, 1, 0);
+    EXPECT_EQ(batches.next()[1].inputs[0], 1);
+    std::this_thread::sleep_for(milliseconds(20));  // the thread has failed by now
+    EXPECT_EQ(batches.next()[0].inputs[0], 2);
+    for (int again = 0; again < 3; ++again) {
+        EXPECT_EQ(test::input_error_of([&] { batches.next(); }), "data: no more");
+        EXPECT_EQ(batches.cursor(), 4) << "an error takes nothing";
+    }
+}
+
+TEST(Prefetch, EndsWhereverTheThreadIs) {
+    for (int taken = 0; taken < 6; ++taken) {
+        Prefetcher batches(numbered, 2, 1, 0);
+        for (int i = 0; i < taken; ++i) batches.next();
+        if (taken % 2 == 0) std::this_thread::sleep_for(milliseconds(5));  // the thread waits for room
+    }
+    std::atomic<bool> reading = false, done = false;
+    {
+        Prefetcher batches(
+            [&](std::int64_t, Batch&) {
+                reading = true;
+                std::this_thread::sleep_for(milliseconds(30));
+                done = true;
+            },
+            1, 1, 0);
+        while (!reading) std::this_thread::sleep_for(milliseconds(1));
+    }
+    EXPECT_TRUE(done) << "the thread outlived the prefetcher";
+}
+
+}  // namespace
+}  // namespace fiedler
