@@ -10,6 +10,7 @@
 #include "kernels/embedding.h"
 #include "kernels/energy.h"
 #include "kernels/gate.h"
+#include "kernels/head.h"
 
 namespace fiedler {
 
@@ -152,6 +153,10 @@ void Activations<T>::place_scratch(Arena& arena, const ActivationPlan& plan) {
         const std::int64_t padded = round_up(spec_.vocab, 8);
         scratch_.logits = Mat<T>(arena.take<T>("logits", {plan.logits_rows, padded}, Lifetime::scratch),
                                  plan.logits_rows, spec_.vocab, padded);
+        if constexpr (std::is_same_v<T, bf16>) {
+            const std::int64_t elements = head_scratch_elements(plan.logits_rows, spec_.vocab, c);
+            scratch_.head = {arena.take<A>("head", {elements}, Lifetime::scratch), elements};
+        }
         scope.close();
     }
     if (plan.training) place_gradients(arena, plan);

@@ -50,6 +50,7 @@ struct ScratchActivations {  // shared by all layers
     Mat<T> x_last, n_last, dx, dn, du, do_, dmixed, drotated, dprojected, daux, logits;
     Vec<A> rstd_last, losses;
     Mat<A> da, db, dF, delta;
+    Vec<A> head;          // scratch of the head
     Vec<A> partials;      // scratch of conv, coordinate, gate, energy, attention
     Vec<std::byte> sort;  // scratch of the embedding's gradient
 };

@@ -6,8 +6,7 @@
 
 #include "engine/model_instances.h"
 #include "kernels/embedding.h"
-#include "kernels/loss.h"
-#include "kernels/matmul.h"
+#include "kernels/head.h"
 #include "kernels/norm.h"
 
 namespace fiedler {
@@ -127,35 +126,21 @@ Mat<const T> Model<Dev, T>::logits(std::int64_t first, std::int64_t n) {
     return out;
 }
 
-// The head, chunk by chunk. Within a chunk, loss_rows at a time: their logits are turned into their own gradient while
-// in cache. The products with the gradient take the whole chunk, so that few of them add to the head's f32 gradient,
-// which is read and written each time.
 template <class Dev, class T>
 void Model<Dev, T>::loss(const DeviceBatch& batch, Vec<A> total, bool gradient, A grad_scale) {
-    Range range("loss");
+    Range range("head");
     ScratchActivations<T>& s = acts_.scratch();
-    const Mat<const T> weights = table_.matrix<const T>(params_.weights.data, table_.head);
-    const std::int64_t n = batch.inputs.size;
-    for (std::int64_t first = 0; first < n; first += plan_.logits_rows) {
-        const std::int64_t rows = std::min(plan_.logits_rows, n - first);
-        const std::int64_t part = plan_.loss_rows > 0 ? plan_.loss_rows : rows;
-        for (std::int64_t done = 0; done < rows; done += part) {
-            const std::int64_t count = std::min(part, rows - done);
-            const Mat<T> logits = s.logits.slice_rows(done, count);
-            head(logits, first + done);
-            loss_forward(dev_, LossForward<T>{.logits = logits,
-                                              .losses = s.losses.slice(first + done, count),
-                                              .targets = batch.targets.slice(first + done, count),
-                                              .scale = grad_scale,
-                                              .gradient = gradient});
-        }
-        if (!gradient) continue;
-        const Mat<T> chunk = s.logits.slice_rows(0, rows);
-        matmul_dw(dev_, MatmulDw<T>{.dw = table_.matrix(params_.grads.data, table_.head),
-                                    .dy = chunk,
-                                    .x = s.n_last.slice_rows(first, rows)});
-        matmul_dx(dev_, MatmulDx<T>{.dx = s.dn.slice_rows(first, rows), .dy = chunk, .w = weights});
-    }
+    Head<T> p;
+    p.losses = s.losses;
+    p.x = s.n_last;
+    p.w = table_.matrix<const T>(params_.weights.data, table_.head);
+    p.targets = batch.targets;
+    p.scale = grad_scale;
+    p.logits = s.logits;
+    p.scratch = s.head;
+    p.loss_rows = plan_.loss_rows;
+    if (gradient) p.dx = s.dn, p.dw = table_.matrix(params_.grads.data, table_.head);
+    fiedler::head(dev_, p);
     loss_sum(dev_, LossSum<A>{.total = total, .losses = s.losses});
 }
 

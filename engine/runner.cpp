@@ -95,7 +95,7 @@ FeatureLaplacian<acc_t<T>> RunLayout<T>::laplacian(std::int32_t dim) const {
 }
 
 namespace {
-constexpr std::uint64_t kChunkElements = std::uint64_t(1) << 28;  // 512 MiB of logits at most...
+constexpr std::uint64_t kChunkElements = std::uint64_t(1) << 29;  // 1 GiB of logits at most...
 constexpr std::uint64_t kLeastRows = 128;                         // ...unless products would get too narrow
 }  // namespace
 

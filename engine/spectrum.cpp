@@ -13,6 +13,7 @@
 #include "engine/error.h"
 #include "engine/subspace_solver.h"
 #include "kernels/parallel.h"
+#include "kernels/profile.h"
 
 namespace fiedler {
 namespace {
@@ -27,6 +28,31 @@ constexpr std::int64_t kMultilevelNodes = 4000;
 double now_seconds() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
+
+// Names what the time since the last one was spent on.
+class Laps {
+  public:
+    explicit Laps(std::vector<SpectrumStage>& stages, double begin) : stages_(stages), last_(begin) {}
+    void done(const char* name) {
+        const double now = now_seconds();
+        stages_.push_back({name, now - last_});
+        last_ = now;
+    }
+    void done(const StageProfile& profile) {  // of its one step
+        double rest = now_seconds() - last_;
+        for (const StageProfile::Stage& stage : profile.stages())
+            if (stage.name != StageProfile::kOutside) {
+                stages_.push_back({stage.name, stage.seconds});
+                rest -= stage.seconds;
+            }
+        stages_.push_back({"host", rest});
+        last_ = now_seconds();
+    }
+
+  private:
+    std::vector<SpectrumStage>& stages_;
+    double last_;
+};
 
 std::int64_t block_for(std::int64_t wanted) {
     const std::int64_t guard = std::max<std::int64_t>(16, wanted / 4);
@@ -236,16 +262,20 @@ double tolerance_for(const SpectrumOptions& o, const LaplacianMatrix<A>& matrix,
 }
 
 template <class Dev, class A>
-void solve_subspace(Dev& dev, const Problem& p, Spectrum& s) {
+void solve_subspace(Dev& dev, const Problem& p, Spectrum& s, Laps& laps) {
     const SpectrumOptions& o = p.options;
     SolverSettings settings;
     settings.wanted = p.wanted, settings.block = block_for(p.wanted);
     settings.max_iterations = o.max_iterations, settings.seed = o.seed, settings.memory_budget = o.memory_budget;
     settings.progress = o.progress, settings.stop = o.stop;
     Ordered ordered = order_nodes(p.graph, p.components, o.method == SpectrumMethod::multilevel);
+    laps.done("order");
     auto levels = levels_of<A>(ordered, o.kind, false, 0);
+    laps.done("matrix");
     auto solver = std::make_unique<SubspaceSolver<Dev, A>>(dev, levels, settings);
+    laps.done("upload");
     const auto estimate = solver->estimate(settings.block);
+    laps.done("estimate");
     const bool mesh = estimate.value < kMeshLike * estimate.upper;
     const bool large = ordered.graph.nodes > kMultilevelNodes;
     const bool multilevel = o.method == SpectrumMethod::multilevel ||
@@ -259,12 +289,18 @@ void solve_subspace(Dev& dev, const Problem& p, Spectrum& s) {
         solver.reset();
         ordered = order_nodes(p.graph, p.components, true);
         levels = levels_of<A>(ordered, o.kind, true, settings.block);
+        laps.done("coarser graphs");
         solver = std::make_unique<SubspaceSolver<Dev, A>>(dev, levels, settings);
+        laps.done("upload");
     }
     const std::vector<float> start = ordered_start(p, ordered);
     const double solving = now_seconds();
+    StageProfile profile(mark_clock(dev));
+    profile.begin_step();
     const SolverResult result = solver->solve(start, o.start_columns);
+    profile.end_step();
     s.solve_seconds = now_seconds() - solving;
+    laps.done(profile);
     s.prepare_seconds = solving - p.started;
     s.status = result.complete ? SpectrumStatus::complete : SpectrumStatus::partial;
     if (!result.complete) s.why += "; partial: " + result.why;
@@ -300,6 +336,8 @@ Spectrum solve_spectrum(const Graph& graph, const SpectrumOptions& options, bool
     s.residuals.assign(Size(p.zeros), 0.0);
     s.vectors.assign(Size(graph.nodes) * Size(p.zeros + p.wanted), 0.f);
     if (p.zeros > 0) place_zeros(p, s);
+    Laps laps(s.stages, p.started);
+    laps.done("components");
     std::int64_t connected = 0;  // nodes with a neighbour
     for (Size i = 0; i < Size(graph.nodes); ++i) connected += graph.offsets[i + 1] > graph.offsets[i];
     const bool small = connected <= kDenseNodes || connected < 2 * block_for(p.wanted);
@@ -320,14 +358,16 @@ Spectrum solve_spectrum(const Graph& graph, const SpectrumOptions& options, bool
 #if FIEDLER_CUDA
         Cuda dev(0);
         s.device = cuda_device_info(0).name;
-        solve_subspace<Cuda, float>(dev, p, s);
+        laps.done("device");
+        solve_subspace<Cuda, float>(dev, p, s, laps);
 #endif
     } else {
         Cpu dev{options.threads};
         s.device = fmt::format("cpu ({} threads)", thread_count(dev));
-        solve_subspace<Cpu, double>(dev, p, s);
+        solve_subspace<Cpu, double>(dev, p, s, laps);
     }
     fix_signs(p, s);
+    laps.done("vectors");
     s.seconds = now_seconds() - p.started;
     return s;
 }

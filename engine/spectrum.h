@@ -52,19 +52,25 @@ struct SpectrumOptions {
 
 enum class SpectrumStatus { complete, partial };
 
+struct SpectrumStage {  // of the time, by the kernel families' words where the device was at work
+    std::string name;
+    double seconds = 0;
+};
+
 struct Spectrum {
     LaplacianKind kind = LaplacianKind::normalised;
     SpectrumMethod method = SpectrumMethod::automatic;  // the one used
     SpectrumStatus status = SpectrumStatus::partial;
     std::string why;  // the method's choice, and why a result is partial: a sentence each
     std::int64_t nodes = 0, edges = 0, zeros = 0;
-    std::int64_t iterations = 0;  // outer iterations on the full graph
-    std::int64_t products = 0;    // columns multiplied by L on the full graph
-    double tolerance = 0;         // as used
-    double seconds = 0;           // in all, among them:
-    double prepare_seconds = 0;   // components, node order, Laplacians, coarser graphs, upload, first estimate
-    double solve_seconds = 0;     // the iterations
-    std::size_t peak_bytes = 0;   // of device memory (host memory of the solver on the CPU)
+    std::int64_t iterations = 0;        // outer iterations on the full graph
+    std::int64_t products = 0;          // columns multiplied by L on the full graph
+    double tolerance = 0;               // as used
+    double seconds = 0;                 // in all, among them:
+    double prepare_seconds = 0;         // components, node order, Laplacians, coarser graphs, upload, first estimate
+    double solve_seconds = 0;           // the iterations
+    std::vector<SpectrumStage> stages;  // of `seconds`, in the order of the work; of solve_seconds, longest first
+    std::size_t peak_bytes = 0;         // of device memory (host memory of the solver on the CPU)
     std::string device;
     std::vector<double> eigenvalues;  // [k] ascending
     std::vector<double> residuals;    // [k] of the returned (rounded) vectors

@@ -148,6 +148,9 @@ Json summary_json(const Config& c, const SpectrumInput& in, const GraphStatistic
     j.update(summary_of(s));
     j["prepare_seconds"] = s.prepare_seconds;
     j["solve_seconds"] = s.solve_seconds;
+    j["stages"] = Json::array();
+    for (const SpectrumStage& stage : s.stages)
+        j["stages"].push_back({{"name", stage.name}, {"seconds", stage.seconds}});
     const std::int64_t first = first_beyond(c, s);
     const auto value = [&](std::int64_t i) { return Json(s.eigenvalues[static_cast<std::size_t>(i)]); };
     j["beyond_null"] = c.beyond_null;

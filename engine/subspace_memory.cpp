@@ -146,6 +146,7 @@ void SubspaceSolver<Dev, A>::copy_columns(Vec<A> to, std::int64_t to_column, Vec
 template <class Dev, class A>
 void SubspaceSolver<Dev, A>::product(Mat<A> y, Mat<const A> x, Mat<const A> z, double alpha, double beta,
                                      double gamma) {
+    Range range("laplacian");
     LaplacianApply<A> call;
     call.y = y, call.x = x, call.z = z;
     call.matrix = device_[level_].matrix;
@@ -158,6 +159,7 @@ void SubspaceSolver<Dev, A>::product(Mat<A> y, Mat<const A> x, Mat<const A> z, d
 
 template <class Dev, class A>
 std::vector<double> SubspaceSolver<Dev, A>::gram(Mat<const A> x, Mat<const A> y) {
+    Range range("gram");
     EigenGram<A> call;
     call.g = {small_.data, x.cols, y.cols};
     call.x = x, call.y = y, call.scratch = scratch_;
@@ -169,6 +171,7 @@ std::vector<double> SubspaceSolver<Dev, A>::gram(Mat<const A> x, Mat<const A> y)
 
 template <class Dev, class A>
 void SubspaceSolver<Dev, A>::rotate(Mat<A> y, Mat<const A> x, const std::vector<double>& q, double alpha, double beta) {
+    Range range("rotate");
     copy_to_device(dev_, small_.data, q.data(), q.size() * sizeof(double));
     EigenRotate<A> call;
     call.y = y, call.x = x;
@@ -180,6 +183,7 @@ void SubspaceSolver<Dev, A>::rotate(Mat<A> y, Mat<const A> x, const std::vector<
 // Of the columns of W - X theta, or of W when theta is empty.
 template <class Dev, class A>
 std::vector<double> SubspaceSolver<Dev, A>::norms(Mat<const A> w, Mat<const A> x, const std::vector<double>& theta) {
+    Range range("norms");
     EigenNorms<A> call;
     call.out = norms_.slice(0, w.cols);
     call.w = w;
@@ -198,6 +202,7 @@ std::vector<double> SubspaceSolver<Dev, A>::norms(Mat<const A> w, Mat<const A> x
 
 template <class Dev, class A>
 void SubspaceSolver<Dev, A>::deflate(Mat<A> x) {
+    Range range("deflate");
     EigenDeflate<A> call;
     call.x = x;
     call.v = device_[level_].null_vector;
@@ -219,6 +224,7 @@ void SubspaceSolver<Dev, A>::project(Mat<A> x, int times) {
 
 template <class Dev, class A>
 void SubspaceSolver<Dev, A>::fill_random(Mat<A> x) {
+    Range range("random");
     eigen_random(dev_, EigenRandom<A>{x, set_.seed, random_columns_});
     random_columns_ += x.cols;
 }

@@ -338,6 +338,7 @@ void SubspaceSolver<Dev, A>::join() {
 // The wanted pairs, the first of the joined block, to the host.
 template <class Dev, class A>
 void SubspaceSolver<Dev, A>::download(SolverResult& result) {
+    Range range("download");
     const std::int64_t k = set_.wanted;
     result.eigenvalues.assign(theta_.begin(), theta_.begin() + k);
     result.residuals.assign(residual_.begin(), residual_.begin() + k);

@@ -1,103 +1,24 @@
-// kernels/mlp_sm90.cu: the products of mlp.h with their epilogues, in one kernel for sm_90a.
-//
-// The inner dimension is so short (C = 384: six steps of 64) that the epilogue and the way to it cost as much as the
-// product. So:
-//   * A block keeps its panel, all C rows of N columns of the weights, in shared memory for as long as it lives and only
-//     streams rows of the other operand: N / 64 times less is read from L2 than a tile of 64 rows by itself would.
-//   * Two warpgroups take tiles of 64 rows in turn: while one multiplies, the other is at its epilogue. Turns are kept by
-//     two named barriers. One thread of a third warpgroup loads the rows by TMA into a ring of stages of 64 x 64.
-//   * Columns of the panel lie in shared memory in an order (place_of) by which the sums of a thread are 16 consecutive
-//     bytes of the output: it is written, and h read, without a detour through shared memory.
-// Forward, the panel comes by TMA as well. Backward it has to be turned (W2 runs along the panel's columns), once a
-// block, by the warpgroups themselves.
-#include <algorithm>
-
-#include "kernels/common.cuh"
-#include "kernels/hopper.cuh"
+// kernels/mlp_sm90.cu: the products of mlp.h with their epilogues, on sm_90a: two epilogues of panel_sm90.cuh. Backward,
+// the panel has to be turned, since W2 runs along its columns.
 #include "kernels/mlp_sm90.h"
+
+#include "kernels/panel_sm90.cuh"
 
 namespace fiedler {
 namespace {
 
-using namespace hopper;
+using namespace panel;
 
-constexpr int kRows = 64, kDepth = kSwizzleColumns;  // of a stage
-constexpr int kStages = 10, kStageElements = kRows * kDepth, kStageBytes = kStageElements * 2;
-constexpr int kConsumers = 2 * kWarpgroup, kThreads = kConsumers + kWarpgroup;
-// Registers of a thread that multiplies and of one that loads: 65,536 in all. Every thread begins with a third of them.
-constexpr int kManyRegisters = 232, kFewRegisters = 40;
-constexpr int kMostDepth = 768, kMostChunks = kMostDepth / kDepth;
-constexpr int kRun = 32, kRuns = 4;  // columns that place_of permutes among themselves, in runs of 8
-
-// Columns of a panel: the more, the fewer times the rows are read; 147 KiB of the 227 are the panel's.
-constexpr int panel_columns(std::int64_t depth) { return depth <= 384 ? 192 : depth <= 576 ? 128 : 96; }
-
-struct Problem {
-    CUtensorMap rows;     // x or dy, [n, C]
-    CUtensorMap weights;  // forward: W1
-    const nv_bf16* w;     // backward: W2
-    const nv_bf16* h;     // backward
-    nv_bf16* out;         // h or du
+struct MlpProblem : Panels {
+    const nv_bf16* w;  // backward: W2
+    const nv_bf16* h;  // backward
+    nv_bf16* out;      // h or du
     std::int64_t ld_w, ld_h, ld_out;
-    int n, m, chunks;  // rows, columns of the output, C / kDepth
-    int panels, groups;
 };
-struct Barriers {
-    Barrier full[kStages], empty[kStages], panel[kMostChunks];
-};
-
-// A place in the ring of stages.
-struct Ring {
-    int stage = 0, parity = 0;
-    __device__ void next() {
-        if (++stage == kStages) stage = 0, parity ^= 1;
-    }
-    __device__ void skip(int steps) {
-        for (stage += steps; stage >= kStages; stage -= kStages) parity ^= 1;
-    }
-};
-
-// What a block does: tile group + i groups of 64 rows, i = 0 .. count - 1, times the columns from `column`.
-struct Share {
-    int column, group, count;
-    __device__ Share(const Problem& p, int columns) {
-        column = static_cast<int>(blockIdx.x) % p.panels * columns;
-        group = static_cast<int>(blockIdx.x) / p.panels;
-        count = ((p.n + kRows - 1) / kRows - group + p.groups - 1) / p.groups;
-    }
-    __device__ int first_row(const Problem& p, int i) const { return (group + i * p.groups) * kRows; }
-};
-
-// Row of the panel in shared memory that holds this column of it. A thread's sums are those of rows 8 q + 2 t, 8 q + 2 t
-// + 1 of each 32 (q = 0..3, t = lane % 4): columns 8 t .. 8 t + 7.
-__device__ constexpr int place_of(int column) {
-    const int in = column % kRun;
-    return column - in + in % 8 / 2 * 8 + in / 8 * 2 + in % 2;
-}
-
-// ---- loads -------------------------------------------------------------------------------------------------------
-
-template <int N, bool kBackward>
-__device__ void produce(const Problem& p, const Share& share, nv_bf16* panel, nv_bf16* stages, Barriers& b) {
-    Ring ring;
-    for (int i = 0; i < share.count; ++i)
-        for (int k = 0; k < p.chunks; ++k, ring.next()) {
-            barrier_wait(&b.empty[ring.stage], ring.parity ^ 1);
-            barrier_arrive_expecting(&b.full[ring.stage], kStageBytes);
-            load_box(stages + ring.stage * kStageElements, &p.rows, k * kDepth, share.first_row(p, i),
-                     &b.full[ring.stage]);
-            if (kBackward || i > 0) continue;
-            barrier_arrive_expecting(&b.panel[k], N * kSwizzleBytes);
-#pragma unroll
-            for (int r = 0; r < N; r += kRun)
-                load_box(panel + (k * N + r) * kDepth, &p.weights, k * kDepth, 0, (share.column + r) / 8, 0,
-                         &b.panel[k]);
-        }
-}
 
 // Backward: the panel of W2, turned. A thread takes four columns of eight rows at a time: 16 bytes of each column.
 template <int N>
-__device__ void turn_panel(const Problem& p, const Share& share, nv_bf16* panel) {
+__device__ void turn_panel(const MlpProblem& p, const Share& share, nv_bf16* panel) {
     constexpr int kBatch = 3, kQuads = N / 4;
     const int items = p.chunks * (kDepth / 8) * kQuads;
     for (int first = threadIdx.x; first < items; first += kBatch * kConsumers) {
@@ -131,8 +52,6 @@ __device__ void turn_panel(const Problem& p, const Share& share, nv_bf16* panel)
     }
 }
 
-// ---- epilogue ----------------------------------------------------------------------------------------------------
-
 // max(x, 0), but a NaN stays a NaN.
 __device__ float relu(float x) {
     float y;
@@ -156,34 +75,21 @@ __device__ uint4 read_once(const nv_bf16* p) {
     return v;
 }
 
-// A thread's part of a tile: rows `row` and row + 8, and in each 32 columns eight from 8 t.
-struct Place {
-    int row, column;
-    const Problem& p;
-
-    __device__ Place(const Problem& problem, const Share& share, int i) : p(problem) {
-        const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, lane = thread % kWarp;
-        row = share.first_row(p, i) + thread / kWarp * 16 + lane / 4;
-        column = share.column + lane % 4 * 8;
-    }
-    __device__ bool inside(int k, int j) const { return row + 8 * k < p.n && column + kRun * j < p.m; }
-    // Of a matrix with the output's rows and columns: where its first eight columns of row k are.
-    template <class U>
-    __device__ U* start(U* matrix, std::int64_t ld, int k) const {
-        return matrix + (row + 8 * k) * ld + column;
-    }
-};
-
 // k: which of the two rows; j: which 32 columns.
 template <int N, bool kBackward>
-struct Epilogue {
+struct MlpEpilogue {
+    using Problem = MlpProblem;
+    static constexpr bool kMakesPanel = kBackward;
     uint4 h[kBackward ? 2 : 1][kBackward ? N / kRun : 1];
 
-    __device__ void fetch(const Place& place) {
+    __device__ static void panel(const MlpProblem& p, const Share& share, nv_bf16* panel) {
+        turn_panel<N>(p, share, panel);
+    }
+    __device__ void fetch(const MlpProblem& p, const Place& place) {
         if constexpr (kBackward)
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-                const nv_bf16* const from = place.start(place.p.h, place.p.ld_h, k);
+                const nv_bf16* const from = place.start(p.h, p.ld_h, k);
 #pragma unroll
                 for (int j = 0; j < N / kRun; ++j)
                     h[k][j] = place.inside(k, j) ? read_once(from + kRun * j) : uint4{0, 0, 0, 0};
@@ -196,10 +102,10 @@ struct Epilogue {
     __device__ static std::uint32_t gradient(float a, float b, std::uint32_t pair) {
         return pack_bf16(a * (2.f * square_root(low(pair))), b * (2.f * square_root(high(pair))));
     }
-    // A thread's eight columns: pairs of sums of four neighbouring runs.
+    // A thread's eight columns.
     __device__ uint4 eight(const float (&sum)[N / 2], int k, int j) const {
         const auto pair = [&](int q, std::uint32_t gate) {
-            const float a = sum[(kRuns * j + q) * 4 + 2 * k], b = sum[(kRuns * j + q) * 4 + 2 * k + 1];
+            const float a = sum[sum_at(k, j, q)], b = sum[sum_at(k, j, q) + 1];
             return kBackward ? gradient(a, b, gate) : activation(a, b);
         };
         if constexpr (kBackward)
@@ -207,10 +113,10 @@ struct Epilogue {
         else
             return {pair(0, 0), pair(1, 0), pair(2, 0), pair(3, 0)};
     }
-    __device__ void store(const Place& place, const float (&sum)[N / 2]) const {
+    __device__ void store(const MlpProblem& p, const Place& place, const float (&sum)[N / 2]) const {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-            nv_bf16* const to = place.start(place.p.out, place.p.ld_out, k);
+            nv_bf16* const to = place.start(p.out, p.ld_out, k);
 #pragma unroll
             for (int j = 0; j < N / kRun; ++j) {
                 const uint4 value = eight(sum, k, j);
@@ -219,177 +125,31 @@ struct Epilogue {
         }
     }
 };
-
-// ---- products ----------------------------------------------------------------------------------------------------
-
-// sum = the stage's rows x the panel's chunk; a tile's product is `chunks` of these.
 template <int N>
-__device__ void multiply_chunk(float (&sum)[N / 2], const nv_bf16* stage, const nv_bf16* chunk, bool add) {
-    const std::uint64_t a = operand(stage), b = operand(chunk);
-    product_begin();
-#pragma unroll
-    for (int s = 0; s < kDepth / 16; ++s) multiply<N>(sum, advance(a, s), advance(b, s), add || s > 0);
-    product_commit();
-}
+using Activation = MlpEpilogue<N, false>;
+template <int N>
+using Gradient = MlpEpilogue<N, true>;
 
-template <int N, bool kBackward>
-__device__ void consume(const Problem& p, const Share& share, const nv_bf16* panel, const nv_bf16* stages,
-                        Barriers& b) {
-    const int team = static_cast<int>(threadIdx.x) / kWarpgroup;
-    const bool speaks = threadIdx.x % kWarp == 0;  // for its warp
-    constexpr int kTurn = 1;                       // and 2: numbers of the named barriers
-    float sum[N / 2];
-    Epilogue<N, kBackward> epilogue;
-    Ring ring;
-    ring.skip(team * p.chunks);
-    if (team == 1) named_arrive(kTurn, kConsumers);  // the first turn is the other's
-    for (int i = team; i < share.count; i += 2, ring.skip(p.chunks)) {
-        const Place place(p, share, i);
-        epilogue.fetch(place);
-        named_wait(kTurn + team, kConsumers);
-        int before = 0;  // the stage of the chunk before
-        for (int k = 0; k < p.chunks; ++k, ring.next()) {
-            if (!kBackward && i < 2) barrier_wait(&b.panel[k], 0);
-            barrier_wait(&b.full[ring.stage], ring.parity);
-            multiply_chunk<N>(sum, stages + ring.stage * kStageElements, panel + k * N * kDepth, k > 0);
-            if (k > 0) {
-                product_wait<1>();
-                if (speaks) barrier_arrive(&b.empty[before]);
-            }
-            before = ring.stage;
-        }
-        if (i + 1 < share.count) named_arrive(kTurn + 1 - team, kConsumers);
-        product_wait<0>();
-        pin(sum);
-        if (speaks) barrier_arrive(&b.empty[before]);
-        epilogue.store(place, sum);
-    }
-}
-
-template <int N, bool kBackward>
-__global__ __launch_bounds__(kThreads, 1) void mlp_sm90_kernel(const __grid_constant__ Problem p) {
-    extern __shared__ unsigned char shared[];
-    __shared__ Barriers barriers;
-    const std::uint32_t past = shared_address(shared) % kTileAlignment;
-    auto* const panel = reinterpret_cast<nv_bf16*>(shared + (past == 0 ? 0 : kTileAlignment - past));
-    nv_bf16* const stages = panel + p.chunks * N * kDepth;
-    const Share share(p, N);
-    if (threadIdx.x == 0) {
-        for (int s = 0; s < kStages; ++s) {
-            barrier_init(&barriers.full[s], 1);
-            barrier_init(&barriers.empty[s], kWarpgroup / kWarp);
-        }
-        for (int k = 0; k < kMostChunks; ++k) barrier_init(&barriers.panel[k], 1);
-        barrier_init_done();
-    }
-    __syncthreads();
-    if (threadIdx.x >= kConsumers) {
-        give_registers<kFewRegisters>();
-        if (threadIdx.x == kConsumers) produce<N, kBackward>(p, share, panel, stages, barriers);
-        return;
-    }
-    take_registers<kManyRegisters>();
-    if constexpr (kBackward) {
-        constexpr int kTurned = 3;  // a named barrier
-        turn_panel<N>(p, share, panel);
-        publish_shared();
-        named_wait(kTurned, kConsumers);
-    }
-    consume<N, kBackward>(p, share, panel, stages, barriers);
-}
-
-// ---- launch ------------------------------------------------------------------------------------------------------
-
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-// The driver's function, asked of the runtime: nothing is linked against libcuda.
-EncodeTiled encode_tiled() {
-    static const EncodeTiled function = [] {
-        void* found = nullptr;
-        cudaDriverEntryPointQueryResult result{};
-        CUDA_CHECK(
-            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
-        if (result != cudaDriverEntryPointSuccess || !found) throw DeviceError("the driver has no tensor maps");
-        return reinterpret_cast<EncodeTiled>(found);
-    }();
-    return function;
-}
-
-// size[0] elements lie side by side; stride[d] bytes are between neighbours along dimension d + 1.
-template <int rank>
-CUtensorMap tensor_map(const bf16* data, const cuuint64_t (&size)[rank], const cuuint64_t (&stride)[rank - 1],
-                       const cuuint32_t (&box)[rank]) {
-    cuuint32_t every[rank];
-    std::fill_n(every, rank, 1u);
-    CUtensorMap map;
-    const CUresult status =
-        encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<bf16*>(data), size, stride, box, every,
-                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (status != CUDA_SUCCESS) throw DeviceError("cuTensorMapEncodeTiled: error " + std::to_string(int(status)));
-    return map;
-}
-CUtensorMap map_of_rows(const Mat<const bf16>& m) {
-    return tensor_map<2>(m.data, {cuuint64_t(m.cols), cuuint64_t(m.rows)}, {cuuint64_t(m.ld) * 2}, {kDepth, kRows});
-}
-// W1 in an order of rows that is place_of's: a row's number is 8 (its eight) + 2 q + e, and a box runs through e first,
-// then through four eights, then through q.
-CUtensorMap map_of_weights(const Mat<const bf16>& m) {
-    const cuuint64_t row = cuuint64_t(m.ld) * 2;
-    return tensor_map<4>(m.data, {cuuint64_t(m.cols), 2, cuuint64_t(m.rows) / 8, 4}, {row, 8 * row, 2 * row},
-                         {kDepth, 2, kRun / 8, 4});
-}
-
-template <int N, bool kBackward>
-void launch_panels(const Cuda& dev, Problem& p) {
-    const int tiles = ceil_div(p.n, kRows);
-    p.panels = ceil_div(p.m, N);
-    p.groups = std::clamp(dev.sm_count / p.panels, 1, tiles);
-    const int bytes = p.chunks * N * kSwizzleBytes + kStages * kStageBytes + kTileAlignment;
-    const auto kernel = mlp_sm90_kernel<N, kBackward>;
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    kernel<<<static_cast<unsigned>(p.panels * p.groups), kThreads, static_cast<std::size_t>(bytes), stream_of(dev)>>>(
-        p);
-    LAUNCH_CHECK("mlp_sm90");
-}
-
-template <bool kBackward>
-void launch(const Cuda& dev, Problem& p, const Mat<bf16>& out, const Mat<const bf16>& rows) {
-    p.rows = map_of_rows(rows);
+MlpProblem problem_of(const Mat<bf16>& out) {
+    MlpProblem p{};
     p.out = nv(out.data), p.ld_out = out.ld;
-    p.n = static_cast<int>(out.rows), p.m = static_cast<int>(out.cols);
-    p.chunks = static_cast<int>(rows.cols / kDepth);
-    switch (panel_columns(rows.cols)) {
-        case 192:
-            return launch_panels<192, kBackward>(dev, p);
-        case 128:
-            return launch_panels<128, kBackward>(dev, p);
-        default:
-            return launch_panels<96, kBackward>(dev, p);
-    }
-}
-
-bool takes(const Cuda& dev, const Mat<bf16>& out, const Mat<const bf16>& rows) {
-    constexpr std::int64_t kMost = std::int64_t(1) << 31;
-    return dev.arch == 90 && rows.cols % kDepth == 0 && rows.cols <= kMostDepth && out.cols % 8 == 0 &&
-           out.cols < kMost - kMostDepth && out.rows < kMost - kRows;
+    return p;
 }
 
 }  // namespace
 
-bool mlp_sm90_takes(const Cuda& dev, const MlpForward<bf16>& p) { return takes(dev, p.h, p.x); }
-bool mlp_sm90_takes(const Cuda& dev, const MlpBackward<bf16>& p) { return takes(dev, p.du, p.dy); }
+bool mlp_sm90_takes(const Cuda& dev, const MlpForward<bf16>& p) { return takes(dev, p.x, p.h.cols); }
+bool mlp_sm90_takes(const Cuda& dev, const MlpBackward<bf16>& p) { return takes(dev, p.dy, p.du.cols); }
 
 void mlp_sm90(const Cuda& dev, const MlpForward<bf16>& p) {
-    Problem problem{};
-    problem.weights = map_of_weights(p.w);
-    launch<false>(dev, problem, p.h, p.x);
+    MlpProblem problem = problem_of(p.h);
+    launch<Activation>(dev, problem, p.x, p.h.cols, &p.w);
 }
 void mlp_sm90(const Cuda& dev, const MlpBackward<bf16>& p) {
-    Problem problem{};
+    MlpProblem problem = problem_of(p.du);
     problem.w = nv(p.w.data), problem.ld_w = p.w.ld;
     problem.h = nv(p.h.data), problem.ld_h = p.h.ld;
-    launch<true>(dev, problem, p.du, p.dy);
+    launch<Gradient>(dev, problem, p.dy, p.du.cols, nullptr);
 }
 
 }  // namespace fiedler

@@ -57,4 +57,10 @@ constexpr bool sums_on_tensor_cores(int arch, int scalars) {
     return arch == 90 || arch == 100 || (arch == 80 && scalars < 8);
 }
 
+// Columns of a panel of weights of kernels/panel_sm90.cuh, for this inner dimension.
+//
+// The more, the fewer times the rows of the other operand are read; 147 KiB of the 227 of a block are the panel's, and
+// each of its 256 threads that multiply keeps half as many sums in registers.
+constexpr int panel_columns(long long depth) { return depth <= 384 ? 192 : depth <= 576 ? 128 : 96; }
+
 }  // namespace fiedler::tuning

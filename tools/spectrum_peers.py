@@ -335,7 +335,11 @@ def run_ours(options, graph, judge, folder):
             "iterations", "products", "zeros")
     times = {key: best[key] for key in ("read_seconds", "prepare_seconds", "solve_seconds") if key in best}
     note = f"{best['why']}; " + "".join(f"{key.split('_', maxsplit=1)[0]} {value:.2f} s, " for key, value in times.items())
-    return {**{key: best[key] for key in keys}, **times, "precision": "f64" if options.small else "f32",
+    stages = {}
+    for stage in best.get("stages", []):
+        stages[stage["name"]] = stages.get(stage["name"], 0) + stage["seconds"]
+    print("  stages: " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in stages.items()), flush=True)
+    return {**{key: best[key] for key in keys}, **times, "stages": stages, "precision": "f64" if options.small else "f32",
             "note": note + f"the whole process {best['total_seconds']:.2f} s"}
 
 

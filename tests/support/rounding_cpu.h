@@ -17,6 +17,7 @@
 #include "kernels/embedding.h"
 #include "kernels/energy.h"
 #include "kernels/gate.h"
+#include "kernels/head.h"
 #include "kernels/loss.h"
 #include "kernels/matmul.h"
 #include "kernels/mlp.h"
@@ -102,5 +103,7 @@ inline void loss_forward(const RoundingCpu& d, const LossForward<float>& p) {
     loss_forward(d.plain(), p);
     if (p.gradient) d.round(p.logits);
 }
+
+inline void head(const RoundingCpu& d, const Head<float>& p) { head_by_products(d, p); }
 
 }  // namespace fiedler

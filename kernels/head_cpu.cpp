@@ -1,0 +1,14 @@
+// kernels/head_cpu.cpp: the vocabulary head on the CPU (see head.h): products and losses in turn.
+#include "kernels/head.h"
+
+namespace fiedler {
+
+template <class T>
+void head(const Cpu& dev, const Head<T>& p) {
+    head_by_products(dev, p);
+}
+
+template void head(const Cpu&, const Head<float>&);
+template void head(const Cpu&, const Head<double>&);
+
+}  // namespace fiedler

@@ -1,0 +1,288 @@
+// kernels/panel_sm90.cuh: y = epilogue(x W'), x: [n, C], W: [m, C], in one kernel for sm_90a, for a short C.
+//
+// The inner dimension is so short (C = 384: six steps of 64) that the epilogue and the way to it cost as much as the
+// product. So:
+//   * A block keeps its panel, all C rows of N columns of the weights, in shared memory for as long as it lives and only
+//     streams rows of the other operand: N / 64 times less is read from L2 than a tile of 64 rows by itself would.
+//   * Two warpgroups take tiles of 64 rows in turn: while one multiplies, the other is at its epilogue. Turns are kept by
+//     two named barriers. One thread of a third warpgroup loads the rows by TMA into a ring of stages of 64 x 64.
+//   * Columns of the panel lie in shared memory in an order (place_of) by which the sums of a thread are 16 consecutive
+//     bytes of the output: it is written, and what an epilogue needs beside them read, without a detour through shared
+//     memory.
+// The panel comes by TMA, or is made by the warpgroups themselves, once a block (mlp.h, backward: it has to be turned).
+//
+// An epilogue is a class of the number N of columns, with
+//   Problem            what it needs, derived from Panels
+//   kMakesPanel        whether panel() fills the panel; else TMA does, from Panels::weights
+//   fetch(p, place)    called before the product that its way is hidden behind
+//   store(p, place, sum)
+#pragma once
+#include <algorithm>
+
+#include "kernels/common.cuh"
+#include "kernels/hopper.cuh"
+#include "kernels/tuning.h"
+
+namespace fiedler::panel {
+
+using namespace hopper;
+
+constexpr int kRows = 64, kDepth = kSwizzleColumns;  // of a stage
+constexpr int kStages = 10, kStageElements = kRows * kDepth, kStageBytes = kStageElements * 2;
+constexpr int kConsumers = 2 * kWarpgroup, kThreads = kConsumers + kWarpgroup;
+// Registers of a thread that multiplies and of one that loads: 65,536 in all. Every thread begins with a third of them.
+constexpr int kManyRegisters = 232, kFewRegisters = 40;
+constexpr int kMostDepth = 768, kMostChunks = kMostDepth / kDepth;
+constexpr int kRun = 32, kRuns = 4;  // columns that place_of permutes among themselves, in runs of 8
+
+struct Panels {
+    CUtensorMap rows;     // x, [n, C]
+    CUtensorMap weights;  // W; unused where the epilogue makes the panel
+    int n, m, chunks;     // rows, columns of the output, C / kDepth
+    int panels, groups;
+};
+struct Barriers {
+    Barrier full[kStages], empty[kStages], panel[kMostChunks];
+};
+
+// A place in the ring of stages.
+struct Ring {
+    int stage = 0, parity = 0;
+    __device__ void next() {
+        if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+    __device__ void skip(int steps) {
+        for (stage += steps; stage >= kStages; stage -= kStages) parity ^= 1;
+    }
+};
+
+// What a block does: tile group + i groups of 64 rows, i = 0 .. count - 1, times the columns from `column`.
+struct Share {
+    int column, group, count;
+    __device__ Share(const Panels& p, int columns) {
+        column = static_cast<int>(blockIdx.x) % p.panels * columns;
+        group = static_cast<int>(blockIdx.x) / p.panels;
+        count = ((p.n + kRows - 1) / kRows - group + p.groups - 1) / p.groups;
+    }
+    __device__ int first_row(const Panels& p, int i) const { return (group + i * p.groups) * kRows; }
+};
+
+// Row of the panel in shared memory that holds this column of it. A thread's sums are those of rows 8 q + 2 t, 8 q + 2 t
+// + 1 of each 32 (q = 0..3, t = lane % 4): columns 8 t .. 8 t + 7.
+__device__ constexpr int place_of(int column) {
+    const int in = column % kRun;
+    return column - in + in % 8 / 2 * 8 + in / 8 * 2 + in % 2;
+}
+
+// A thread's part of a tile: rows `row` and row + 8, and in each 32 columns eight from 8 t.
+struct Place {
+    int row, column;
+    const Panels& p;
+
+    __device__ Place(const Panels& problem, const Share& share, int i) : p(problem) {
+        const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, lane = thread % kWarp;
+        row = share.first_row(p, i) + thread / kWarp * 16 + lane / 4;
+        column = share.column + lane % 4 * 8;
+    }
+    __device__ bool row_inside(int k) const { return row + 8 * k < p.n; }
+    __device__ bool inside(int k, int j) const { return row_inside(k) && column + kRun * j < p.m; }
+    // Of a matrix with the output's rows and columns: where its first eight columns of row k are.
+    template <class U>
+    __device__ U* start(U* matrix, std::int64_t ld, int k) const {
+        return matrix + (row + 8 * k) * ld + column;
+    }
+};
+// Where the sums of a thread's eight columns of row k in the 32 columns j are: pairs, of runs q = 0 .. 3.
+__device__ constexpr int sum_at(int k, int j, int q) { return (kRuns * j + q) * 4 + 2 * k; }
+
+// ---- loads -------------------------------------------------------------------------------------------------------
+
+template <int N, bool kMakesPanel>
+__device__ void produce(const Panels& p, const Share& share, nv_bf16* panel, nv_bf16* stages, Barriers& b) {
+    Ring ring;
+    for (int i = 0; i < share.count; ++i)
+        for (int k = 0; k < p.chunks; ++k, ring.next()) {
+            barrier_wait(&b.empty[ring.stage], ring.parity ^ 1);
+            barrier_arrive_expecting(&b.full[ring.stage], kStageBytes);
+            load_box(stages + ring.stage * kStageElements, &p.rows, k * kDepth, share.first_row(p, i),
+                     &b.full[ring.stage]);
+            if (kMakesPanel || i > 0) continue;
+            barrier_arrive_expecting(&b.panel[k], N * kSwizzleBytes);
+#pragma unroll
+            for (int r = 0; r < N; r += kRun)
+                load_box(panel + (k * N + r) * kDepth, &p.weights, k * kDepth, 0, (share.column + r) / 8, 0,
+                         &b.panel[k]);
+        }
+}
+
+// ---- products ----------------------------------------------------------------------------------------------------
+
+// sum = the stage's rows x the panel's chunk; a tile's product is `chunks` of these.
+template <int N>
+__device__ void multiply_chunk(float (&sum)[N / 2], const nv_bf16* stage, const nv_bf16* chunk, bool add) {
+    const std::uint64_t a = operand(stage), b = operand(chunk);
+    product_begin();
+#pragma unroll
+    for (int s = 0; s < kDepth / 16; ++s) multiply<N>(sum, advance(a, s), advance(b, s), add || s > 0);
+    product_commit();
+}
+
+template <int N, class Epilogue>
+__device__ void consume(const typename Epilogue::Problem& p, const Share& share, const nv_bf16* panel,
+                        const nv_bf16* stages, Barriers& b) {
+    const int team = static_cast<int>(threadIdx.x) / kWarpgroup;
+    const bool speaks = threadIdx.x % kWarp == 0;  // for its warp
+    constexpr int kTurn = 1;                       // and 2: numbers of the named barriers
+    float sum[N / 2];
+    Epilogue epilogue;
+    Ring ring;
+    ring.skip(team * p.chunks);
+    if (team == 1) named_arrive(kTurn, kConsumers);  // the first turn is the other's
+    for (int i = team; i < share.count; i += 2, ring.skip(p.chunks)) {
+        const Place place(p, share, i);
+        epilogue.fetch(p, place);
+        named_wait(kTurn + team, kConsumers);
+        int before = 0;  // the stage of the chunk before
+        for (int k = 0; k < p.chunks; ++k, ring.next()) {
+            if (!Epilogue::kMakesPanel && i < 2) barrier_wait(&b.panel[k], 0);
+            barrier_wait(&b.full[ring.stage], ring.parity);
+            multiply_chunk<N>(sum, stages + ring.stage * kStageElements, panel + k * N * kDepth, k > 0);
+            if (k > 0) {
+                product_wait<1>();
+                if (speaks) barrier_arrive(&b.empty[before]);
+            }
+            before = ring.stage;
+        }
+        if (i + 1 < share.count) named_arrive(kTurn + 1 - team, kConsumers);
+        product_wait<0>();
+        pin(sum);
+        if (speaks) barrier_arrive(&b.empty[before]);
+        epilogue.store(p, place, sum);
+    }
+}
+
+template <int N, class Epilogue>
+__global__ __launch_bounds__(kThreads, 1) void panel_kernel(const __grid_constant__ typename Epilogue::Problem p) {
+    extern __shared__ unsigned char shared[];
+    __shared__ Barriers barriers;
+    const std::uint32_t past = shared_address(shared) % kTileAlignment;
+    auto* const panel = reinterpret_cast<nv_bf16*>(shared + (past == 0 ? 0 : kTileAlignment - past));
+    nv_bf16* const stages = panel + p.chunks * N * kDepth;
+    const Share share(p, N);
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < kStages; ++s) {
+            barrier_init(&barriers.full[s], 1);
+            barrier_init(&barriers.empty[s], kWarpgroup / kWarp);
+        }
+        for (int k = 0; k < kMostChunks; ++k) barrier_init(&barriers.panel[k], 1);
+        barrier_init_done();
+    }
+    __syncthreads();
+    if (threadIdx.x >= kConsumers) {
+        give_registers<kFewRegisters>();
+        if (threadIdx.x == kConsumers) produce<N, Epilogue::kMakesPanel>(p, share, panel, stages, barriers);
+        return;
+    }
+    take_registers<kManyRegisters>();
+    if constexpr (Epilogue::kMakesPanel) {
+        constexpr int kMade = 3;  // a named barrier
+        Epilogue::panel(p, share, panel);
+        publish_shared();
+        named_wait(kMade, kConsumers);
+    }
+    consume<N, Epilogue>(p, share, panel, stages, barriers);
+}
+
+// ---- launch ------------------------------------------------------------------------------------------------------
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, asked of the runtime: nothing is linked against libcuda.
+inline EncodeTiled encode_tiled() {
+    static const EncodeTiled function = [] {
+        void* found = nullptr;
+        cudaDriverEntryPointQueryResult result{};
+        CUDA_CHECK(
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
+        if (result != cudaDriverEntryPointSuccess || !found) throw DeviceError("the driver has no tensor maps");
+        return reinterpret_cast<EncodeTiled>(found);
+    }();
+    return function;
+}
+
+// size[0] elements lie side by side; stride[d] bytes are between neighbours along dimension d + 1.
+template <int rank>
+CUtensorMap tensor_map(const bf16* data, const cuuint64_t (&size)[rank], const cuuint64_t (&stride)[rank - 1],
+                       const cuuint32_t (&box)[rank]) {
+    cuuint32_t every[rank];
+    std::fill_n(every, rank, 1u);
+    CUtensorMap map;
+    const CUresult status =
+        encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<bf16*>(data), size, stride, box, every,
+                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (status != CUDA_SUCCESS) throw DeviceError("cuTensorMapEncodeTiled: error " + std::to_string(int(status)));
+    return map;
+}
+inline CUtensorMap map_of_rows(const Mat<const bf16>& m) {
+    return tensor_map<2>(m.data, {cuuint64_t(m.cols), cuuint64_t(m.rows)}, {cuuint64_t(m.ld) * 2}, {kDepth, kRows});
+}
+// W1 in an order of rows that is place_of's: a row's number is 8 (its eight) + 2 q + e, and a box runs through e first,
+// then through four eights, then through q.
+inline CUtensorMap map_of_weights(const Mat<const bf16>& m) {
+    const cuuint64_t row = cuuint64_t(m.ld) * 2;
+    return tensor_map<4>(m.data, {cuuint64_t(m.cols), 2, cuuint64_t(m.rows) / 8, 4}, {row, 8 * row, 2 * row},
+                         {kDepth, 2, kRun / 8, 4});
+}
+
+// Blocks to each panel. A block's time is its tiles and, once, its panel, which takes as long as a few tiles; blocks run
+// in waves of as many as there are multiprocessors.
+inline int groups_of(int panels, int tiles, int multiprocessors) {
+    constexpr std::int64_t kPanelAsTiles = 4;
+    int best = 1;
+    std::int64_t least = 0;
+    for (int groups = 1; groups <= std::min(tiles, multiprocessors); ++groups) {
+        const std::int64_t waves = ceil_div(panels * groups, multiprocessors);
+        const std::int64_t time = waves * (ceil_div(tiles, groups) + kPanelAsTiles);
+        if (groups == 1 || time < least) best = groups, least = time;
+    }
+    return best;
+}
+
+template <int N, class Epilogue>
+void launch_columns(const Cuda& dev, typename Epilogue::Problem& p) {
+    p.panels = ceil_div(p.m, N);
+    p.groups = groups_of(p.panels, ceil_div(p.n, kRows), dev.sm_count);
+    const int bytes = p.chunks * N * kSwizzleBytes + kStages * kStageBytes + kTileAlignment;
+    const auto kernel = panel_kernel<N, Epilogue>;
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    kernel<<<static_cast<unsigned>(p.panels * p.groups), kThreads, static_cast<std::size_t>(bytes), stream_of(dev)>>>(
+        p);
+    LAUNCH_CHECK("panel_sm90");
+}
+
+// y has so many columns. weights: null where the epilogue makes the panel.
+template <template <int> class Epilogue>
+void launch(const Cuda& dev, typename Epilogue<96>::Problem& p, const Mat<const bf16>& rows, std::int64_t columns,
+            const Mat<const bf16>* weights) {
+    p.rows = map_of_rows(rows);
+    if (weights) p.weights = map_of_weights(*weights);
+    p.n = static_cast<int>(rows.rows), p.m = static_cast<int>(columns);
+    p.chunks = static_cast<int>(rows.cols / kDepth);
+    switch (tuning::panel_columns(rows.cols)) {
+        case 192:
+            return launch_columns<192, Epilogue<192>>(dev, p);
+        case 128:
+            return launch_columns<128, Epilogue<128>>(dev, p);
+        default:
+            return launch_columns<96, Epilogue<96>>(dev, p);
+    }
+}
+
+inline bool takes(const Cuda& dev, const Mat<const bf16>& rows, std::int64_t columns) {
+    constexpr std::int64_t kMost = std::int64_t(1) << 31;
+    return dev.arch == 90 && rows.cols % kDepth == 0 && rows.cols <= kMostDepth && columns % 8 == 0 &&
+           columns < kMost - kMostDepth && rows.rows < kMost - kRows;
+}
+
+}  // namespace fiedler::panel
