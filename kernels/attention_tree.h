@@ -65,28 +65,30 @@ struct AttentionTreeBackward {
 };
 
 template <class T>
+bool is_by_heads(const Mat<T>& x, std::int64_t tokens, std::int32_t heads) {
+    return is_shape(x, tokens, heads) && x.ld == heads;
+}
+template <class T>
 void check(const AttentionTreeForward<T>& p) {
     const auto n = p.v.rows;
     FIEDLER_REQUIRE("attention_tree", p.heads > 0 && p.v.cols % p.heads == 0 && n < (std::int64_t(1) << 30));
     FIEDLER_REQUIRE("attention_tree", is_shape(p.v, n, p.v.cols) && is_shape(p.o, n, p.v.cols) && is_packing(p.seq, n));
-    for (const auto& x : {p.a, p.b, Mat<const acc_t<T>>(p.lse)})
-        FIEDLER_REQUIRE("attention_tree", is_shape(x, n, p.heads) && x.ld == p.heads);
-    FIEDLER_REQUIRE("attention_tree", !p.F || (p.causal && is_shape(p.F, n, p.heads) && p.F.ld == p.heads));
-    FIEDLER_REQUIRE("attention_tree", is_valid(p.tuning));
+    FIEDLER_REQUIRE("attention_tree", is_by_heads(p.a, n, p.heads) && is_by_heads(p.b, n, p.heads));
+    FIEDLER_REQUIRE("attention_tree", is_by_heads(p.lse, n, p.heads) && is_valid(p.tuning));
+    FIEDLER_REQUIRE("attention_tree", !p.F || (p.causal && is_by_heads(p.F, n, p.heads)));
 }
 template <class T>
 void check(const AttentionTreeBackward<T>& p) {
     const auto n = p.v.rows;
     FIEDLER_REQUIRE("attention_tree", p.heads > 0 && p.v.cols % p.heads == 0 && n < (std::int64_t(1) << 30));
-    for (const auto& x : {p.v, p.o, p.do_, Mat<const T>(p.dv)})
-        FIEDLER_REQUIRE("attention_tree", is_shape(x, n, p.v.cols));
-    FIEDLER_REQUIRE("attention_tree", is_packing(p.seq, n) && is_valid(p.tuning));
-    for (const auto& x :
-         {p.a, p.b, p.lse, Mat<const acc_t<T>>(p.da), Mat<const acc_t<T>>(p.db), Mat<const acc_t<T>>(p.delta)})
-        FIEDLER_REQUIRE("attention_tree", is_shape(x, n, p.heads) && x.ld == p.heads);
-    FIEDLER_REQUIRE("attention_tree", bool(p.F) == bool(p.dF));
-    for (const auto& x : {p.F, Mat<const acc_t<T>>(p.dF)})
-        FIEDLER_REQUIRE("attention_tree", !x || (p.causal && is_shape(x, n, p.heads) && x.ld == p.heads));
+    FIEDLER_REQUIRE("attention_tree", is_shape(p.v, n, p.v.cols) && is_shape(p.o, n, p.v.cols) && is_packing(p.seq, n));
+    FIEDLER_REQUIRE("attention_tree", is_shape(p.do_, n, p.v.cols) && is_shape(p.dv, n, p.v.cols));
+    FIEDLER_REQUIRE("attention_tree", is_by_heads(p.a, n, p.heads) && is_by_heads(p.b, n, p.heads));
+    FIEDLER_REQUIRE("attention_tree", is_by_heads(p.da, n, p.heads) && is_by_heads(p.db, n, p.heads));
+    FIEDLER_REQUIRE("attention_tree", is_by_heads(p.lse, n, p.heads) && is_by_heads(p.delta, n, p.heads));
+    FIEDLER_REQUIRE("attention_tree", !p.F || (p.causal && is_by_heads(p.F, n, p.heads)));
+    FIEDLER_REQUIRE("attention_tree", bool(p.F) == bool(p.dF) && (!p.dF || is_by_heads(p.dF, n, p.heads)));
+    FIEDLER_REQUIRE("attention_tree", is_valid(p.tuning));
 }
 
 // Bytes as attention's: what must be read and written once. flops: those of the algorithm for a level and a token, a
@@ -110,11 +112,14 @@ Traffic traffic(const AttentionTreeBackward<T>& p) {
             attention_tree_flops(p.seq, p.heads, c / p.heads, p.causal, true)};
 }
 
-// Scratch on Cuda, in bytes. width: D.
+// Scratch on Cuda, in bytes; in every build. width: D.
 std::int64_t attention_tree_forward_bytes(const Packed&, std::int32_t longest, std::int32_t heads, std::int64_t width,
                                           bool causal, AttentionTreeTuning tuning = {});
 std::int64_t attention_tree_backward_bytes(const Packed&, std::int32_t longest, std::int32_t heads, std::int64_t width,
                                            bool causal, AttentionTreeTuning tuning = {});
+// Of it, what the dense backward pass over the leaves takes, in floats.
+std::int64_t attention_tree_partial_floats(const Packed&, std::int32_t heads, std::int64_t width, bool causal,
+                                           AttentionTreeTuning tuning);
 
 template <class T>  // float, double
 void attention_tree_forward(const Cpu&, const AttentionTreeForward<T>&);

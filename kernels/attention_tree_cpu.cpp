@@ -307,6 +307,26 @@ void run_units(const Cpu& device, const P& p) {
 
 }  // namespace
 
+std::int64_t attention_tree_partial_floats(const Packed& seq, std::int32_t heads, std::int64_t width, bool causal,
+                                           AttentionTreeTuning tuning) {
+    if (!causal) return 0;
+    Packed leaves = seq;
+    if (seq.length > 0 && seq.length % tuning.leaf == 0)
+        leaves = Packed::uniform(seq.tokens / tuning.leaf, tuning.leaf);
+    else
+        leaves.length = 0;
+    return attention_partial_elements(leaves, tuning.leaf, heads, width, 1, 0, true);
+}
+std::int64_t attention_tree_forward_bytes(const Packed& seq, std::int32_t longest, std::int32_t heads,
+                                          std::int64_t width, bool causal, AttentionTreeTuning tuning) {
+    return attention_tree::Layout(seq, longest, heads, width, causal, tuning, false, 0).bytes;
+}
+std::int64_t attention_tree_backward_bytes(const Packed& seq, std::int32_t longest, std::int32_t heads,
+                                           std::int64_t width, bool causal, AttentionTreeTuning tuning) {
+    const auto partial = attention_tree_partial_floats(seq, heads, width, causal, tuning);
+    return attention_tree::Layout(seq, longest, heads, width, causal, tuning, true, partial).bytes;
+}
+
 template <class T>
 void attention_tree_forward(const Cpu& device, const AttentionTreeForward<T>& p) {
     run_units<ForwardUnit<T>>(device, p);

@@ -167,5 +167,76 @@ inline std::int64_t longest_of(const Packed& seq, std::int32_t longest) {
     return seq.length > 0 ? seq.length : longest > 0 ? longest : seq.tokens;
 }
 
+// ---- scratch --------------------------------------------------------------------------------------------------------
+// Where everything lies in scratch, in bytes, for `group` heads at a time. A state is a row of D + 4 floats: a vector, its
+// number, and room to keep rows at 16 bytes; parts: of keys below, of keys above, and backward also of queries.
+constexpr std::int32_t kMaxLevels = 32;
+struct Layout {
+    std::int32_t group = 1, levels = 0, parts = 2;
+    std::int64_t width = 0, leaf = 0;
+    bool causal = true, even_leaves = false;  // even: no leaf of a uniform packing is shorter
+    Blocks tiles, leaves, positions;          // positions: bidirectional, blocks of `leaf` positions
+    Blocks nodes[kMaxLevels];                 // of each level; bidirectional: [0], whole sequences
+    std::int64_t begins = 0, ends = 0, tables = 0, table_bytes = 0, runs = 0, work = 0, gates = 0, query_ends = 0;
+    std::int64_t states = 0, local_scales = 0, scales = 0, edges = 0, sums = 0, weights = 0, partial = 0, bytes = 0;
+    std::int64_t run_entries = 0, work_entries = 0, state_rows = 0;  // of a head; of a part and head
+
+    Layout(const Packed& seq, std::int32_t longest, std::int32_t heads, std::int64_t width_, bool causal_,
+           AttentionTreeTuning tuning, bool backward, std::int64_t partial_floats) {
+        group = tuning.together > 0 && tuning.together < heads ? tuning.together : heads;
+        levels = levels_of(longest_of(seq, longest), tuning.leaf);
+        parts = backward ? 4 : 2, width = width_, leaf = tuning.leaf, causal = causal_;
+        even_leaves = seq.length > 0 && seq.length % leaf == 0;
+        const std::int32_t axis = causal ? 1 : 2;
+        const auto tokens = std::int64_t(seq.tokens), scalars = tokens * group;
+        run_entries = tokens, work_entries = tokens * axis;
+        place_blocks(seq, axis);
+        state_rows = tiles.slots;
+        const bool packs_leaves = causal && !even_leaves;
+        begins = take(packs_leaves ? tokens * 4 : 0), ends = take(packs_leaves ? tokens * 4 : 0);
+        runs = take(4 * scalars * 8), work = take(scalars * axis * 8), gates = take(scalars * 4);
+        query_ends = take(backward ? scalars * 8 : 0);
+        states = take(std::int64_t(parts) * group * state_rows * (width + 4) * 4);
+        local_scales = take(std::int64_t(parts) * group * state_rows * 4);
+        scales = take(std::int64_t(parts) * group * state_rows * 4), edges = take(group * state_rows * 8);
+        sums = take(scalars * width * 4), weights = take(backward ? 0 : scalars * 8);
+        partial = take(backward ? partial_floats * 4 : 0);
+    }
+    std::int64_t node_tokens(std::int32_t level) const { return leaf << (level + 1); }
+    // Work levels: those in which queries meet keys.
+    std::int32_t work_levels() const { return causal ? levels : 1; }
+
+  private:
+    std::int64_t take(std::int64_t n) {
+        const std::int64_t at = bytes;
+        bytes += (n + 255) / 256 * 256;
+        return at;
+    }
+    void place_blocks(const Packed& seq, std::int32_t axis) {
+        tiles = Blocks::of(seq, kTile, axis), leaves = Blocks::of(seq, leaf, 1), positions = Blocks::of(seq, leaf, 2);
+        for (std::int32_t l = 0; l < work_levels(); ++l)
+            nodes[l] = Blocks::of(seq, causal ? node_tokens(l) : std::int64_t(1) << 40, axis);
+        if (seq.length > 0) return;
+        tables = bytes;
+        const auto slots_of = [](const Blocks& b) { return std::int64_t(b.slots) * std::int64_t(sizeof(Block)); };
+        take(slots_of(tiles)), take(slots_of(leaves)), take(slots_of(positions));
+        for (std::int32_t l = 0; l < work_levels(); ++l) take(slots_of(nodes[l]));
+        table_bytes = bytes - tables;
+    }
+
+  public:
+    // The tables of ragged packings in scratch: the same steps as above.
+    void set_tables(unsigned char* scratch) {
+        if (table_bytes == 0) return;
+        std::int64_t at = tables;
+        const auto set = [&](Blocks& b) {
+            b.table = reinterpret_cast<Block*>(scratch + at);
+            at += (std::int64_t(b.slots) * std::int64_t(sizeof(Block)) + 255) / 256 * 256;
+        };
+        set(tiles), set(leaves), set(positions);
+        for (std::int32_t l = 0; l < work_levels(); ++l) set(nodes[l]);
+    }
+};
+
 }  // namespace attention_tree
 }  // namespace fiedler

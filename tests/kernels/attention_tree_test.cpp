@@ -3,7 +3,7 @@
 #include "kernels/attention_tree.h"
 
 #include <algorithm>
-#include <set>
+#include <iterator>
 #include <sstream>
 
 #include "kernels/attention_runs.h"
@@ -361,6 +361,106 @@ TEST(AttentionTree, RefusesBrokenContracts) {
     EXPECT_THROW(attention_tree_forward(kCpu, p), ContractError);
 }
 
+// ---- geometry of the GPU's blocks ------------------------------------------------------------------------------------
+using namespace attention_tree;
+
+TEST(AttentionTree, EntriesKeepOrderAndContent) {
+    const Values x = {-1e30, -3, -1e-40, -0.0, 0.0, 1e-40, 0.5, 2, 1e30};
+    for (std::size_t i = 0; i < x.size(); ++i)
+        for (std::size_t j = 0; j < x.size(); ++j) {
+            const auto p = float(x[i]), q = float(x[j]);
+            const Entry e = entry_of(p, 7, true), f = entry_of(q, 8, false);
+            EXPECT_EQ(scalar_of(e), p);
+            EXPECT_EQ(token_of(e), 7);
+            EXPECT_TRUE(is_query(e) && !is_query(f));
+            if (p != q) {
+                EXPECT_EQ(e < f, p < q);
+            } else {
+                EXPECT_LT(f, e) << "ties: keys first";
+            }
+        }
+}
+// Every position is in one block of its sequence, and no two blocks share a slot.
+TEST(AttentionTree, BlocksCoverEveryPositionOnce) {
+    for (const auto& lengths :
+         std::vector<std::vector<std::int32_t>>{{1}, {64, 64}, {65, 65, 65}, {1, 1, 1, 200, 63, 64, 65, 129, 2}})
+        for (const std::int64_t size : {64ll, 128ll, 1ll << 40})
+            for (const std::int32_t axis : {1, 2})
+                for (const bool uniform : {true, false}) {
+                    if (uniform && lengths.size() > 3) continue;
+                    const Ragged ragged(lengths);
+                    const Packed seq =
+                        uniform ? Packed::uniform(std::int32_t(lengths.size()), lengths[0]) : ragged.packed();
+                    Blocks blocks = Blocks::of(seq, size, axis);
+                    std::vector<Block> table(std::size_t(blocks.slots));
+                    if (!uniform) blocks.table = table.data();
+                    for (std::int32_t s = 0; !uniform && s < seq.count; ++s)
+                        for (std::int32_t k = 0; blocks.note(seq, s, k); ++k)
+                            ASSERT_LT(blocks.slot(s, seq.sequence_begin(s) * axis, k), blocks.slots);
+                    std::vector<int> seen(std::size_t(seq.tokens * axis));
+                    for (std::int32_t slot = 0; slot < blocks.slots; ++slot) {
+                        const Block b = blocks.at(slot);
+                        if (b.start < 0) continue;
+                        const std::int32_t begin = seq.sequence_begin(b.sequence) * axis;
+                        EXPECT_EQ(blocks.slot(b.sequence, begin, std::int32_t((b.start - begin) / size)), slot);
+                        const auto end = std::min<std::int64_t>(b.start + size, seq.sequence_end(b.sequence) * axis);
+                        for (std::int64_t i = b.start; i < end; ++i) ++seen[std::size_t(i)];
+                    }
+                    for (const int n : seen) ASSERT_EQ(n, 1);
+                }
+}
+// Over all levels and the leaves, every causal pair is met once.
+TEST(AttentionTree, NodesMeetEveryPairOnce) {
+    const Ragged ragged({1, 300, 64, 65, 129});
+    const Packed seq = ragged.packed();
+    const std::int32_t leaf = 64, n = seq.tokens;
+    std::vector<int> met(std::size_t(n * n));
+    for (std::int32_t i = 0; i < n; ++i)
+        for (std::int32_t j = seq.first(i) + (i - seq.first(i)) / leaf * leaf; j <= i; ++j)
+            ++met[std::size_t(i * n + j)];
+    for (std::int32_t l = 0; l < levels_of(300, leaf); ++l)
+        for (std::int32_t i = 0; i < n; ++i) {
+            const Node node = Level{seq, leaf << (l + 1)}.at(i);
+            EXPECT_TRUE(node.lo <= i && i < node.hi && node.lo >= seq.first(i) && node.hi <= seq.last(i));
+            if (node.works() && i >= node.mid)
+                for (std::int32_t j = node.lo; j < node.mid; ++j) ++met[std::size_t(i * n + j)];
+        }
+    for (std::int32_t i = 0; i < n; ++i)
+        for (std::int32_t j = 0; j < n; ++j)
+            ASSERT_EQ(met[std::size_t(i * n + j)], seq.first(i) == seq.first(j) && j <= i) << i << ' ' << j;
+}
+TEST(AttentionTree, CutsOfMergedRunsAreExact) {
+    for (const auto& [m, n] :
+         std::vector<std::pair<std::int32_t, std::int32_t>>{{0, 5}, {5, 0}, {1, 1}, {100, 37}, {700, 900}})
+        for (const int kind : {0, 1, 2}) {
+            std::vector<Entry> a, b, all;
+            const auto x = random_ints(std::size_t(m), 1, 0, 1000), y = random_ints(std::size_t(n), 2, 0, 1000);
+            for (std::int32_t i = 0; i < m; ++i)
+                a.push_back(entry_of(float(kind == 0 ? x[std::size_t(i)] : 0), i, false));
+            for (std::int32_t i = 0; i < n; ++i)
+                b.push_back(entry_of(float(kind == 0 ? y[std::size_t(i)] : kind == 1 ? 0 : -1), i, true));
+            std::sort(a.begin(), a.end()), std::sort(b.begin(), b.end());
+            std::merge(a.begin(), a.end(), b.begin(), b.end(), std::back_inserter(all));
+            std::int32_t from_a = 0;
+            for (std::int32_t d = 0; d <= m + n; ++d) {
+                Cut cut(m, n, d);
+                int rounds = 0;
+                for (; cut.open() && rounds < 10; ++rounds) {
+                    std::int32_t taken = 0;
+                    for (std::int32_t lane = 0; lane < 32; ++lane) {
+                        const auto i = std::size_t(cut.probe(lane));
+                        taken += a.at(i) < b.at(std::size_t(d) - 1 - i);
+                    }
+                    cut.narrow(taken);
+                }
+                EXPECT_LT(rounds, 10);
+                ASSERT_EQ(cut.lo, from_a) << d;
+                if (d < m + n) from_a += !is_query(all[std::size_t(d)]);
+            }
+        }
+}
+
+// ---- sorted runs ----------------------------------------------------------------------------------------------------
 // Every token of head 0, decoded as it comes, against the forward pass.
 template <class T>
 Values decoded(const Inputs& in) {
@@ -390,5 +490,238 @@ TEST(AttentionTree, SortedRunsDecodeTheForwardPass) {
                 }
             }
 }
+
+#if FIEDLER_CUDA
+// The contract, pair by pair, in float with the weights of matrix products and the results o, dv as bf16: the yardstick.
+struct Rounded {
+    Outputs forward, backward;  // backward: from o and lse as given
+};
+Rounded naive(const Inputs& in, const Values& o_given, const Values& lse_given) {
+    const auto n = in.tokens(), H = in.c.heads, D = in.c.width;
+    const auto a = to<float>(in.a), b = to<float>(in.b), F = to<float>(in.F), v = to<float>(in.v),
+               g = to<float>(in.dout);
+    std::vector<float> o(v.size()), lse(a.size()), da(a.size()), db(a.size()), dF(F.size()), dv(v.size());
+    const auto rounded = [](float x) { return float(bf16(x)); };
+    const Packed seq = in.ragged.packed();
+    for (std::int32_t h = 0; h < H; ++h)
+        for (std::int32_t i = 0; i < n; ++i) {
+            const auto ih = std::size_t(i * H + h);
+            const auto score = [&](std::int32_t j) {
+                const auto jh = std::size_t(j * H + h);
+                return -std::abs(a[ih] - b[jh]) + (F.empty() ? 0.f : F[ih] - F[jh]);
+            };
+            const std::int32_t from = seq.first(i), to = in.c.causal ? i + 1 : seq.last(i);
+            float top = -INFINITY, sum = 0, delta = 0;
+            for (std::int32_t j = from; j < to; ++j) top = std::max(top, score(j));
+            for (std::int32_t j = from; j < to; ++j) {
+                const float p = std::exp(score(j) - top);
+                sum += p;
+                for (std::int32_t d = 0; d < D; ++d) o[ih * D + d] += rounded(p) * v[std::size_t(j * H + h) * D + d];
+            }
+            for (std::int32_t d = 0; d < D; ++d) o[ih * D + d] /= sum;
+            lse[ih] = top + std::log(sum);
+            for (std::int32_t d = 0; d < D; ++d) delta += g[ih * D + d] * float(o_given[ih * D + d]);
+            for (std::int32_t j = from; j < to; ++j) {
+                const auto jh = std::size_t(j * H + h);
+                const float p = std::exp(score(j) - float(lse_given[ih])), sign = a[ih] > b[jh]   ? 1
+                                                                                  : a[ih] < b[jh] ? -1
+                                                                                                  : 0;
+                float dp = 0;
+                for (std::int32_t d = 0; d < D; ++d) {
+                    dp += g[ih * D + d] * v[jh * D + d];
+                    dv[jh * D + d] += rounded(p) * g[ih * D + d];
+                }
+                const float ds = p * (dp - delta);
+                da[ih] -= sign * ds, db[jh] += sign * ds;
+                if (!F.empty()) dF[jh] -= ds;
+            }
+        }
+    const Outputs all = {round_to<bf16>(from(o)), from(lse), from(da), from(db), from(dF), round_to<bf16>(from(dv))};
+    return {all, all};
+}
+
+void expect_within(const Outputs& got, const Outputs& want, const Outputs& low, const Inputs& in) {
+    EXPECT_TRUE(close(got.dv, want.dv, low.dv)) << "dv";
+    if (in.alone()) {
+        for (const Values* gradient : {&got.da, &got.db, &got.dF})
+            for (const double x : *gradient) EXPECT_LE(std::abs(x), in.rounding_of_ds());
+        return;
+    }
+    // A query may have one key with all the weight: then ds is the difference of two equal numbers, and what is left is
+    // their rounding, whatever the size of the gradient.
+    const bool lonely = in.c.points == Points::kFar || in.c.gate == Gate::kClosing || in.c.gate == Gate::kShut;
+    const auto coarse = [&](Values gradient) {
+        if (lonely)
+            for (double& x : gradient) x += in.rounding_of_ds() / 8;
+        return gradient;
+    };
+    if (in.c.points != Points::kEqual) {
+        EXPECT_TRUE(close(got.da, want.da, coarse(low.da))) << "da";
+        EXPECT_TRUE(close(got.db, want.db, coarse(low.db))) << "db";
+    } else {
+        for (const Values* gradient : {&got.da, &got.db})
+            for (const double x : *gradient) ASSERT_EQ(x, 0);
+    }
+    if (in.c.gate != Gate::kNone) {
+        EXPECT_TRUE(close(got.dF, want.dF, coarse(low.dF))) << "dF";
+    }
+}
+void expect_identical(const Outputs& x, const Outputs& y) {
+    const auto same = [](const Values& p, const Values& q) { return identical(p.data(), q.data(), p.size() * 8); };
+    EXPECT_TRUE(same(x.o, y.o) && same(x.lse, y.lse)) << "forward";
+    EXPECT_TRUE(same(x.da, y.da) && same(x.db, y.db) && same(x.dv, y.dv)) << "backward";
+    if (!x.dF.empty()) {
+        EXPECT_TRUE(same(x.dF, y.dF)) << "dF";
+    }
+}
+// dense: the yardstick is the dense kernel, where loops over all pairs take too long.
+void check_gpu(const Inputs& in, bool dense = false) {
+    SCOPED_TRACE(in.c.name());
+    Trial<double, Cpu> reference(kCpu, in);
+    reference.forward();
+    const Values want_o = reference.compact(reference.o), want_lse = reference.lse.values();
+    const Values o = round_to<bf16>(want_o), lse = round_to<float>(want_lse);
+    reference.give(o, lse);
+    reference.backward();
+    Outputs low_forward, low;
+    if (dense) {
+        Trial<bf16, Cuda> yardstick(gpu(), in);
+        yardstick.dense_forward();
+        low_forward.o = yardstick.compact(yardstick.o), low_forward.lse = yardstick.lse.values();
+        yardstick.give(o, lse);
+        yardstick.dense_backward();
+        low = yardstick.outputs();
+    } else {
+        const Rounded rounded = naive(in, o, lse);
+        low_forward = rounded.forward, low = rounded.backward;
+    }
+    Outputs first;
+    for (const int turn : {0, 1}) {
+        Trial<bf16, Cuda> run(gpu(), in);
+        run.forward();
+        const Values got_o = run.compact(run.o), got_lse = run.lse.values();
+        run.give(o, lse);
+        run.backward();
+        Outputs got = run.outputs();
+        if (turn == 0) {
+            EXPECT_TRUE(close(got_o, want_o, low_forward.o)) << "o";
+            EXPECT_TRUE(close(got_lse, want_lse, low_forward.lse)) << "lse";
+            expect_within(got, reference.outputs(), low, in);
+        }
+        got.o = got_o, got.lse = got_lse;
+        if (turn == 0) first = got;
+        if (turn == 1) expect_identical(first, got);  // bit-equal from run to run
+    }
+}
+void check_gpu(const Case& c) { check_gpu(Inputs(c)); }
+
+TEST(AttentionTree, GpuMatchesReferenceAtEveryWidth) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const std::int32_t width : {16, 32, 64, 128})
+        for (const bool causal : {true, false})
+            check_gpu({.lengths = {700},
+                       .heads = 2,
+                       .width = width,
+                       .causal = causal,
+                       .gate = causal ? Gate::kMild : Gate::kNone,
+                       .leaf = 128});
+}
+TEST(AttentionTree, GpuMatchesReferenceAtEveryLength) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const std::int32_t n : {1, 3, 63, 64, 65, 127, 128, 129, 192, 193, 257, 512, 514})
+        for (const std::int32_t count : {1, 3}) {
+            const std::vector<std::int32_t> lengths(std::size_t(count), n);
+            const std::int32_t heads = n < 63 ? 8 : 2;  // enough values for an error to be typical
+            check_gpu({.lengths = lengths, .heads = heads, .gate = Gate::kMild, .leaf = 64});
+            check_gpu({.lengths = lengths, .heads = heads, .causal = false, .leaf = 64});
+        }
+}
+TEST(AttentionTree, GpuMatchesReferenceOnRaggedSequences) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const auto& lengths :
+         std::vector<std::vector<std::int32_t>>{{1, 3, 70, 64, 129},
+                                                {400, 1},
+                                                {1, 300, 129, 128, 127},
+                                                {5, 9, 1, 1, 2, 30, 7, 7, 11, 222, 4, 19, 3, 63, 65}})
+        for (const std::int32_t leaf : {64, 128}) {
+            check_gpu({.lengths = lengths, .heads = 2, .gate = Gate::kMild, .leaf = leaf});
+            check_gpu({.lengths = lengths, .heads = 2, .width = 32, .causal = false, .leaf = leaf});
+        }
+}
+TEST(AttentionTree, GpuMatchesReferenceAtTiesAndInEveryOrder) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const Points points :
+         {Points::kTied, Points::kEqual, Points::kSorted, Points::kReversed, Points::kFar, Points::kNarrow})
+        for (const Gate gate : {Gate::kNone, Gate::kMild}) {
+            check_gpu({.lengths = {900}, .heads = 2, .gate = gate, .points = points, .leaf = 64});
+            if (gate == Gate::kNone)
+                check_gpu({.lengths = {900}, .heads = 2, .causal = false, .points = points, .leaf = 64});
+        }
+}
+TEST(AttentionTree, GpuGateClosesCompletely) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const Gate gate : {Gate::kOpen, Gate::kClosing, Gate::kShut})
+        for (const Points points : {Points::kNormal, Points::kFar})
+            for (const bool skip : {true, false})
+                check_gpu({.lengths = {900}, .heads = 2, .gate = gate, .points = points, .leaf = 64, .skip = skip});
+}
+TEST(AttentionTree, GpuHeadsInGroupsGiveTheSame) {
+    FIEDLER_GPU_OR_SKIP();
+    const auto run = [](std::int32_t together) {
+        const Inputs in({.lengths = {300, 300}, .heads = 5, .gate = Gate::kMild, .leaf = 64, .together = together});
+        Trial<bf16, Cuda> trial(gpu(), in);
+        trial.forward(), trial.backward();
+        return trial.outputs();
+    };
+    const Outputs all = run(0);
+    for (const std::int32_t together : {1, 2, 5, 9}) expect_identical(all, run(together));
+}
+// What is skipped is below a rounding.
+TEST(AttentionTree, GpuSkippingChangesNothingInFloat) {
+    FIEDLER_GPU_OR_SKIP();
+    const auto run = [](bool skip) {
+        const Inputs in({.lengths = {2000}, .heads = 2, .gate = Gate::kClosing, .leaf = 64, .skip = skip});
+        Trial<bf16, Cuda> trial(gpu(), in);
+        trial.forward(), trial.backward();
+        return trial.outputs();
+    };
+    const Outputs with = run(true), without = run(false);
+    EXPECT_TRUE(close_to(with.lse, without.lse, 2.4e-7));
+    EXPECT_TRUE(close_to(with.o, without.o, 4e-3));  // a rounding of bf16
+}
+// The default leaf, and levels with more than one segment of the scan.
+TEST(AttentionTree, GpuMatchesReferenceAtSomeThousands) {
+    FIEDLER_GPU_OR_SKIP();
+    check_gpu({.lengths = {4096}, .heads = 2, .gate = Gate::kMild});
+    check_gpu({.lengths = {5001}, .points = Points::kTied});
+    check_gpu({.lengths = {3000}, .causal = false});
+    check_gpu({.lengths = {3000, 77, 1500}, .heads = 2, .gate = Gate::kMild, .leaf = 256});
+}
+TEST(AttentionTree, GpuMatchesReferenceAndDenseKernelAtLongSequences) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const std::int32_t n : {16384, 65536, 131072})
+        check_gpu(Inputs({.lengths = {n}, .heads = n > 65536 ? 1 : 2, .width = 64, .gate = Gate::kMild}), true);
+    check_gpu(Inputs({.lengths = {65536}, .width = 64, .gate = Gate::kOpen, .points = Points::kTied}), true);
+    check_gpu(Inputs({.lengths = {30000, 41, 30001}, .width = 32}), true);
+    check_gpu(Inputs({.lengths = {32768}, .width = 64, .causal = false}), true);
+}
+TEST(AttentionTree, GpuCanBeRecorded) {
+    FIEDLER_GPU_OR_SKIP();
+    const Inputs in({.lengths = {700}, .heads = 2, .gate = Gate::kMild, .leaf = 64});
+    Trial<bf16, Cuda> run(gpu(), in), recorded(gpu(), in);
+    run.forward(), run.backward();
+    recorded.forward(), recorded.backward();  // modules are loaded at the first call
+    recorded.o.poison(), recorded.dv.poison(), recorded.da.poison();
+    CudaGraph* graph = graph_record(gpu(), [&] { recorded.forward(), recorded.backward(); });
+    graph_launch(gpu(), graph);
+    synchronize(gpu());
+    const Values o = run.o.values(), again = recorded.o.values(), da = run.da.values(), da_again = recorded.da.values();
+    EXPECT_TRUE(close_to(recorded.compact(recorded.dv), run.compact(run.dv), 0));
+    EXPECT_TRUE(close_to(recorded.compact(recorded.o), run.compact(run.o), 0)) << o.size() << again.size();
+    EXPECT_TRUE(close_to(da_again, da, 0));
+    graph_free(graph);
+}
+#endif
+
 }  // namespace
 }  // namespace fiedler::test
