@@ -82,7 +82,7 @@ struct Call {
 
     Scene scene(int first_head, int level) const {
         Scene s{};
-        s.level = {p.seq, p.causal ? layout.node_tokens(level) : 0};
+        s.level = level_of(level);
         s.tiles = layout.tiles, s.nodes = layout.nodes[level];
         s.tokens = p.seq.tokens;
         s.group = layout.group, s.heads = p.heads, s.first_head = first_head;
@@ -100,14 +100,15 @@ struct Call {
                                                                                                   scalars, runs());
         LAUNCH_CHECK("attention_tree_sort");
     }
-    void merge(int heads, int set, Merged first, int outputs, std::int64_t node) const {
-        const Merge m{{p.seq, node},
-                      node == 0 ? layout.positions : layout.leaves,
-                      runs(),
-                      at<Entry>(layout.work),
-                      layout.work_entries,
-                      set,
-                      static_cast<int>(first)};
+    Level level_of(int number) const {
+        if (!p.causal) return {p.seq, 0};
+        return {p.seq, layout.node_tokens(number), static_cast<std::int32_t>(layout.leaf), number};
+    }
+    void merge(int heads, int set, Merged first, int outputs, const Level& level) const {
+        Merge m{};
+        m.level = level, m.blocks = level.node == 0 ? layout.positions : layout.leaves;
+        m.runs = runs(), m.work = at<Entry>(layout.work), m.work_entries = layout.work_entries;
+        m.set = set, m.first = static_cast<int>(first);
         const dim3 grid(static_cast<unsigned>(m.blocks.slots), static_cast<unsigned>(heads),
                         static_cast<unsigned>(outputs));
         attention_tree_merge_kernel<<<grid, kSortThreads, 2 * layout.leaf * sizeof(Entry), stream()>>>(m);
@@ -132,25 +133,25 @@ struct Call {
             <<<nodes, static_cast<unsigned>(threads), segments * kQuarters * sizeof(Carried), stream()>>>(s, segments);
         LAUNCH_CHECK("attention_tree_scan");
     }
-    // `level_of` does what a level is for, once its order is there.
-    template <class LevelOf>
-    void levels(int first_head, int heads, LevelOf&& level_of) const {
+    // `work` does what a level is for, once its order is there.
+    template <class Work>
+    void levels(int first_head, int heads, Work&& work) const {
         sort_leaves(first_head, heads);
         for (int l = 0; l < layout.levels; ++l) {
-            const bool last = l + 1 == layout.levels;
-            if (p.causal) {
-                if (last)
-                    merge(heads, l % 2, Merged::kWork, 1, layout.node_tokens(l));
-                else
-                    merge(heads, l % 2, Merged::kKeys, 3, layout.node_tokens(l));
-                level_of(l);
+            const Level level{p.seq, layout.node_tokens(l), static_cast<std::int32_t>(layout.leaf), l};
+            if (!p.causal) {
+                merge(heads, l % 2, Merged::kKeys, 2, level);
+            } else if (l + 1 < layout.levels) {
+                merge(heads, l % 2, Merged::kKeys, 3, level);
+                work(l);
             } else {
-                merge(heads, l % 2, Merged::kKeys, 2, layout.node_tokens(l));
+                merge(heads, l % 2, Merged::kWork, 1, level);
+                work(l);
             }
         }
         if (p.causal) return;
-        merge(heads, layout.levels % 2, Merged::kWork, 1, 0);
-        level_of(0);
+        merge(heads, layout.levels % 2, Merged::kWork, 1, level_of(0));
+        work(0);
     }
     void numbers(int first_head, int heads, const float* lse, const float* delta) const {
         Numbers n{};
@@ -160,23 +161,6 @@ struct Call {
             n.lse = lse + first_head, n.delta = delta + first_head, n.query_ends = at<float2>(layout.query_ends);
         attention_tree_numbers_kernel<<<grid_of(p.seq.tokens, 256), 256, 0, stream()>>>(n);
         LAUNCH_CHECK("attention_tree_numbers");
-    }
-    Rounded rounded(const Mat<bf16>& rows, int first_head) const {
-        Rounded r{};
-        r.rows = nv(rows.data) + first_head * width, r.ld = rows.ld, r.tokens = p.seq.tokens;
-        r.width = static_cast<int>(width), r.sums = at<float>(layout.sums), r.heads = p.heads, r.empty = !p.causal;
-        return r;
-    }
-    dim3 rounded_grid(int heads) const {
-        return dim3(grid_of(std::int64_t(p.seq.tokens) * (width / 8), 256), static_cast<unsigned>(heads));
-    }
-    void begin(const Rounded& r, int heads) const {
-        attention_tree_begin_kernel<<<rounded_grid(heads), 256, 0, stream()>>>(r);
-        LAUNCH_CHECK("attention_tree_begin");
-    }
-    void end(const Rounded& r, int heads) const {
-        attention_tree_end_kernel<<<rounded_grid(heads), 256, 0, stream()>>>(r);
-        LAUNCH_CHECK("attention_tree_end");
     }
     dim3 tile_grid(int heads) const {
         return dim3(static_cast<unsigned>(layout.tiles.slots), static_cast<unsigned>(heads));
@@ -194,10 +178,9 @@ Dense dense_of(const P& p, const Packed& leaves) {
 void forward_heads(const Call<AttentionTreeForward<bf16>>& call, int first_head, int heads) {
     const auto& p = call.p;
     call.numbers(first_head, heads, nullptr, nullptr);
-    Rounded r = call.rounded(p.o, first_head);
-    r.weights = call.at<float2>(call.layout.weights), r.lse = p.lse.data + first_head;
-    call.begin(r, heads);
-    const Outputs out{r.sums, r.weights, p.skip};
+    const Outputs out{
+        nv(p.o.data) + first_head * call.width, p.o.ld, p.lse.data + first_head, call.at<float>(call.layout.sums),
+        call.at<float2>(call.layout.weights),   p.skip};
     with_width(call.width, [&]<int D>() {
         call.levels(first_head, heads, [&](int level) {
             const Scene s = call.scene(first_head, level);
@@ -206,15 +189,16 @@ void forward_heads(const Call<AttentionTreeForward<bf16>>& call, int first_head,
             LAUNCH_CHECK("attention_tree_forward");
         });
     });
-    call.end(r, heads);
 }
 
 void backward_heads(const Call<AttentionTreeBackward<bf16>>& call, int first_head, int heads) {
     const auto& p = call.p;
     call.numbers(first_head, heads, p.lse.data, p.delta.data);
-    const Rounded r = call.rounded(p.dv, first_head);
-    call.begin(r, heads);
-    const Gradients out{r.sums, p.da.data + first_head, p.db.data + first_head,
+    const Gradients out{nv(p.dv.data) + first_head * call.width,
+                        p.dv.ld,
+                        call.at<float>(call.layout.sums),
+                        p.da.data + first_head,
+                        p.db.data + first_head,
                         p.dF ? p.dF.data + first_head : nullptr};
     with_width(call.width, [&]<int D>() {
         call.levels(first_head, heads, [&](int level) {
@@ -226,7 +210,6 @@ void backward_heads(const Call<AttentionTreeBackward<bf16>>& call, int first_hea
             LAUNCH_CHECK("attention_tree_backward");
         });
     });
-    call.end(r, heads);
 }
 
 template <class P, class Heads>

@@ -13,11 +13,20 @@
 namespace fiedler::attention_tree {
 
 struct Gradients {
-    float* dv;            // [group, tokens, D]
+    nv_bf16* dv;  // what the leaves give, then the result: column 0 of the group's first head
+    std::int64_t lddv;
+    float* sums;          // [group, tokens, D]: between (Touch)
     float *da, *db, *dF;  // [tokens, heads], of the group's first head; dF may be null
 };
 
 constexpr int kTileWarps = kTileThreads / kWarp;
+
+// Blocks of a multiprocessor, the bound on registers: what nothing spills at.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
+constexpr int kBackwardBlocks = 4;
+#else
+constexpr int kBackwardBlocks = 5;
+#endif
 
 template <int D>
 struct BackwardShared {
@@ -147,7 +156,7 @@ struct Pairs {
         }
     }
     // The pairs' sums to shared memory, and dv, with what the queries of other tiles give, to its sums.
-    __device__ void store(float* sums) {
+    __device__ void store(const Scene& s, const Gradients& out, int head) {
         const State<D>&below = shared.all[2], &above = shared.all[3];
         const int t = static_cast<int>(threadIdx.x) % 4;
 #pragma unroll
@@ -157,16 +166,18 @@ struct Pairs {
             if (t == 0) shared.signed_rows[row(k)] = signed_total, shared.rows[row(k)] = total;
             const float from_below = exp_fast(below.scale - (scalar[k] - shared.sides.low) + log_weight[k]);
             const float from_above = exp_fast(above.scale - (shared.sides.high - scalar[k]) + log_weight[k]);
-            float* to = sums + shared.sides.keys.token[row(k)] * std::int64_t(D);
+            const int token = shared.sides.keys.token[row(k)];
+            const SumRow<D> to{out.sums + (head * s.tokens + token) * D, out.dv + token * out.lddv + head * D,
+                               s.level.of_key(token), s.level.node == 0};
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {
                 const int column = 8 * n + 2 * t;
                 const float2 low = *reinterpret_cast<const float2*>(below.sum + column);
                 const float2 high = *reinterpret_cast<const float2*>(above.sum + column);
-                float2 x = *reinterpret_cast<const float2*>(to + column);
+                float2 x = to.read(column);
                 x.x += fmaf(from_below, low.x, fmaf(from_above, high.x, dv[n][2 * k]));
                 x.y += fmaf(from_below, low.y, fmaf(from_above, high.y, dv[n][2 * k + 1]));
-                *reinterpret_cast<float2*>(to + column) = x;
+                to.write(column, x);
             }
         }
     }
@@ -229,7 +240,7 @@ __device__ void add_scalars(const BackwardShared<D>& shared, const Scene& s, con
 
 // Grid: tiles, heads.
 template <int D>
-__global__ void __launch_bounds__(kTileThreads, D == 128 ? 3 : 5)
+__global__ void __launch_bounds__(kTileThreads, D == 128 ? 3 : kBackwardBlocks)
     attention_tree_backward_kernel(Scene s, Gradients out) {
     __shared__ BackwardShared<D> shared;
     const int slot = blockIdx.x, head = blockIdx.y, warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -259,7 +270,7 @@ __global__ void __launch_bounds__(kTileThreads, D == 128 ? 3 : 5)
     if (16 * warp < keys.count) {
         Pairs<D> pairs(shared, 16 * warp);
         for (int query = 0; query < queries.count; query += 16) pairs.add_queries(query);
-        pairs.store(out.dv + head * s.tokens * D);
+        pairs.store(s, out, head);
     }
     __syncthreads();
     add_scalars<D>(shared, s, out, head);

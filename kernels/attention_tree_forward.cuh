@@ -7,7 +7,11 @@
 
 namespace fiedler::attention_tree {
 
+// o and lse hold what the leaves give, and then the results; sums and weights what is between (Touch).
 struct Outputs {
+    nv_bf16* o;  // column 0 of the group's first head
+    std::int64_t ldo;
+    float* lse;       // [tokens, heads], of the group's first head
     float* sums;      // [group, tokens, D]
     float2* weights;  // [group, tokens]: top, sum
     bool skip;
@@ -27,8 +31,10 @@ struct Queries {
     int row[2];
     float scalar[2], log_weight[2], top[2], keep[2], below[2], above[2], sum[2], kept[2];
     bool adds[2];
+    Touch touch[2];
 
-    __device__ Queries(const ForwardShared<D>& sh, const float2* weights, int first, bool skip) : shared(sh) {
+    __device__ Queries(const ForwardShared<D>& sh, const Scene& s, const Outputs& out, int head, int first)
+        : shared(sh) {
         const Side &keys = sh.sides.keys, &queries = sh.sides.queries;
         const int lane = static_cast<int>(threadIdx.x) % kWarp, t = lane % 4;
 #pragma unroll
@@ -36,7 +42,16 @@ struct Queries {
             row[k] = first + lane / 4 + 8 * k;
             adds[k] = row[k] < queries.count;
             scalar[k] = queries.scalar[row[k]], log_weight[k] = adds[k] ? queries.log_weight[row[k]] : 0.f;
-            const float2 has = adds[k] ? weights[queries.token[row[k]]] : float2{0.f, 1.f};
+            float2 has = {0.f, 1.f};
+            if (adds[k]) {
+                const int token = queries.token[row[k]];
+                touch[k] = s.level.of_query(token);
+                if (!touch[k].first)
+                    has = out.weights[head * s.tokens + token];
+                else
+                    has = s.level.node == 0 ? float2{kNone, 0.f}
+                                            : float2{out.lse[token * std::int64_t(s.heads) + head], 1.f};
+            }
             float best = kNone;
             for (int j = t; j < keys.count; j += 4)
                 best = fmaxf(best, keys.log_weight[j] - fabsf(scalar[k] - keys.scalar[j]));
@@ -49,7 +64,8 @@ struct Queries {
             kept[k] = keep[k] * has.y;
             sum[k] = below[k] * sh.below.number + above[k] * sh.above.number;
             const float most = sum[k] + static_cast<float>(keys.count) * exp_fast(best - top[k]);
-            if (skip && most < 0x1p-24f * kept[k]) adds[k] = false;
+            // What is first but not last has to get to the sums, what is last but not first to the results.
+            if (out.skip && touch[k].first == touch[k].last && most < 0x1p-24f * kept[k]) adds[k] = false;
         }
     }
     __device__ float weight(int k, float key_scalar, float key_weight) const {
@@ -74,8 +90,8 @@ struct Queries {
 };
 
 template <int D>
-__device__ void add_tile(const ForwardShared<D>& shared, const Outputs& out, std::int64_t base, int first) {
-    Queries<D> q(shared, out.weights + base, first, out.skip);
+__device__ void add_tile(const ForwardShared<D>& shared, const Scene& s, const Outputs& out, int head, int first) {
+    Queries<D> q(shared, s, out, head, first);
     if (__ballot_sync(0xffffffffu, q.adds[0] || q.adds[1]) == 0) return;
     float acc[D / 8][4] = {}, pairs[2] = {};
     for (int key = 0; key < shared.sides.keys.count; key += 16) {
@@ -93,18 +109,26 @@ __device__ void add_tile(const ForwardShared<D>& shared, const Outputs& out, std
     for (int k = 0; k < 2; ++k) {
         const float sum = q.kept[k] + (q.sum[k] + attention_tile::row_sum(pairs[k]));
         if (!q.adds[k]) continue;
-        const std::int64_t at = base + shared.sides.queries.token[q.row[k]];
-        if (t == 0) out.weights[at] = {q.top[k], sum};
-        float* to = out.sums + at * D;
+        const std::int64_t token = shared.sides.queries.token[q.row[k]], at = head * s.tokens + token;
+        const bool last = q.touch[k].last;
+        if (t == 0) {
+            if (last)
+                out.lse[token * s.heads + head] = q.top[k] + logf(sum);
+            else
+                out.weights[at] = {q.top[k], sum};
+        }
+        const float factor = last ? 1.f / sum : 1.f, keep = q.keep[k] * factor;
+        const float below = q.below[k] * factor, above = q.above[k] * factor;
+        const SumRow<D> row{out.sums + at * D, out.o + token * out.ldo + head * D, q.touch[k], s.level.node == 0};
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) {
             const int column = 8 * n + 2 * t;
             const float2 low = *reinterpret_cast<const float2*>(shared.below.sum + column);
             const float2 high = *reinterpret_cast<const float2*>(shared.above.sum + column);
-            float2 x = *reinterpret_cast<const float2*>(to + column);
-            x.x = fmaf(x.x, q.keep[k], fmaf(q.below[k], low.x, fmaf(q.above[k], high.x, acc[n][2 * k])));
-            x.y = fmaf(x.y, q.keep[k], fmaf(q.below[k], low.y, fmaf(q.above[k], high.y, acc[n][2 * k + 1])));
-            *reinterpret_cast<float2*>(to + column) = x;
+            float2 x = row.read(column);
+            x.x = fmaf(x.x, keep, fmaf(below, low.x, fmaf(above, high.x, acc[n][2 * k] * factor)));
+            x.y = fmaf(x.y, keep, fmaf(below, low.y, fmaf(above, high.y, acc[n][2 * k + 1] * factor)));
+            row.write(column, x);
         }
     }
 }
@@ -127,7 +151,7 @@ __global__ void __launch_bounds__(kTileThreads) attention_tree_forward_kernel(Sc
     cp_async_wait<0>();
     __syncthreads();
     const int first = static_cast<int>(threadIdx.x) / kWarp * 16;
-    if (first < shared.sides.queries.count) add_tile<D>(shared, out, head * s.tokens, first);
+    if (first < shared.sides.queries.count) add_tile<D>(shared, s, out, head, first);
 }
 
 // F by heads (zero: no gate), and backward also lse and delta. Grid: tokens; a thread takes one token of all heads.
@@ -146,57 +170,6 @@ __global__ void __launch_bounds__(256) attention_tree_numbers_kernel(Numbers p) 
         if (p.query_ends != nullptr)
             p.query_ends[h * p.tokens + i] = {p.lse[i * p.heads + h], p.delta[i * p.heads + h]};
     }
-}
-
-// Rows of bf16 and their sums in f32: eight columns a thread. Grid: tokens x D / 8, heads.
-struct Rounded {
-    nv_bf16* rows;  // column 0 of the group's first head
-    std::int64_t ld, tokens;
-    int width;
-    float* sums;      // [group, tokens, D]
-    float2* weights;  // [group, tokens]: top, sum; null: backward
-    float* lse;       // of the group's first head
-    std::int64_t heads;
-    bool empty;  // there is nothing in rows and lse yet
-};
-__device__ inline bool place_of(const Rounded& p, std::int64_t& token, int& column) {
-    const int parts = p.width / 8;
-    const std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    token = i / parts, column = static_cast<int>(i % parts) * 8;
-    return token < p.tokens;
-}
-__global__ void __launch_bounds__(256) attention_tree_begin_kernel(Rounded p) {
-    std::int64_t token;
-    int column;
-    if (!place_of(p, token, column)) return;
-    const int head = blockIdx.y;
-    float* to = p.sums + (head * p.tokens + token) * p.width + column;
-    Pack<nv_bf16> x{};
-    if (!p.empty) x = load16(p.rows + token * p.ld + head * p.width + column);
-    Pack<float> low, high;
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-        low.v[k] = p.empty ? 0.f : to_float(x.v[k]), high.v[k] = p.empty ? 0.f : to_float(x.v[4 + k]);
-    store16(to, low), store16(to + 4, high);
-    if (p.weights != nullptr && column == 0)
-        p.weights[head * p.tokens + token] = p.empty ? float2{kNone, 0.f} : float2{p.lse[token * p.heads + head], 1.f};
-}
-__global__ void __launch_bounds__(256) attention_tree_end_kernel(Rounded p) {
-    std::int64_t token;
-    int column;
-    if (!place_of(p, token, column)) return;
-    const int head = blockIdx.y;
-    const float* from = p.sums + (head * p.tokens + token) * p.width + column;
-    const Pack<float> low = load16(from), high = load16(from + 4);
-    float2 weight = {0.f, 1.f};
-    if (p.weights != nullptr) weight = p.weights[head * p.tokens + token];
-    const float factor = 1.f / weight.y;
-    Pack<nv_bf16> x;
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-        x.v[k] = from_float<nv_bf16>(low.v[k] * factor), x.v[4 + k] = from_float<nv_bf16>(high.v[k] * factor);
-    store16(p.rows + token * p.ld + head * p.width + column, x);
-    if (p.weights != nullptr && column == 0) p.lse[token * p.heads + head] = weight.x + logf(weight.y);
 }
 
 }  // namespace fiedler::attention_tree

@@ -70,9 +70,16 @@ struct Node {
     FIEDLER_HD bool works() const { return mid < hi; }
     FIEDLER_HD std::int32_t tiles() const { return (hi - lo + kTile - 1) / kTile; }
 };
+// The levels in which a token takes part, as a query or as a key, begin and end with these. Its sums come from the leaf
+// at the first, in bf16, are in f32 scratch from the first to the last, and become its result at the last.
+struct Touch {
+    bool first = true, last = true;
+};
 struct Level {
     Packed seq;
     std::int64_t node = 0;  // tokens of a node; 0: bidirectional, a sequence is a node
+    std::int32_t leaf = 1;  // node = leaf 2^(number + 1)
+    std::int32_t number = 0;
 
     FIEDLER_HD std::int32_t axis() const { return node == 0 ? 2 : 1; }  // positions of a token
     FIEDLER_HD Node at(std::int32_t position) const {
@@ -85,6 +92,23 @@ struct Level {
         const std::int64_t mid = lo + node / 2, hi = lo + node;
         return {static_cast<std::int32_t>(lo), static_cast<std::int32_t>(mid < last ? mid : last),
                 static_cast<std::int32_t>(hi < last ? hi : last)};
+    }
+    // A query of level l has bit l of its leaf's number set, a key of level l has it clear, and a node that works beyond
+    // works below too: its second half begins later.
+    FIEDLER_HD Touch of_query(std::int32_t token) const {
+        if (node == 0) return {};
+        const auto at = static_cast<std::uint32_t>((token - seq.first(token)) / leaf);
+        return {(at & ((1u << number) - 1)) == 0, (at >> number) == 1u};
+    }
+    FIEDLER_HD Touch of_key(std::int32_t token) const {
+        if (node == 0) return {};
+        const std::int32_t begin = seq.first(token), length = seq.last(token) - begin;
+        const auto at = static_cast<std::uint32_t>((token - begin) / leaf);
+        const std::uint32_t below = (1u << number) - 1;
+        std::int32_t next = number + 1;
+        while ((at >> next & 1u) != 0) ++next;
+        const std::int64_t half = std::int64_t((at >> next | 1u)) << next;  // leaves before that node's second half
+        return {(at & below) == below, half * leaf >= length};
     }
 };
 

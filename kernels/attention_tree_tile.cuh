@@ -111,4 +111,26 @@ struct alignas(16) State {
     }
 };
 
+// The sums of one token: bf16 in the result before the first level that touches it and after the last, else f32.
+template <int D>
+struct SumRow {
+    float* sums;
+    nv_bf16* result;
+    Touch touch;
+    bool empty;  // nothing comes from leaves
+
+    __device__ float2 read(int column) const {
+        if (!touch.first) return *reinterpret_cast<const float2*>(sums + column);
+        if (empty) return {0.f, 0.f};
+        const auto pair = *reinterpret_cast<const __nv_bfloat162*>(result + column);
+        return {__low2float(pair), __high2float(pair)};
+    }
+    __device__ void write(int column, float2 x) const {
+        if (touch.last)
+            *reinterpret_cast<std::uint32_t*>(result + column) = pack_bf16(x.x, x.y);
+        else
+            *reinterpret_cast<float2*>(sums + column) = x;
+    }
+};
+
 }  // namespace fiedler::attention_tree

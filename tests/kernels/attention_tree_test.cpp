@@ -429,6 +429,29 @@ TEST(AttentionTree, NodesMeetEveryPairOnce) {
         for (std::int32_t j = 0; j < n; ++j)
             ASSERT_EQ(met[std::size_t(i * n + j)], seq.first(i) == seq.first(j) && j <= i) << i << ' ' << j;
 }
+// A token is first and last touched in the first and last level in which it has partners.
+TEST(AttentionTree, TokensKnowTheirFirstAndLastLevel) {
+    const Ragged ragged({1, 300, 64, 65, 129, 1000, 513});
+    const Packed seq = ragged.packed();
+    const std::int32_t leaf = 64, levels = levels_of(1000, leaf);
+    for (std::int32_t i = 0; i < seq.tokens; ++i) {
+        std::vector<std::int32_t> as_query, as_key;
+        for (std::int32_t l = 0; l < levels; ++l) {
+            const Node node = Level{seq, leaf << (l + 1), leaf, l}.at(i);
+            if (node.works()) (i < node.mid ? as_key : as_query).push_back(l);
+        }
+        for (const std::int32_t l : as_query) {
+            const Touch touch = Level{seq, leaf << (l + 1), leaf, l}.of_query(i);
+            ASSERT_EQ(touch.first, l == as_query.front()) << i << ' ' << l;
+            ASSERT_EQ(touch.last, l == as_query.back()) << i << ' ' << l;
+        }
+        for (const std::int32_t l : as_key) {
+            const Touch touch = Level{seq, leaf << (l + 1), leaf, l}.of_key(i);
+            ASSERT_EQ(touch.first, l == as_key.front()) << i << ' ' << l;
+            ASSERT_EQ(touch.last, l == as_key.back()) << i << ' ' << l;
+        }
+    }
+}
 TEST(AttentionTree, CutsOfMergedRunsAreExact) {
     for (const auto& [m, n] :
          std::vector<std::pair<std::int32_t, std::int32_t>>{{0, 5}, {5, 0}, {1, 1}, {100, 37}, {700, 900}})
@@ -492,7 +515,8 @@ TEST(AttentionTree, SortedRunsDecodeTheForwardPass) {
 }
 
 #if FIEDLER_CUDA
-// The contract, pair by pair, in float with the weights of matrix products and the results o, dv as bf16: the yardstick.
+// The contract, pair by pair, in float with the weights of matrix products, the leaves' shares of o and dv, and o and dv
+// themselves as bf16: the yardstick.
 struct Rounded {
     Outputs forward, backward;  // backward: from o and lse as given
 };
@@ -500,7 +524,8 @@ Rounded naive(const Inputs& in, const Values& o_given, const Values& lse_given) 
     const auto n = in.tokens(), H = in.c.heads, D = in.c.width;
     const auto a = to<float>(in.a), b = to<float>(in.b), F = to<float>(in.F), v = to<float>(in.v),
                g = to<float>(in.dout);
-    std::vector<float> o(v.size()), lse(a.size()), da(a.size()), db(a.size()), dF(F.size()), dv(v.size());
+    std::vector<float> o(v.size()), lse(a.size()), da(a.size()), db(a.size()), dF(F.size()), dv(v.size()),
+        dv_rest(v.size());
     const auto rounded = [](float x) { return float(bf16(x)); };
     const Packed seq = in.ragged.packed();
     for (std::int32_t h = 0; h < H; ++h)
@@ -511,14 +536,20 @@ Rounded naive(const Inputs& in, const Values& o_given, const Values& lse_given) 
                 return -std::abs(a[ih] - b[jh]) + (F.empty() ? 0.f : F[ih] - F[jh]);
             };
             const std::int32_t from = seq.first(i), to = in.c.causal ? i + 1 : seq.last(i);
-            float top = -INFINITY, sum = 0, delta = 0;
+            const std::int32_t leaf = in.c.causal ? from + (i - from) / in.c.leaf * in.c.leaf : to;  // from here: bf16
+            float top = -INFINITY, sum = 0, others = 0, delta = 0;
+            std::vector<float> rest(std::size_t(D), 0.f);
             for (std::int32_t j = from; j < to; ++j) top = std::max(top, score(j));
             for (std::int32_t j = from; j < to; ++j) {
                 const float p = std::exp(score(j) - top);
-                sum += p;
-                for (std::int32_t d = 0; d < D; ++d) o[ih * D + d] += rounded(p) * v[std::size_t(j * H + h) * D + d];
+                (j < leaf ? others : sum) += p;
+                for (std::int32_t d = 0; d < D; ++d)
+                    (j < leaf ? rest[std::size_t(d)] : o[ih * D + d]) += rounded(p) * v[std::size_t(j * H + h) * D + d];
             }
-            for (std::int32_t d = 0; d < D; ++d) o[ih * D + d] /= sum;
+            for (std::int32_t d = 0; d < D; ++d)
+                o[ih * D + d] =
+                    ((sum > 0 ? rounded(o[ih * D + d] / sum) : 0.f) * sum + rest[std::size_t(d)]) / (sum + others);
+            sum += others;
             lse[ih] = top + std::log(sum);
             for (std::int32_t d = 0; d < D; ++d) delta += g[ih * D + d] * float(o_given[ih * D + d]);
             for (std::int32_t j = from; j < to; ++j) {
@@ -529,13 +560,14 @@ Rounded naive(const Inputs& in, const Values& o_given, const Values& lse_given) 
                 float dp = 0;
                 for (std::int32_t d = 0; d < D; ++d) {
                     dp += g[ih * D + d] * v[jh * D + d];
-                    dv[jh * D + d] += rounded(p) * g[ih * D + d];
+                    (j < leaf ? dv_rest : dv)[jh * D + d] += rounded(p) * g[ih * D + d];
                 }
                 const float ds = p * (dp - delta);
                 da[ih] -= sign * ds, db[jh] += sign * ds;
                 if (!F.empty()) dF[jh] -= ds;
             }
         }
+    for (std::size_t k = 0; k < dv.size(); ++k) dv[k] = rounded(dv[k]) + dv_rest[k];
     const Outputs all = {round_to<bf16>(from(o)), from(lse), from(da), from(db), from(dF), round_to<bf16>(from(dv))};
     return {all, all};
 }
