@@ -87,7 +87,7 @@ struct Call {
         s.tokens = p.seq.tokens;
         s.group = layout.group, s.heads = p.heads, s.first_head = first_head;
         s.work = at<Entry>(layout.work), s.work_entries = layout.work_entries;
-        s.gates = at<float>(layout.gates);
+        s.gates = at<float>(layout.gates), s.query_ends = at<float2>(layout.query_ends);
         s.v = nv(p.v.data) + first_head * width, s.ldv = p.v.ld;
         s.states = at<float>(layout.states), s.local_scales = at<float>(layout.local_scales);
         s.scales = at<float>(layout.scales), s.edges = at<float2>(layout.edges);
@@ -157,10 +157,32 @@ struct Call {
         Numbers n{};
         n.F = p.F ? p.F.data + first_head : nullptr;
         n.heads = p.heads, n.tokens = p.seq.tokens, n.group = heads, n.gates = at<float>(layout.gates);
-        if (lse != nullptr)
-            n.lse = lse + first_head, n.delta = delta + first_head, n.query_ends = at<float2>(layout.query_ends);
+        n.query_ends = at<float2>(layout.query_ends);
+        if (lse != nullptr) n.lse = lse + first_head;
+        if (delta != nullptr) n.delta = delta + first_head;
         attention_tree_numbers_kernel<<<grid_of(p.seq.tokens, 256), 256, 0, stream()>>>(n);
         LAUNCH_CHECK("attention_tree_numbers");
+    }
+    BoundOf bound_of(const Scene& s) const {
+        BoundOf b{};
+        b.level = s.level, b.leaves = layout.leaves, b.nodes = s.nodes, b.tokens = s.tokens;
+        b.gates = s.gates, b.query_ends = s.query_ends;
+        b.leaf_bounds = at<float2>(layout.leaf_bounds), b.bounds = at<float2>(layout.bounds);
+        return b;
+    }
+    // What a level may leave out; the bounds of the leaves are there from the first level on.
+    void set_bounds(Scene& s, int heads, int level) const {
+        if (!p.skip || !p.causal) return;
+        const BoundOf b = bound_of(s);
+        if (level == 0) {
+            const dim3 grid(static_cast<unsigned>(b.leaves.slots), static_cast<unsigned>(heads));
+            attention_tree_leaf_bounds_kernel<<<grid, kBoundThreads, 0, stream()>>>(b);
+            LAUNCH_CHECK("attention_tree_leaf_bounds");
+        }
+        const dim3 grid(static_cast<unsigned>(b.nodes.slots), static_cast<unsigned>(heads));
+        attention_tree_bounds_kernel<<<grid, kBoundThreads, 0, stream()>>>(b);
+        LAUNCH_CHECK("attention_tree_bounds");
+        s.bounds = b.bounds;
     }
     dim3 tile_grid(int heads) const {
         return dim3(static_cast<unsigned>(layout.tiles.slots), static_cast<unsigned>(heads));
@@ -177,13 +199,14 @@ Dense dense_of(const P& p, const Packed& leaves) {
 
 void forward_heads(const Call<AttentionTreeForward<bf16>>& call, int first_head, int heads) {
     const auto& p = call.p;
-    call.numbers(first_head, heads, nullptr, nullptr);
+    call.numbers(first_head, heads, p.causal ? p.lse.data : nullptr, nullptr);
     const Outputs out{
         nv(p.o.data) + first_head * call.width, p.o.ld, p.lse.data + first_head, call.at<float>(call.layout.sums),
         call.at<float2>(call.layout.weights),   p.skip};
     with_width(call.width, [&]<int D>() {
         call.levels(first_head, heads, [&](int level) {
-            const Scene s = call.scene(first_head, level);
+            Scene s = call.scene(first_head, level);
+            call.set_bounds(s, heads, level);
             call.template scan<D>(s, heads, 1);
             attention_tree_forward_kernel<D><<<call.tile_grid(heads), kTileThreads, 0, call.stream()>>>(s, out);
             LAUNCH_CHECK("attention_tree_forward");
@@ -203,8 +226,8 @@ void backward_heads(const Call<AttentionTreeBackward<bf16>>& call, int first_hea
     with_width(call.width, [&]<int D>() {
         call.levels(first_head, heads, [&](int level) {
             Scene s = call.scene(first_head, level);
-            s.query_ends = call.at<float2>(call.layout.query_ends);
             s.dout = nv(p.do_.data) + first_head * D, s.lddo = p.do_.ld;
+            call.set_bounds(s, heads, level);
             call.template scan<D>(s, heads, 2);
             attention_tree_backward_kernel<D><<<call.tile_grid(heads), kTileThreads, 0, call.stream()>>>(s, out);
             LAUNCH_CHECK("attention_tree_backward");

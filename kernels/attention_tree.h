@@ -21,7 +21,8 @@
 // Numerics   sums in acc_t<T>. On Cuda p and ds are rounded to bf16 for the tensor-core products, within leaves and
 //            within tiles of 64; leaves give o and dv as bf16, what the tree adds to them is f32. Fixed order, no atomics:
 //            bit-equal from run to run.
-// skip       a part whose whole weight is below 2^-24 of what a query already has is left out: the same within f32.
+// skip       keys and queries that no pair of a node can give 2^-24 of what the query has are left out, and parts that are
+//            together below it: the same within f32.
 // Capture    no allocation, no wait: a Cuda call can be recorded (graph_record).
 #pragma once
 #include <cmath>
@@ -60,7 +61,7 @@ struct AttentionTreeBackward {
     Packed seq;
     std::int32_t longest = 0;
     std::int32_t heads = 1;
-    bool causal = true;
+    bool causal = true, skip = true;
     AttentionTreeTuning tuning;
 };
 

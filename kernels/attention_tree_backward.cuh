@@ -56,8 +56,8 @@ __device__ inline int first_position(const Entry* order, int lo, int hi, float x
 
 // A strict state for part `part`, by one warp.
 template <int D>
-__device__ void make_strict(BackwardShared<D>& shared, const Scene& s, const Node& node, int head, int slot, int start,
-                            int count, int part) {
+__device__ void make_strict(BackwardShared<D>& shared, const Scene& s, const Node& node, const float2& bound, int head,
+                            int slot, int start, int count, int part) {
     constexpr int kCount = Columns<D>::kCount;
     const int lane = static_cast<int>(threadIdx.x) % kWarp, side = part % 2;
     State<D>& to = shared.strict[part];
@@ -74,7 +74,7 @@ __device__ void make_strict(BackwardShared<D>& shared, const Scene& s, const Nod
     const int inside = side == 0 ? run : run - 1;  // a position of the run
     const int tile = node.lo + (inside - node.lo) / kTile * kTile, its_slot = slot + (tile - start) / kTile;
     const int from = side == 0 ? tile : run, to_end = side == 0 ? run : min(tile + kTile, node.hi);
-    const TileSum<D> own = sum_tile<D>(s, node, head, part / 2, from, to_end, x, x, shared.members[part]);
+    const TileSum<D> own = sum_tile<D>(s, node, bound, head, part / 2, from, to_end, x, x, shared.members[part]);
     const float own_scale = side == 0 ? own.up_scale : own.down_scale;
 
     const std::int64_t row = s.row(part, head, its_slot);
@@ -244,13 +244,16 @@ __global__ void __launch_bounds__(kTileThreads, D == 128 ? 3 : kBackwardBlocks)
     attention_tree_backward_kernel(Scene s, Gradients out) {
     __shared__ BackwardShared<D> shared;
     const int slot = blockIdx.x, head = blockIdx.y, warp = static_cast<int>(threadIdx.x) / kWarp;
-    const int start = s.tiles.at(slot).start;
+    const Block tile = s.tiles.at(slot);
+    const int start = tile.start;
     if (start < 0) return;
     const Node node = s.level.at(start);
     if (!node.works()) return;
+    const float2 bound = s.bounds_of(node, head, tile.sequence);
     const int count = min(kTile, node.hi - start);
-    load_sides<true>(shared.sides, s, node, head, start, count);
+    load_sides<true>(shared.sides, s, node, bound, head, start, count);
     const Side &keys = shared.sides.keys, &queries = shared.sides.queries;
+    if (keys.count + queries.count == 0) return;
     shared.values.gather(s.payload<D>(0, head, 0), s.ldv, keys.token, keys.count);
     shared.douts.gather(s.payload<D>(1, head, 0), s.lddo, queries.token, queries.count);
     cp_async_commit();
@@ -263,7 +266,7 @@ __global__ void __launch_bounds__(kTileThreads, D == 128 ? 3 : kBackwardBlocks)
     }
     __syncthreads();
     if (shared.tied[0] || shared.tied[1]) {  // the same in all threads
-        make_strict<D>(shared, s, node, head, slot, start, count, warp);
+        make_strict<D>(shared, s, node, bound, head, slot, start, count, warp);
     }
     cp_async_wait<0>();
     __syncthreads();

@@ -138,11 +138,13 @@ template <int D>
 __global__ void __launch_bounds__(kTileThreads) attention_tree_forward_kernel(Scene s, Outputs out) {
     __shared__ ForwardShared<D> shared;
     const int slot = blockIdx.x, head = blockIdx.y;
-    const int start = s.tiles.at(slot).start;
+    const Block tile = s.tiles.at(slot);
+    const int start = tile.start;
     if (start < 0) return;
     const Node node = s.level.at(start);
     if (!node.works()) return;
-    load_sides<false>(shared.sides, s, node, head, start, min(kTile, node.hi - start));
+    const float2 bound = s.bounds_of(node, head, tile.sequence);
+    load_sides<false>(shared.sides, s, node, bound, head, start, min(kTile, node.hi - start));
     if (shared.sides.queries.count == 0) return;
     shared.values.gather(s.payload<D>(0, head, 0), s.ldv, shared.sides.keys.token, shared.sides.keys.count);
     cp_async_commit();
@@ -154,7 +156,7 @@ __global__ void __launch_bounds__(kTileThreads) attention_tree_forward_kernel(Sc
     if (first < shared.sides.queries.count) add_tile<D>(shared, s, out, head, first);
 }
 
-// F by heads (zero: no gate), and backward also lse and delta. Grid: tokens; a thread takes one token of all heads.
+// F, lse and delta by heads, zero where there is none. Grid: tokens; a thread takes one token of all heads.
 struct Numbers {
     const float *F, *lse, *delta;  // of the group's first head; null: absent
     std::int64_t heads, tokens;
@@ -167,8 +169,8 @@ __global__ void __launch_bounds__(256) attention_tree_numbers_kernel(Numbers p) 
     if (i >= p.tokens) return;
     for (int h = 0; h < p.group; ++h) {
         p.gates[h * p.tokens + i] = p.F == nullptr ? 0.f : p.F[i * p.heads + h];
-        if (p.query_ends != nullptr)
-            p.query_ends[h * p.tokens + i] = {p.lse[i * p.heads + h], p.delta[i * p.heads + h]};
+        p.query_ends[h * p.tokens + i] = {p.lse == nullptr ? 0.f : p.lse[i * p.heads + h],
+                                          p.delta == nullptr ? 0.f : p.delta[i * p.heads + h]};
     }
 }
 

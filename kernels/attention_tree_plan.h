@@ -201,7 +201,8 @@ struct Layout {
     bool causal = true, even_leaves = false;  // even: no leaf of a uniform packing is shorter
     Blocks tiles, leaves, positions;          // positions: bidirectional, blocks of `leaf` positions
     Blocks nodes[kMaxLevels];                 // of each level; bidirectional: [0], whole sequences
-    std::int64_t begins = 0, ends = 0, tables = 0, table_bytes = 0, runs = 0, work = 0, gates = 0, query_ends = 0;
+    std::int64_t begins = 0, ends = 0, tables = 0, table_bytes = 0, runs = 0, work = 0, gates = 0, query_ends = 0,
+                 leaf_bounds = 0, bounds = 0;
     std::int64_t states = 0, local_scales = 0, scales = 0, edges = 0, sums = 0, weights = 0, partial = 0, bytes = 0;
     std::int64_t run_entries = 0, work_entries = 0, state_rows = 0;  // of a head; of a part and head
 
@@ -219,7 +220,9 @@ struct Layout {
         const bool packs_leaves = causal && !even_leaves;
         begins = take(packs_leaves ? tokens * 4 : 0), ends = take(packs_leaves ? tokens * 4 : 0);
         runs = take(4 * scalars * 8), work = take(scalars * axis * 8), gates = take(scalars * 4);
-        query_ends = take(backward ? scalars * 8 : 0);
+        query_ends = take(scalars * 8);
+        leaf_bounds = take(causal ? std::int64_t(group) * leaves.slots * 8 : 0);
+        bounds = take(causal ? std::int64_t(group) * nodes[0].slots * 8 : 0);  // the most nodes of a level
         states = take(std::int64_t(parts) * group * state_rows * (width + 4) * 4);
         local_scales = take(std::int64_t(parts) * group * state_rows * 4);
         scales = take(std::int64_t(parts) * group * state_rows * 4), edges = take(group * state_rows * 8);

@@ -29,7 +29,8 @@ struct Scene {
     const Entry* work;
     std::int64_t work_entries;  // of a head
     const float* gates;         // F [group, tokens]
-    const float2* query_ends;   // backward: lse, delta [group, tokens]
+    const float2* query_ends;   // lse, delta [group, tokens]; forward: lse of the leaf
+    const float2* bounds;       // [group, nodes]: what a key, a query must reach to count; null: all count
     const nv_bf16 *v, *dout;    // column 0 of the group's first head
     std::int64_t ldv, lddo;
     float *states, *local_scales, *scales;  // [part, group, slots] rows of D + 4, and numbers
@@ -40,6 +41,16 @@ struct Scene {
     __device__ const float2* ends_of(int head) const { return query_ends + head * tokens; }
     __device__ float gate_at_half(const Node& node, int head) const {
         return level.node == 0 ? 0.f : gates_of(head)[node.mid - 1];
+    }
+    __device__ float2 bounds_of(const Node& node, int head, int sequence) const {
+        if (bounds == nullptr) return {0.f, 0.f};
+        const int begin = level.seq.first(node.lo);
+        const int slot = nodes.slot(sequence, begin, static_cast<int>((node.lo - begin) / level.node));
+        return bounds[head * std::int64_t(nodes.slots) + slot];
+    }
+    // Whether an entry with gate sum F (a query: with this lse) can matter. NaN does.
+    __device__ bool counts(const float2& bound, bool query, float F, float lse) const {
+        return bounds == nullptr || !((query ? bound.y + (F - lse) : bound.x - F) < 0.f);
     }
     __device__ std::int64_t row(int part, int head, int slot) const {
         return (part * std::int64_t(group) + head) * tiles.slots + slot;
@@ -82,8 +93,8 @@ struct TileSum {
 // Entries of a role (0 keys, 1 queries) at positions [from, to), 64 at the most: upwards to scalar `high`, downwards to
 // `low`. A warp.
 template <int D>
-__device__ TileSum<D> sum_tile(const Scene& s, const Node& node, int head, int role, int from, int to, float low,
-                               float high, Members& members) {
+__device__ TileSum<D> sum_tile(const Scene& s, const Node& node, const float2& bound, int head, int role, int from,
+                               int to, float low, float high, Members& members) {
     constexpr int kCount = Columns<D>::kCount;
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const float gate = s.gate_at_half(node, head);
@@ -93,16 +104,14 @@ __device__ TileSum<D> sum_tile(const Scene& s, const Node& node, int head, int r
     for (int r = 0; r < 2; ++r) {
         const int position = from + r * kWarp + lane;
         const Entry e = position < to ? s.order(head)[position] : 0;
-        const bool member = position < to && is_query(e) == (role != 0);
+        bool member = position < to && is_query(e) == (role != 0);
         token[r] = token_of(e), number[r] = 1.f, up[r] = down[r] = kNone;
         if (member) {
-            float log_weight = gate - s.gates_of(head)[token[r]];
-            if (role != 0) {
-                const float2 ends = s.ends_of(head)[token[r]];
-                log_weight = -log_weight - ends.x, number[r] = ends.y;
-            }
-            const float x = scalar_of(e);
-            up[r] = log_weight - (high - x), down[r] = log_weight - (x - low);
+            const float F = s.gates_of(head)[token[r]], x = scalar_of(e);
+            const float2 ends = role != 0 ? s.ends_of(head)[token[r]] : float2{0.f, 1.f};
+            const float log_weight = role != 0 ? F - gate - ends.x : gate - F;
+            member = s.counts(bound, role != 0, F, ends.x);
+            if (member) number[r] = ends.y, up[r] = log_weight - (high - x), down[r] = log_weight - (x - low);
         }
         const unsigned mask = __ballot_sync(0xffffffffu, member);
         place[r] = member ? n + __popc(mask & ((1u << lane) - 1)) : -1;
@@ -164,16 +173,72 @@ __global__ void __launch_bounds__(kTileThreads, 8) attention_tree_sums_kernel(Sc
     __shared__ Members members[kTileThreads / kWarp];
     const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
     const int slot = static_cast<int>(blockIdx.x) * (kTileThreads / kWarp) + warp, head = blockIdx.y, role = blockIdx.z;
-    const int start = s.tiles.at(slot).start;
+    const Block tile = s.tiles.at(slot);
+    const int start = tile.start;
     if (start < 0) return;
     const Node node = s.level.at(start);
     if (!node.works()) return;
     const int end = min(start + kTile, node.hi);
     const float low = scalar_of(s.order(head)[start]), high = scalar_of(s.order(head)[end - 1]);
     if (role == 0 && lane == 0) s.edges_of(head, slot) = {low, high};
-    const TileSum<D> sum = sum_tile<D>(s, node, head, role, start, end, low, high, members[warp]);
+    const TileSum<D> sum =
+        sum_tile<D>(s, node, s.bounds_of(node, head, tile.sequence), head, role, start, end, low, high, members[warp]);
     store_state<D>(s, 2 * role, head, slot, sum.up, sum.up_number, sum.up_scale);
     store_state<D>(s, 2 * role + 1, head, slot, sum.down, sum.down_number, sum.down_scale);
+}
+
+// ---- what may be skipped --------------------------------------------------------------------------------------------
+// A pair's weight is at most exp((F_i - lse_i) - F_j), lse_i of what the query has at least. A key counts if it can have
+// 2^-24 of any query of the node, over the number of keys; a query if any key of the node can.
+constexpr int kBoundThreads = 128;
+struct BoundOf {
+    Level level;
+    Blocks leaves, nodes;
+    std::int64_t tokens;
+    const float* gates;
+    const float2* query_ends;
+    float2 *leaf_bounds,
+        *bounds;  // [group, leaves]: largest -F_j and F_i - lse_i; [group, nodes]: what is to be reached
+};
+__device__ inline float2 block_max_of(float2 x) {
+    __shared__ float shared[kBoundThreads / kWarp];
+    const float first = block_max(x.x, shared);
+    return {first, block_max(x.y, shared)};
+}
+// Grid: leaves, heads.
+__global__ void __launch_bounds__(kBoundThreads) attention_tree_leaf_bounds_kernel(BoundOf p) {
+    const int head = blockIdx.y, start = p.leaves.at(static_cast<int>(blockIdx.x)).start;
+    if (start < 0) return;
+    const int end = min(start + static_cast<int>(p.leaves.size), p.level.seq.last(start));
+    float2 most = {kNone, kNone};
+    for (int i = start + static_cast<int>(threadIdx.x); i < end; i += kBoundThreads) {
+        const float F = p.gates[head * p.tokens + i], lse = p.query_ends[head * p.tokens + i].x;
+        most = {fmaxf(most.x, -F), fmaxf(most.y, F - lse)};
+    }
+    most = block_max_of(most);
+    if (threadIdx.x == 0) p.leaf_bounds[head * std::int64_t(p.leaves.slots) + blockIdx.x] = most;
+}
+// Grid: nodes, heads.
+__global__ void __launch_bounds__(kBoundThreads) attention_tree_bounds_kernel(BoundOf p) {
+    const int head = blockIdx.y;
+    const Block block = p.nodes.at(static_cast<int>(blockIdx.x));
+    if (block.start < 0) return;
+    const Node node = p.level.at(block.start);
+    if (!node.works()) return;
+    const int leaf = static_cast<int>(p.leaves.size), begin = p.level.seq.first(node.lo);
+    const int first = p.leaves.slot(block.sequence, begin, (node.lo - begin) / leaf);
+    const int halves = (node.mid - node.lo) / leaf, all = ceil_div(node.hi - node.lo, leaf);
+    const float2* bounds = p.leaf_bounds + head * std::int64_t(p.leaves.slots) + first;
+    float2 most = {kNone, kNone};
+    for (int i = threadIdx.x; i < all; i += kBoundThreads) {
+        if (i < halves)
+            most.x = fmaxf(most.x, bounds[i].x);
+        else
+            most.y = fmaxf(most.y, bounds[i].y);
+    }
+    most = block_max_of(most);
+    const float room = logf(static_cast<float>(node.mid - node.lo)) + 24.f * attention_tile::kLn2;
+    if (threadIdx.x == 0) p.bounds[head * std::int64_t(p.nodes.slots) + blockIdx.x] = {most.y + room, most.x + room};
 }
 
 // Four columns of a sum that is carried along: exp(scale - |x - at|) sum at scalar x.

@@ -51,26 +51,30 @@ struct alignas(16) Sides {
     unsigned masks[2][2];
 };
 
-// The tile's entries to their sides; log weights as in kernels/attention_tree_scan.cuh, of queries without lse unless
+// The tile's entries that count to their sides; log weights as in kernels/attention_tree_scan.cuh, of queries without lse unless
 // backward (number: delta). All threads; ends with a barrier.
 template <bool backward>
-__device__ void load_sides(Sides& sides, const Scene& s, const Node& node, int head, int start, int count) {
+__device__ void load_sides(Sides& sides, const Scene& s, const Node& node, const float2& bound, int head, int start,
+                           int count) {
     const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
     float x = 0.f, log_weight = kNone, number = 0.f;
     int token = 0;
-    bool query = false;
-    const bool valid = thread < count;
-    if (valid) {
+    bool query = false, valid = false;
+    if (thread < count) {
         const Entry e = s.order(head)[start + thread];
         x = scalar_of(e), token = token_of(e), query = is_query(e);
-        log_weight = s.gate_at_half(node, head) - s.gates_of(head)[token];
+        const float F = s.gates_of(head)[token];
+        const float2 ends = query ? s.ends_of(head)[token] : float2{0.f, 0.f};
+        log_weight = s.gate_at_half(node, head) - F;
         if (query) log_weight = -log_weight;
-        if (backward && query) {
-            const float2 ends = s.ends_of(head)[token];
-            log_weight -= ends.x, number = ends.y;
-        }
+        if (backward && query) log_weight -= ends.x, number = ends.y;
         if (thread == 0) sides.low = x;
         if (thread == count - 1) sides.high = x;
+        valid = s.counts(bound, query, F, ends.x);
+        if (!valid && query != backward) {  // its sums may have to get from one place to another all the same
+            const Touch touch = backward ? s.level.of_key(token) : s.level.of_query(token);
+            valid = touch.first != touch.last;
+        }
     }
     const unsigned keys = __ballot_sync(0xffffffffu, valid && !query);
     const unsigned queries = __ballot_sync(0xffffffffu, valid && query);

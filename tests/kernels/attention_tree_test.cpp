@@ -216,7 +216,7 @@ struct Trial {
     AttentionTreeBackward<T> backward_args() const {
         AttentionTreeBackward<T> p;
         set_backward(p);
-        p.tuning = {in.c.leaf, in.c.together}, p.scratch = backward_scratch.vec();
+        p.tuning = {in.c.leaf, in.c.together}, p.scratch = backward_scratch.vec(), p.skip = in.c.skip;
         return p;
     }
     void forward() { attention_tree_forward(dev, forward_args()); }
@@ -720,6 +720,10 @@ TEST(AttentionTree, GpuSkippingChangesNothingInFloat) {
     const Outputs with = run(true), without = run(false);
     EXPECT_TRUE(close_to(with.lse, without.lse, 2.4e-7));
     EXPECT_TRUE(close_to(with.o, without.o, 4e-3));  // a rounding of bf16
+    EXPECT_TRUE(close_to(with.dv, without.dv, 4e-3));
+    EXPECT_TRUE(close_to(with.da, without.da, 1e-5));
+    EXPECT_TRUE(close_to(with.db, without.db, 1e-5));
+    EXPECT_TRUE(close_to(with.dF, without.dF, 1e-5));
 }
 // The default leaf, and levels with more than one segment of the scan.
 TEST(AttentionTree, GpuMatchesReferenceAtSomeThousands) {
