@@ -55,23 +55,31 @@ void add_shape(Suite& suite, const Shape& s) {
 }
 
 #if !FIEDLER_BENCH_CUDA
-// One token of one head at a context of `length` keys: sorted runs, and the direct sum that they replace.
+// CPU, one thread: one token of one head at a context of `length` keys: sorted runs, and the direct sum that they replace.
 void add_decode(Suite& suite, std::int32_t length, std::int32_t width) {
     const float *b = suite.random<float>(length), *v = suite.random<float>(std::int64_t(length) * width);
     const auto runs = std::make_shared<AttentionRuns<float>>(width);
     for (std::int64_t j = 0; j < length; ++j) runs->append(b[j], 0, v + j * width);
     float *o = suite.zeros<float>(width), *gate = suite.zeros<float>(length), *a = suite.random<float>(1);
-    const Traffic t{4.0 * length * (width + 2), double(length) * (2.0 * width + 3)};
+    const double n = length, row = width + 2, looked_at = 34 * std::log2(n / 64);  // rows: two sums and a tile a run
+    const Traffic by_runs{4 * looked_at * row, looked_at * (2 * row + 1)}, direct{4 * n * row, n * (2.0 * width + 3)};
     const std::string name = std::to_string(length) + " keys D" + std::to_string(width);
     // An append and a query; the keys that are added are few beside those there are.
-    suite.add("decode by runs " + name, t, [=] {
+    suite.add("decode by runs " + name, by_runs, [=] {
         runs->append(b[runs->length() % length], 0, v + runs->length() % length * width);
         runs->query(a[0], 0, o);
     });
+    // What the appends cost, all merges included.
+    const std::int32_t some = 65536;
+    suite.add("append " + std::to_string(some) + " keys D" + std::to_string(width),
+              {8 * some * row * std::log2(some / 64.0), 2 * some * row * std::log2(some / 64.0)}, [=] {
+                  AttentionRuns<float> fresh(width);
+                  for (std::int64_t k = 0; k < some; ++k) fresh.append(b[k], 0, v + k * width);
+              });
     AttentionDecode<float> d;
     d.o = {o, width}, d.a = Vec<float>(a, 1), d.b = Mat<float>(const_cast<float*>(b), length, 1);
     d.F = Mat<float>(gate, length, 1), d.v = Mat<float>(const_cast<float*>(v), length, width);
-    suite.add("decode direct " + name, t, [=, &suite] { attention_decode(suite.device, d); });
+    suite.add("decode direct " + name, direct, [=, &suite] { attention_decode(suite.device, d); });
 }
 #endif
 
