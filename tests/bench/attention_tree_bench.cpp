@@ -13,7 +13,29 @@ struct Shape {
     std::int32_t count, length, heads, width;
     bool causal;
     AttentionTreeTuning tuning = {};
+    bool dense = false;  // by the dense kernels too, to see where they meet
 };
+
+// The same by the dense family.
+void add_dense(Suite& suite, const std::string& name, const AttentionTreeForward<Storage>& f,
+               const AttentionTreeBackward<Storage>& b) {
+    const auto set = [&](auto& p) {
+        p.a = f.a, p.b = f.b, p.F = f.F, p.v = f.v, p.seq = f.seq, p.heads = f.heads, p.causal = f.causal;
+    };
+    AttentionForward<Storage> forward;
+    set(forward);
+    forward.o = f.o, forward.lse = f.lse;
+    AttentionBackward<Storage> backward;
+    set(backward);
+    backward.da = b.da, backward.db = b.db, backward.dF = b.dF, backward.dv = b.dv, backward.delta = b.delta;
+    backward.o = b.o, backward.do_ = b.do_, backward.lse = b.lse;
+    const auto partial = attention_partial_elements(f.seq, 0, f.heads, f.v.cols / f.heads, 1, 0, f.causal);
+    backward.partial = {suite.zeros<Accum>(partial), partial};
+    suite.add(
+        "dense forward " + name, traffic(forward), [=, &suite] { attention_forward(suite.device, forward); }, true);
+    suite.add(
+        "dense backward " + name, traffic(backward), [=, &suite] { attention_backward(suite.device, backward); }, true);
+}
 
 void add_shape(Suite& suite, const Shape& s) {
     const std::int64_t n = std::int64_t(s.count) * s.length, values = std::int64_t(s.heads) * s.width,
@@ -52,6 +74,7 @@ void add_shape(Suite& suite, const Shape& s) {
         "forward " + name, traffic(f), [=, &suite] { attention_tree_forward(suite.device, f); }, true);
     suite.add(
         "backward " + name, traffic(b), [=, &suite] { attention_tree_backward(suite.device, b); }, true);
+    if (s.dense) add_dense(suite, name, f, b);
 }
 
 #if !FIEDLER_BENCH_CUDA
@@ -90,9 +113,12 @@ FIEDLER_BENCH(attention_tree) {
         add_shape(suite, {1, 4096, 2, 32, true});
         add_shape(suite, {1, 4096, 2, 32, false});
     } else {
-        for (const std::int32_t length : {16384, 65536, 262144, 1048576}) add_shape(suite, {1, length, 6, 64, true});
+        for (const std::int32_t length : {8192, 16384, 65536}) add_shape(suite, {1, length, 6, 64, true, {}, true});
+#if FIEDLER_BENCH_CUDA
+        for (const std::int32_t length : {262144, 1048576}) add_shape(suite, {1, length, 6, 64, true});
         for (const std::int32_t leaf : {512, 2048}) add_shape(suite, {1, 65536, 6, 64, true, {leaf}});
-        add_shape(suite, {1, 65536, 6, 64, false});
+        add_shape(suite, {1, 65536, 6, 64, false, {}, true});
+#endif
     }
 #if !FIEDLER_BENCH_CUDA
     add_decode(suite, 1 << 20, 64);

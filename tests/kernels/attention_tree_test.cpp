@@ -486,8 +486,8 @@ TEST(AttentionTree, GpuSkippingChangesNothingInFloat) {
         return trial.outputs();
     };
     const Outputs with = run(true), without = run(false);
-    EXPECT_TRUE(close_to(with.lse, without.lse, 2.4e-7));
-    EXPECT_TRUE(close_to(with.o, without.o, 4e-3));  // a rounding of bf16
+    EXPECT_TRUE(close_to(with.lse, without.lse, 1e-6));  // a few roundings of a sum, one for each level
+    EXPECT_TRUE(close_to(with.o, without.o, 4e-3));      // a rounding of bf16
     EXPECT_TRUE(close_to(with.dv, without.dv, 4e-3));
     EXPECT_TRUE(close_to(with.da, without.da, 1e-5));
     EXPECT_TRUE(close_to(with.db, without.db, 1e-5));
