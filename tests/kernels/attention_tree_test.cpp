@@ -282,6 +282,30 @@ TEST(AttentionTree, SortedRunsDecodeTheForwardPass) {
             }
 }
 
+// A context of a million keys: the last query against the direct sum in double.
+TEST(AttentionTree, SortedRunsDecodeAMillionKeys) {
+    const std::int32_t n = 1 << 20, width = 8;
+    const Values b = round_to<float>(random_values(n, 1)), v = round_to<float>(random_values(n * width, 2));
+    Values F(n);
+    for (std::int32_t j = 0; j < n; ++j) F[std::size_t(j)] = double(float(-1e-5 * j));
+    const auto b32 = to<float>(b), v32 = to<float>(v), F32 = to<float>(F);
+    AttentionRuns<float> runs(width);
+    for (std::int32_t j = 0; j < n; ++j)
+        runs.append(b32[std::size_t(j)], F32[std::size_t(j)], v32.data() + std::int64_t(j) * width);
+    EXPECT_LT(double(runs.bytes()), 4.0 * n * (width + 2 + (width + 3) / 16.0) * 1.01);
+    for (const double a : {0.0, -3.7, 50.0}) {
+        Values want(width), query{a};
+        AttentionDecode<double> p;
+        p.o = {want.data(), width}, p.a = Vec<double>(query.data(), 1);
+        p.b = Mat<const double>(b.data(), n, 1), p.F = Mat<const double>(F.data(), n, 1);
+        p.v = Mat<const double>(v.data(), n, width);
+        attention_decode(kCpu, p);
+        std::vector<float> got(width);
+        runs.query(float(a), F32.back(), got.data());
+        for (std::size_t d = 0; d < width; ++d) EXPECT_NEAR(got[d], want[d], 1e-5) << a;
+    }
+}
+
 #if FIEDLER_CUDA
 // The contract, pair by pair, in float with the weights of matrix products, the leaves' shares of o and dv, and o and dv
 // themselves as bf16: the yardstick.
@@ -444,8 +468,9 @@ TEST(AttentionTree, GpuMatchesReferenceOnRaggedSequences) {
                                                 {1, 300, 129, 128, 127},
                                                 {5, 9, 1, 1, 2, 30, 7, 7, 11, 222, 4, 19, 3, 63, 65}})
         for (const std::int32_t leaf : {64, 128}) {
-            check_gpu({.lengths = lengths, .heads = 2, .gate = Gate::kMild, .leaf = leaf});
-            check_gpu({.lengths = lengths, .heads = 2, .width = 32, .causal = false, .leaf = leaf});
+            check_gpu({.lengths = lengths, .heads = 2, .gate = Gate::kMild, .leaf = leaf, .known = leaf == 64});
+            check_gpu(
+                {.lengths = lengths, .heads = 2, .width = 32, .causal = false, .leaf = leaf, .known = leaf == 128});
         }
 }
 TEST(AttentionTree, GpuMatchesReferenceAtTiesAndInEveryOrder) {

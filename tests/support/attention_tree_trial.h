@@ -26,7 +26,7 @@ struct Case {
     Gate gate = Gate::kNone;
     Points points = Points::kNormal;
     std::int32_t leaf = 1024, together = 0;
-    bool skip = true;
+    bool skip = true, known = true;  // known: the length of the longest sequence is told
 
     bool uniform() const {
         return std::all_of(lengths.begin(), lengths.end(), [&](auto n) { return n == lengths[0]; });
@@ -36,7 +36,8 @@ struct Case {
         s << "lengths";
         for (const auto n : lengths) s << ' ' << n;
         s << ", H " << heads << ", D " << width << (causal ? ", causal" : "") << ", gate " << int(gate) << ", points "
-          << int(points) << ", leaf " << leaf << ", together " << together << (skip ? "" : ", no skipping");
+          << int(points) << ", leaf " << leaf << ", together " << together << (skip ? "" : ", no skipping")
+          << (known ? "" : ", longest not known");
         return s.str();
     }
 };
@@ -96,6 +97,7 @@ struct Inputs {
     std::int32_t tokens() const { return ragged.tokens(); }
     std::int64_t values() const { return std::int64_t(c.heads) * c.width; }
     std::int32_t longest() const { return *std::max_element(c.lengths.begin(), c.lengths.end()); }
+    std::int32_t told() const { return c.known ? longest() : 0; }
     Packed packed() const {
         return c.uniform() ? Packed::uniform(std::int32_t(c.lengths.size()), c.lengths[0]) : ragged.packed();
     }
@@ -156,13 +158,13 @@ struct Trial {
         const AttentionTreeTuning tuning{i.c.leaf, i.c.together};
         if constexpr (std::is_same_v<Dev, Cuda>)
             return std::size_t((backward ? attention_tree_backward_bytes : attention_tree_forward_bytes)(
-                i.packed(), i.longest(), i.c.heads, i.c.width, i.c.causal, tuning));
+                i.packed(), i.told(), i.c.heads, i.c.width, i.c.causal, tuning));
 #endif
         return 0;
     }
     static std::size_t partial_elements(const Inputs& i) {
         if constexpr (std::is_same_v<Dev, Cpu>) return 0;
-        return std::size_t(attention_partial_elements(i.packed(), i.longest(), i.c.heads, i.c.width, 1, 0, i.c.causal));
+        return std::size_t(attention_partial_elements(i.packed(), i.told(), i.c.heads, i.c.width, 1, 0, i.c.causal));
     }
     std::vector<T> padded(const Values& x) const {
         std::vector<T> y(std::size_t(n * ld), narrow<T>(NAN));
@@ -198,13 +200,13 @@ struct Trial {
     void set_backward(P& p) const {
         set(p);
         p.da = numbers(da), p.db = numbers(db), p.dv = rows(dv), p.delta = numbers(delta);
-        p.o = rows(o), p.do_ = rows(dout), p.lse = numbers(lse), p.longest = in.longest();
+        p.o = rows(o), p.do_ = rows(dout), p.lse = numbers(lse), p.longest = in.told();
         if (p.F) p.dF = numbers(dF);
     }
     AttentionTreeForward<T> forward_args() const {
         AttentionTreeForward<T> p;
         set(p);
-        p.o = rows(o), p.lse = numbers(lse), p.longest = in.longest(), p.skip = in.c.skip;
+        p.o = rows(o), p.lse = numbers(lse), p.longest = in.told(), p.skip = in.c.skip;
         p.tuning = {in.c.leaf, in.c.together};
         p.scratch = forward_scratch.vec();
         return p;
