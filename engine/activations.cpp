@@ -5,6 +5,7 @@
 #include <map>
 
 #include "kernels/attention.h"
+#include "kernels/attention_tree.h"
 #include "kernels/conv.h"
 #include "kernels/coordinate.h"
 #include "kernels/embedding.h"
@@ -25,6 +26,7 @@ struct Slot {
     enum class Kept { input, mlp, other } kept = Kept::other;
     std::function<void*(Arena&, const std::string& name, const std::vector<std::int64_t>& shape, Lifetime)> take;
     std::function<void(void*, std::int64_t rows)> fill;
+    bool hidden = false;  // has ActivationPlan::hidden_rows() rows
 };
 
 template <class U>
@@ -64,6 +66,7 @@ std::vector<Slot> slots_of(LayerActivations<T>& a, const ModelSpec& m, const Lay
     matrix(a.n2, "n2", c);
     column(a.rstd2, "rstd2");
     matrix(a.h, "h", m.hidden, Slot::Kept::mlp);
+    for (std::size_t i = slots.size() - 3; i < slots.size(); ++i) slots[i].hidden = true;
     return slots;
 }
 
@@ -71,6 +74,19 @@ bool is_shared(const Slot& s, const ActivationPlan& plan) {
     if (!plan.keep_layers) return true;
     if (plan.recompute == Recompute::layer) return s.kept != Slot::Kept::input;
     return plan.recompute == Recompute::mlp && s.kept == Slot::Kept::mlp;
+}
+
+}  // namespace
+
+namespace {
+
+// Rows of `context` tokens, or documents of at most that; without pointers: for sizes only.
+Packed packing_of(const ModelSpec& spec, const ActivationPlan& plan) {
+    Packed seq;
+    seq.tokens = static_cast<std::int32_t>(plan.tokens);
+    seq.count = static_cast<std::int32_t>(plan.sequences);
+    if (plan.sequences * spec.context <= plan.tokens) seq.length = spec.context;
+    return seq;
 }
 
 }  // namespace
@@ -110,15 +126,17 @@ void Activations<T>::place_layers(Arena& arena, const ActivationPlan& plan) {
                 common.cols = s.cols;
                 common.widest = &s;
             }
+    const auto rows_of = [&](const Slot& s) { return s.hidden ? plan.hidden_rows() : plan.tokens; };
     const Lifetime lifetime = plan.keep_layers ? Lifetime::recomputed : Lifetime::scratch;
     for (auto& [name, s] : shared)
-        if (s.widest) s.memory = s.widest->take(arena, name, {plan.tokens, s.cols}, lifetime);
+        if (s.widest) s.memory = s.widest->take(arena, name, {rows_of(*s.widest), s.cols}, lifetime);
     for (std::size_t l = 0; l < layers_.size(); ++l) {
         for (const Slot& s : slots[l]) {
             void* p = is_shared(s, plan) ? shared[s.name].memory
                                          : s.take(arena, "layers." + std::to_string(l) + "." + s.name,
-                                                  {plan.tokens, s.cols}, Lifetime::saved);
-            fills_.push_back([fill = s.fill, p](std::int64_t rows) { fill(p, rows); });
+                                                  {rows_of(s), s.cols}, Lifetime::saved);
+            fills_.push_back(
+                [fill = s.fill, p, most = rows_of(s)](std::int64_t rows) { fill(p, std::min(rows, most)); });
         }
         if (!spec_.conv) fills_.push_back([a = &layers_[l]](std::int64_t) { a->mixed = a->projected; });
     }
@@ -159,6 +177,7 @@ void Activations<T>::place_scratch(Arena& arena, const ActivationPlan& plan) {
         }
         scope.close();
     }
+    if constexpr (std::is_same_v<T, bf16>) place_tree(arena, plan);
     if (plan.training) place_gradients(arena, plan);
     bind(plan.tokens);
 }
@@ -166,10 +185,12 @@ void Activations<T>::place_scratch(Arena& arena, const ActivationPlan& plan) {
 template <class T>
 void Activations<T>::place_gradients(Arena& arena, const ActivationPlan& plan) {
     const std::int64_t n = plan.tokens, c = spec_.channels, h = spec_.heads;
-    const auto matrix = [&]<class U>(Mat<U>& view, const char* name, std::int64_t cols) {
+    const auto matrix = [&]<class U>(Mat<U>& view, const char* name, std::int64_t cols, std::int64_t most) {
         if (cols == 0) return;
-        void* p = arena.take<U>(name, {n, cols}, Lifetime::scratch);
-        fills_.push_back([&view, p, cols](std::int64_t rows) { view = Mat<U>(static_cast<U*>(p), rows, cols); });
+        void* p = arena.take<U>(name, {most, cols}, Lifetime::scratch);
+        fills_.push_back([&view, p, cols, most](std::int64_t rows) {
+            view = Mat<U>(static_cast<U*>(p), std::min(rows, most), cols);
+        });
     };
     std::int64_t columns = 0, rotated = 0, aux = 0, hr = 0, gated = 0;
     for (const LayerSpec& l : spec_.layer) {
@@ -180,27 +201,38 @@ void Activations<T>::place_gradients(Arena& arena, const ActivationPlan& plan) {
         if (spec_.has_gate(l)) gated = h;
     }
     auto scope = arena.scope();
-    matrix(scratch_.du, "du", spec_.hidden);
-    matrix(scratch_.do_, "do", c);
-    matrix(scratch_.dmixed, "dmixed", columns);
-    if (spec_.conv) matrix(scratch_.dprojected, "dprojected", columns);
-    matrix(scratch_.drotated, "drotated", rotated);
-    matrix(scratch_.daux, "daux", aux);
-    matrix(scratch_.da, "da", hr);
-    matrix(scratch_.db, "db", hr);
-    matrix(scratch_.dF, "dF", gated);
-    matrix(scratch_.delta, "delta", h);
+    matrix(scratch_.du, "du", spec_.hidden, plan.hidden_rows());
+    matrix(scratch_.do_, "do", c, n);
+    matrix(scratch_.dmixed, "dmixed", columns, n);
+    if (spec_.conv) matrix(scratch_.dprojected, "dprojected", columns, n);
+    matrix(scratch_.drotated, "drotated", rotated, n);
+    matrix(scratch_.daux, "daux", aux, n);
+    matrix(scratch_.da, "da", hr, n);
+    matrix(scratch_.db, "db", hr, n);
+    matrix(scratch_.dF, "dF", gated, n);
+    matrix(scratch_.delta, "delta", h, n);
     if constexpr (std::is_same_v<T, bf16>) place_partials(arena, plan);
     scope.close();
+}
+
+template <class T>
+void Activations<T>::place_tree(Arena& arena, const ActivationPlan& plan) {
+    if (!std::any_of(spec_.layer.begin(), spec_.layer.end(),
+                     [&](const LayerSpec& l) { return plan.attends_by_tree(spec_, l); }))
+        return;
+    const Packed seq = packing_of(spec_, plan);
+    const std::int64_t width = spec_.head_dim();
+    std::int64_t bytes = attention_tree_forward_bytes(seq, spec_.context, spec_.heads, width, spec_.causal);
+    if (plan.training)
+        bytes = std::max(bytes, attention_tree_backward_bytes(seq, spec_.context, spec_.heads, width, spec_.causal));
+    scratch_.tree = {arena.take<unsigned char>("tree", {bytes}, Lifetime::scratch), bytes};
 }
 
 // Partial sums of the kernels that reduce over tokens without atomics, and the embedding's sort: on the GPU only.
 template <class T>
 void Activations<T>::place_partials(Arena& arena, const ActivationPlan& plan) {
     std::int64_t elements = 1;
-    Packed seq;  // rows of `context` tokens, or documents of at most that
-    seq.tokens = static_cast<std::int32_t>(plan.tokens);
-    if (plan.sequences * spec_.context <= plan.tokens) seq.length = spec_.context;
+    const Packed seq = packing_of(spec_, plan);
     for (const LayerSpec& l : spec_.layer) {
         const std::int64_t n = plan.tokens;
         if (spec_.conv) elements = std::max(elements, conv_scratch_elements(n, spec_.projected_columns(l)));
@@ -209,7 +241,7 @@ void Activations<T>::place_partials(Arena& arena, const ActivationPlan& plan) {
         if (l.kind == LayerKind::energy)
             elements = std::max(elements, energy_scratch_elements(n, spec_.heads, l.scalars));
         if (spec_.has_gate(l)) elements = std::max(elements, gate_scratch_elements(plan.sequences, spec_.heads));
-        if (l.kind != LayerKind::dot)
+        if (l.kind != LayerKind::dot && !plan.attends_by_tree(spec_, l))
             elements = std::max(
                 elements, attention_partial_elements(seq, spec_.context, spec_.heads, spec_.channels / spec_.heads,
                                                      l.scalars, l.window, spec_.causal));

@@ -5,8 +5,10 @@
 // gate logits). Lifetimes under a recomputation level:
 //   none    everything the backward pass reads is saved, per layer
 //   mlp     h (the MLP's hidden values) is recomputed from n2: one buffer for all layers
-//   layer   only x, the layer's input, is saved; the rest is recomputed in one set of buffers
+//   layer   only x, the layer's input, is saved; the rest is recomputed in one set of buffers. Of long micro-batches, what
+//           is the MLP's (n2, h and their gradients) exists for mlp_rows tokens at a time.
 #pragma once
+#include <algorithm>
 #include <functional>
 #include <string>
 #include <vector>
@@ -29,6 +31,20 @@ struct ActivationPlan {
     bool training = true;          // false: no gradients, no backward scratch
     bool keep_layers = true;       // false (evaluation): one set of buffers for all layers
     Recompute recompute = Recompute::none;
+    std::int64_t mlp_rows = 0;   // rows that go through the MLP at a time, not with `none` and `mlp`; 0: all
+    std::int64_t tree_from = 0;  // contexts from this length on: attention_tree, in layers that it takes
+    std::int64_t runs_from = 0;  // decoders from this length on: attention_runs, in the same layers, on the CPU
+
+    static bool has_one_scalar(const LayerSpec& l) {
+        return l.kind != LayerKind::dot && l.scalars == 1 && l.window == 0;
+    }
+    bool attends_by_tree(const ModelSpec& spec, const LayerSpec& l) const {
+        return has_one_scalar(l) && spec.context >= tree_from;
+    }
+    bool decodes_by_runs(const ModelSpec& spec, const LayerSpec& l, std::int64_t capacity) const {
+        return spec.causal && has_one_scalar(l) && capacity >= runs_from;
+    }
+    std::int64_t hidden_rows() const { return mlp_rows > 0 ? std::min(mlp_rows, tokens) : tokens; }
 };
 
 template <class T>
@@ -50,9 +66,10 @@ struct ScratchActivations {  // shared by all layers
     Mat<T> x_last, n_last, dx, dn, du, do_, dmixed, drotated, dprojected, daux, logits;
     Vec<A> rstd_last, losses;
     Mat<A> da, db, dF, delta;
-    Vec<A> head;          // scratch of the head
-    Vec<A> partials;      // scratch of conv, coordinate, gate, energy, attention
-    Vec<std::byte> sort;  // scratch of the embedding's gradient
+    Vec<A> head;              // scratch of the head
+    Vec<A> partials;          // scratch of conv, coordinate, gate, energy, attention
+    Vec<std::byte> sort;      // scratch of the embedding's gradient
+    Vec<unsigned char> tree;  // scratch of attention_tree
 };
 
 template <class T>
@@ -65,6 +82,7 @@ class Activations {
     Activations& operator=(const Activations&) = delete;
     // Sets the number of rows of every view to tokens <= plan.tokens.
     void bind(std::int64_t tokens);
+    std::int64_t tokens() const { return tokens_; }
     LayerActivations<T>& layer(int l) { return layers_[static_cast<std::size_t>(l)]; }
     ScratchActivations<T>& scratch() { return scratch_; }
 
@@ -73,6 +91,7 @@ class Activations {
     void place_scratch(Arena&, const ActivationPlan&);
     void place_gradients(Arena&, const ActivationPlan&);
     void place_partials(Arena&, const ActivationPlan&);
+    void place_tree(Arena&, const ActivationPlan&);
 
     const ModelSpec& spec_;
     std::vector<LayerActivations<T>> layers_;

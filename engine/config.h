@@ -30,6 +30,7 @@ enum class Temperature { learned, fixed };
 enum class RecomputeChoice { automatic, none, mlp, layer };
 enum class DeviceChoice { automatic, cuda, cpu };
 enum class GraphChoice { automatic, on, off };
+enum class AttentionChoice { automatic, dense, tree };
 
 struct Config {
     // model
@@ -74,6 +75,7 @@ struct Config {
     std::int64_t threads = 0;
     RecomputeChoice recompute = RecomputeChoice::automatic;
     GraphChoice cuda_graph = GraphChoice::automatic;
+    AttentionChoice attention = AttentionChoice::automatic;
     std::int64_t memory_budget = 0;
     std::int64_t val_every = 100, val_tokens = 65536;
     std::int64_t sample_every = 100, sample_tokens = 64;

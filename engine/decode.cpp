@@ -12,6 +12,7 @@
 #include "kernels/matmul.h"
 #include "kernels/mlp.h"
 #include "kernels/norm.h"
+#include "kernels/parallel.h"
 #include "kernels/rotary.h"
 
 namespace fiedler {
@@ -44,13 +45,15 @@ void take(Arena& arena, Mat<U>& m, const std::string& name, std::int64_t rows, s
 }  // namespace
 
 template <class T>
-DecodeLayout<T>::DecodeLayout(Arena& arena, const ModelSpec& spec, std::int64_t capacity) {
+DecodeLayout<T>::DecodeLayout(Arena& arena, const ModelSpec& spec, const std::vector<bool>& by_runs,
+                              std::int64_t longest) {
     using A = acc_t<T>;
     const std::int64_t c = spec.channels, h = spec.heads;
     std::int64_t columns = c, aux = 8, scalars = 1;
     for (int l = 0; l < spec.layers(); ++l) {
         const LayerSpec& s = spec.layer[static_cast<std::size_t>(l)];
         const std::string name = "layers." + std::to_string(l) + ".cache.";
+        const std::int64_t capacity = by_runs[static_cast<std::size_t>(l)] ? 1 : longest;
         LayerCache<T> cache;
         take(arena, cache.v, name + "v", capacity, c, Lifetime::persistent);
         if (s.kind == LayerKind::dot) {
@@ -103,15 +106,21 @@ ModelDecoder<Dev, T>::ModelDecoder(const Dev& dev, Model<Dev, T>& model, const P
       capacity_(capacity),
       longest_prefill_(longest_prefill),
       upload_(std::move(upload)) {
-    DecodeLayout<T>(arena_, model.spec(), capacity);
+    for (const LayerSpec& layer : model.spec().layer)
+        by_runs_.push_back(std::is_same_v<Dev, Cpu> && model.plan().decodes_by_runs(model.spec(), layer, capacity));
+    DecodeLayout<T>(arena_, model.spec(), by_runs_, capacity);
     arena_.commit(memory_of(dev));
-    layout_ = std::make_unique<DecodeLayout<T>>(arena_, model.spec(), capacity);
+    layout_ = std::make_unique<DecodeLayout<T>>(arena_, model.spec(), by_runs_, capacity);
     clear();
 }
 
 template <class Dev, class T>
 void ModelDecoder<Dev, T>::clear() {
     length_ = 0;
+    runs_.assign(by_runs_.size(), {});
+    for (std::size_t l = 0; l < by_runs_.size(); ++l)
+        if (by_runs_[l])
+            runs_[l].assign(static_cast<std::size_t>(model_.spec().heads), AttentionRuns<A>(model_.spec().head_dim()));
     for (LayerCache<T>& cache : layout_->layer) {
         clear_matrix(dev_, cache.projected);
         clear_matrix(dev_, cache.scalars);
@@ -144,11 +153,15 @@ void ModelDecoder<Dev, T>::copy_layer(int l, std::int64_t tokens) {
     const std::int64_t c = model_.spec().channels;
     LayerActivations<T>& act = model_.layer_activations(l);
     LayerCache<T>& cache = layout_->layer[static_cast<std::size_t>(l)];
-    copy_matrix<Dev, T>(dev_, cache.v, act.v(c));
-    if (cache.k) copy_matrix<Dev, T>(dev_, cache.k, act.k(c));
-    if (cache.b) copy_matrix<Dev, A>(dev_, cache.b, act.b);
+    if (by_runs(l)) {
+        append_to_runs(l, act.v(c), act.b, act.F);
+    } else {
+        copy_matrix<Dev, T>(dev_, cache.v, act.v(c));
+        if (cache.k) copy_matrix<Dev, T>(dev_, cache.k, act.k(c));
+        if (cache.b) copy_matrix<Dev, A>(dev_, cache.b, act.b);
+        if (cache.F) copy_matrix<Dev, A>(dev_, cache.F, act.F);
+    }
     if (cache.F) {
-        copy_matrix<Dev, A>(dev_, cache.F, act.F);
         copy_on_device(dev_, cache.carry.data, act.F.row(tokens - 1),
                        static_cast<std::size_t>(cache.carry.size) * sizeof(A));
     }
@@ -224,7 +237,7 @@ void ModelDecoder<Dev, T>::attend(int l, const LayerWeights<T>& w) {
         q = s.rotated.columns(0, c);
         k = s.rotated.columns(c, c);
     }
-    copy_matrix<Dev, T>(dev_, cache.v.slice_rows(length_, 1), row.columns(columns - c, c));
+    copy_matrix<Dev, T>(dev_, cache.v.slice_rows(place(l), 1), row.columns(columns - c, c));
     if (layer.kind == LayerKind::dot) {
         copy_matrix<Dev, T>(dev_, cache.k.slice_rows(length_, 1), k);
         dot_decode(dev_, DotDecode<T>{.o = {s.o.data, c},
@@ -240,6 +253,7 @@ void ModelDecoder<Dev, T>::attend(int l, const LayerWeights<T>& w) {
         matmul_forward(dev_,
                        MatmulForward<T, A>{.y = s.aux.columns(0, w.aux.rows), .x = s.n, .w = w.aux, .residual = {}});
     const Vec<const A> query = scalars_of_token(l, w, q, k);
+    if (by_runs(l)) return attend_by_runs(l, query);
     attention_decode(dev_, AttentionDecode<T>{.o = {s.o.data, c},
                                               .a = query,
                                               .b = cache.b.slice_rows(0, now),
@@ -248,6 +262,33 @@ void ModelDecoder<Dev, T>::attend(int l, const LayerWeights<T>& w) {
                                               .heads = spec.heads,
                                               .scalars = layer.scalars,
                                               .window = layer.window});
+}
+
+// Keys of tokens in turn; host memory.
+template <class Dev, class T>
+void ModelDecoder<Dev, T>::append_to_runs(int l, const Mat<const T>& v, const Mat<const A>& b, const Mat<const A>& F) {
+    if constexpr (std::is_same_v<T, A>) {
+        const std::int64_t width = model_.spec().head_dim();
+        std::vector<AttentionRuns<A>>& runs = runs_[static_cast<std::size_t>(l)];
+        parallel_for(dev_, static_cast<std::int64_t>(runs.size()), [&](std::int64_t h) {
+            for (std::int64_t i = 0; i < v.rows; ++i)
+                runs[static_cast<std::size_t>(h)].append(b.row(i)[h], F ? F.row(i)[h] : A(0), v.row(i) + h * width);
+        });
+    }
+}
+
+// o of the new token, whose key is in the layer's cache of one.
+template <class Dev, class T>
+void ModelDecoder<Dev, T>::attend_by_runs(int l, const Vec<const A>& query) {
+    if constexpr (std::is_same_v<T, A>) {
+        const LayerCache<T>& cache = layout_->layer[static_cast<std::size_t>(l)];
+        append_to_runs(l, cache.v, cache.b, cache.F);
+        const std::int64_t width = model_.spec().head_dim();
+        const std::vector<AttentionRuns<A>>& runs = runs_[static_cast<std::size_t>(l)];
+        for (std::size_t h = 0; h < runs.size(); ++h)
+            runs[h].query(query.data[h], cache.F ? cache.F.data[h] : A(0),
+                          layout_->scratch.o.data + static_cast<std::int64_t>(h) * width);
+    }
 }
 
 // Writes b and F of the token into the cache and returns its a.
@@ -259,7 +300,7 @@ Vec<const acc_t<T>> ModelDecoder<Dev, T>::scalars_of_token(int l, const LayerWei
     DecodeScratch<T>& s = layout_->scratch;
     LayerCache<T>& cache = layout_->layer[static_cast<std::size_t>(l)];
     const std::int64_t hr = std::int64_t(spec.heads) * layer.scalars, columns = spec.scalar_columns(layer);
-    const Mat<A> b = cache.b.slice_rows(length_, 1);
+    const Mat<A> b = cache.b.slice_rows(place(l), 1);
     const A* query = s.a.data;
     if (layer.kind == LayerKind::coordinate) {
         const std::int64_t rows = w.conv_scalars ? kTaps : 1;
@@ -292,7 +333,7 @@ Vec<const acc_t<T>> ModelDecoder<Dev, T>::scalars_of_token(int l, const LayerWei
         energies(b, k);
     }
     if (cache.F)
-        gate_forward(dev_, GateForward<A>{.F = cache.F.slice_rows(length_, 1),
+        gate_forward(dev_, GateForward<A>{.F = cache.F.slice_rows(place(l), 1),
                                           .z = s.aux.columns(columns, spec.heads),
                                           .bias = w.gate_bias,
                                           .seq = Packed::uniform(1, 1),

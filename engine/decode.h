@@ -1,10 +1,16 @@
-// engine/decode.h: incremental decoding of one sequence, O(length) per token.
+// engine/decode.h: incremental decoding of one sequence, O(length) per token and layer, or O(log length).
 //
 // Cache per layer and token: values [C] T; scalars of keys [H R] and the gate's sum [H] as acc_t<T>. Keys are kept by
 // dot layers only. With it, the last three rows before the convolution, so that it goes on across tokens.
+//
+// On the CPU, layers with one scalar and no window keep sorted runs in its place (kernels/attention_runs.h) where the
+// cache is long enough for them to be faster, or as `--attention` asks. They grow with the sequence, outside the arena.
 #pragma once
+#include <type_traits>
+
 #include "engine/engine.h"
 #include "engine/model.h"
+#include "kernels/attention_runs.h"
 
 namespace fiedler {
 
@@ -32,7 +38,8 @@ template <class T>
 struct DecodeLayout {
     std::vector<LayerCache<T>> layer;
     DecodeScratch<T> scratch;
-    DecodeLayout(Arena&, const ModelSpec&, std::int64_t capacity);
+    // by_runs: of each layer, whether runs are its cache, which then has room for one token.
+    DecodeLayout(Arena&, const ModelSpec&, const std::vector<bool>& by_runs, std::int64_t capacity);
 };
 
 template <class Dev, class T>
@@ -54,6 +61,10 @@ class ModelDecoder final : public Decoder {
     void append_layer(int l);
     void attend(int l, const LayerWeights<T>&);
     Vec<const A> scalars_of_token(int l, const LayerWeights<T>&, const Mat<T>& q, const Mat<T>& k);
+    void attend_by_runs(int l, const Vec<const A>& query);
+    void append_to_runs(int l, const Mat<const T>& v, const Mat<const A>& b, const Mat<const A>& F);
+    bool by_runs(int l) const { return by_runs_[static_cast<std::size_t>(l)]; }
+    std::int64_t place(int l) const { return by_runs(l) ? 0 : length_; }  // of the new token in the layer's cache
     void read_logits(const Mat<const T>&);
 
     const Dev& dev_;
@@ -62,7 +73,9 @@ class ModelDecoder final : public Decoder {
     std::int64_t capacity_, length_ = 0, longest_prefill_;
     std::function<DeviceBatch(const std::vector<std::int32_t>&)> upload_;
     Arena arena_;
+    std::vector<bool> by_runs_;
     std::unique_ptr<DecodeLayout<T>> layout_;
+    std::vector<std::vector<AttentionRuns<A>>> runs_;  // of each layer, each head's; empty where not by runs
     std::vector<float> logits_;
 };
 

@@ -38,10 +38,12 @@ struct RunPlan {
     Recompute recompute = Recompute::none;
     bool training = true;
     bool document_mask = false;
-    bool cuda_graph = true;   // CUDA only: a step that is like the one before is recorded, and replayed from then on
-    std::int64_t tokens = 0;  // of a micro-batch
-    std::size_t bytes = 0;    // the arena's peak
-    std::string table;        // the arena's table, for people
+    bool cuda_graph = true;  // CUDA only: a step that is like the one before is recorded, and replayed from then on
+    AttentionChoice attention = AttentionChoice::automatic;
+    std::int64_t hidden_rows = 0;  // ActivationPlan::mlp_rows; 0: chosen
+    std::int64_t tokens = 0;       // of a micro-batch
+    std::size_t bytes = 0;         // the arena's peak
+    std::string table;             // the arena's table, for people
 };
 
 // Incremental decoding of one sequence. The cache holds values and scalars (and keys in dot layers only).
@@ -99,6 +101,7 @@ struct EngineOptions {
     bool training = true;
     bool document_mask = false;
     GraphChoice cuda_graph = GraphChoice::automatic;
+    AttentionChoice attention = AttentionChoice::automatic;
 };
 
 // Chooses micro-batch and recomputation so that the arena's peak fits the budget, without touching a device. InputError

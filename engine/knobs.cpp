@@ -234,6 +234,13 @@ std::vector<Knob> run_knobs() {
          "record a step on the GPU once and replay it; auto does, but not with document-mask (every step has another "
          "number of documents) nor over several processes",
          {.choices = {"auto", "on", "off"}}},
+        {"attention",
+         choice<&C::attention>(),
+         kShape | kEval | kGenerate,
+         "how s layers without a window attend: every pair (dense), or exactly the same in near-linear time (tree); "
+         "auto "
+         "takes the tree where sequences are long enough for it to be the faster",
+         {.choices = {"auto", "dense", "tree"}}},
         {"memory-budget",
          &C::memory_budget,
          kShape | kEval | kGenerate | kSpectrum,

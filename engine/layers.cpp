@@ -5,6 +5,7 @@
 #include "engine/model.h"
 #include "engine/model_instances.h"
 #include "kernels/attention.h"
+#include "kernels/attention_tree.h"
 #include "kernels/conv.h"
 #include "kernels/coordinate.h"
 #include "kernels/dot.h"
@@ -26,20 +27,36 @@ void Model<Dev, T>::forward_layer(int l, const DeviceBatch& batch) {
     }
     forward_attention(l, batch);
     matmul_forward(dev_, MatmulForward<T, T>{.y = act.mid, .x = act.o, .w = w.out, .residual = act.x});
-    {
-        Range range("norm");
-        norm_forward(dev_, NormForward<T>{.y = act.n2, .rstd = act.rstd2, .x = act.mid, .eps = A(spec_.norm_eps)});
-    }
-    forward_mlp_in(l);
-    Range range("mlp");
-    matmul_forward(dev_, MatmulForward<T, T>{.y = next_input(l), .x = act.h, .w = w.mlp_out, .residual = act.mid});
+    for_hidden_rows([&](std::int64_t first, std::int64_t rows) {
+        forward_norm2(l, first, rows);
+        forward_mlp_in(l, rows);
+        Range range("mlp");
+        matmul_forward(dev_, MatmulForward<T, T>{.y = next_input(l).slice_rows(first, rows),
+                                                 .x = act.h.slice_rows(0, rows),
+                                                 .w = w.mlp_out,
+                                                 .residual = act.mid.slice_rows(first, rows)});
+    });
 }
 
+// The second norm of rows from `first` on, to the first rows of n2.
 template <class Dev, class T>
-void Model<Dev, T>::forward_mlp_in(int l) {
+void Model<Dev, T>::forward_norm2(int l, std::int64_t first, std::int64_t rows) {
+    Range range("norm");
+    LayerActivations<T>& act = acts_.layer(l);
+    norm_forward(dev_, NormForward<T>{.y = act.n2.slice_rows(0, rows),
+                                      .rstd = act.rstd2.slice(0, rows),
+                                      .x = act.mid.slice_rows(first, rows),
+                                      .eps = A(spec_.norm_eps)});
+}
+
+// h of the first rows of n2.
+template <class Dev, class T>
+void Model<Dev, T>::forward_mlp_in(int l, std::int64_t rows) {
     Range range("mlp");
     LayerActivations<T>& act = acts_.layer(l);
-    mlp_forward(dev_, MlpForward<T>{.h = act.h, .x = act.n2, .w = layer_weights(l).mlp_in});
+    mlp_forward(
+        dev_,
+        MlpForward<T>{.h = act.h.slice_rows(0, rows), .x = act.n2.slice_rows(0, rows), .w = layer_weights(l).mlp_in});
 }
 
 template <class Dev, class T>
@@ -85,6 +102,21 @@ void Model<Dev, T>::forward_attention(int l, const DeviceBatch& batch) {
         return;
     }
     forward_scalars(l, batch);
+    if (plan_.attends_by_tree(spec_, spec)) {
+        Range range("attention_tree");
+        attention_tree_forward(dev_, AttentionTreeForward<T>{.o = act.o,
+                                                             .lse = act.lse,
+                                                             .a = act.a,
+                                                             .b = act.b,
+                                                             .F = act.F,
+                                                             .v = act.v(c),
+                                                             .scratch = acts_.scratch().tree,
+                                                             .seq = batch.seq,
+                                                             .longest = spec_.context,
+                                                             .heads = spec_.heads,
+                                                             .causal = spec_.causal});
+        return;
+    }
     Range range("attention");
     attention_forward(dev_, AttentionForward<T>{.o = act.o,
                                                 .lse = act.lse,
@@ -182,25 +214,34 @@ void Model<Dev, T>::backward_layer(int l, const DeviceBatch& batch) {
         norm_forward(dev_, NormForward<T>{.y = act.n1, .rstd = act.rstd1, .x = act.x, .eps = A(spec_.norm_eps)});
         forward_attention(l, batch);
         matmul_forward(dev_, MatmulForward<T, T>{.y = act.mid, .x = act.o, .w = w.out, .residual = act.x});
-        norm_forward(dev_, NormForward<T>{.y = act.n2, .rstd = act.rstd2, .x = act.mid, .eps = A(spec_.norm_eps)});
     }
-    if (plan_.recompute != Recompute::none) forward_mlp_in(l);
-    backward_mlp(l);
+    for_hidden_rows([&](std::int64_t first, std::int64_t rows) {
+        if (plan_.recompute == Recompute::layer) forward_norm2(l, first, rows);
+        if (plan_.recompute != Recompute::none) forward_mlp_in(l, rows);
+        backward_mlp(l, first, rows);
+    });
     backward_attention(l, batch);
 }
 
+// Rows from `first` on; n2 and h of them are in the first rows of theirs.
 template <class Dev, class T>
-void Model<Dev, T>::backward_mlp(int l) {
+void Model<Dev, T>::backward_mlp(int l, std::int64_t first, std::int64_t rows) {
     Range range("mlp");
     LayerActivations<T>& act = acts_.layer(l);
     ScratchActivations<T>& s = acts_.scratch();
     const LayerWeights<T> w = layer_weights(l);
     const LayerGrads<T> g = layer_grads(l);
-    matmul_dw(dev_, MatmulDw<T>{.dw = g.mlp_out, .dy = s.dx, .x = act.h});
-    mlp_backward(dev_, MlpBackward<T>{.du = s.du, .dy = s.dx, .w = w.mlp_out, .h = act.h});
-    matmul_dw(dev_, MatmulDw<T>{.dw = g.mlp_in, .dy = s.du, .x = act.n2});
-    matmul_dx(dev_, MatmulDx<T>{.dx = s.dn, .dy = s.du, .w = w.mlp_in});
-    norm_backward(dev_, NormBackward<T>{.dx = s.dx, .dy = s.dn, .x = act.mid, .rstd = act.rstd2, .dresidual = s.dx});
+    const Mat<T> n2 = act.n2.slice_rows(0, rows), h = act.h.slice_rows(0, rows), du = s.du.slice_rows(0, rows);
+    const Mat<T> dx = s.dx.slice_rows(first, rows), dn = s.dn.slice_rows(0, rows);
+    matmul_dw(dev_, MatmulDw<T>{.dw = g.mlp_out, .dy = dx, .x = h});
+    mlp_backward(dev_, MlpBackward<T>{.du = du, .dy = dx, .w = w.mlp_out, .h = h});
+    matmul_dw(dev_, MatmulDw<T>{.dw = g.mlp_in, .dy = du, .x = n2});
+    matmul_dx(dev_, MatmulDx<T>{.dx = dn, .dy = du, .w = w.mlp_in});
+    norm_backward(dev_, NormBackward<T>{.dx = dx,
+                                        .dy = dn,
+                                        .x = act.mid.slice_rows(first, rows),
+                                        .rstd = act.rstd2.slice(0, rows),
+                                        .dresidual = dx});
 }
 
 FIEDLER_MODEL_INSTANCES()

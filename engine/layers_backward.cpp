@@ -4,6 +4,7 @@
 #include "engine/model.h"
 #include "engine/model_instances.h"
 #include "kernels/attention.h"
+#include "kernels/attention_tree.h"
 #include "kernels/conv.h"
 #include "kernels/coordinate.h"
 #include "kernels/dot.h"
@@ -96,7 +97,26 @@ void Model<Dev, T>::backward_scalars(int l, const DeviceBatch& batch, const Mat<
     const std::int64_t scalar_columns = spec_.scalar_columns(spec);
     const Mat<A> da{s.da.data, s.da.rows, hr}, db{s.db.data, s.db.rows, hr};
     const Mat<A> dF = act.F ? s.dF : Mat<A>{};
-    {
+    if (plan_.attends_by_tree(spec_, spec)) {
+        Range range("attention_tree");
+        attention_tree_backward(dev_, AttentionTreeBackward<T>{.da = da,
+                                                               .db = db,
+                                                               .dF = dF,
+                                                               .dv = dv,
+                                                               .delta = s.delta,
+                                                               .scratch = s.tree,
+                                                               .a = act.a,
+                                                               .b = act.b,
+                                                               .F = act.F,
+                                                               .v = act.v(c),
+                                                               .o = act.o,
+                                                               .do_ = s.do_,
+                                                               .lse = act.lse,
+                                                               .seq = batch.seq,
+                                                               .longest = spec_.context,
+                                                               .heads = spec_.heads,
+                                                               .causal = spec_.causal});
+    } else {
         Range range("attention");
         attention_backward(dev_, AttentionBackward<T>{.da = da,
                                                       .db = db,

@@ -73,6 +73,7 @@ class Model {
     std::vector<std::vector<double>> calibrate_tau(const DeviceBatch&);
 
     const ModelSpec& spec() const { return spec_; }
+    const ActivationPlan& plan() const { return plan_; }
     const ParamTable& table() const { return table_; }
     LayerActivations<T>& layer_activations(int l) { return acts_.layer(l); }
     LayerWeights<T> layer_weights(int l) const;
@@ -83,11 +84,18 @@ class Model {
     LayerGrads<T> layer_grads(int l) const;
     void forward_layer(int l, const DeviceBatch&);
     void forward_attention(int l, const DeviceBatch&);
-    void forward_mlp_in(int l);
+    void forward_norm2(int l, std::int64_t first, std::int64_t rows);
+    void forward_mlp_in(int l, std::int64_t rows);
+    // work(first, rows): the batch's rows, as many at a time as the MLP's memory has.
+    template <class Work>
+    void for_hidden_rows(const Work& work) const {
+        const std::int64_t n = acts_.tokens(), most = plan_.hidden_rows();
+        for (std::int64_t first = 0; first < n; first += most) work(first, std::min(most, n - first));
+    }
     void backward_layer(int l, const DeviceBatch&);
     void backward_attention(int l, const DeviceBatch&);
     void backward_scalars(int l, const DeviceBatch&, const Mat<T>& dv, const Mat<T>& dqk);
-    void backward_mlp(int l);
+    void backward_mlp(int l, std::int64_t first, std::int64_t rows);
     void forward_scalars(int l, const DeviceBatch&);
     void calibrate_layer(int l);
     Mat<T> next_input(int l) { return l + 1 < spec_.layers() ? acts_.layer(l + 1).x : acts_.scratch().x_last; }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <bit>
 #include <chrono>
+#include <limits>
 
 #include "engine/decode.h"
 #include "engine/error.h"
@@ -12,6 +13,7 @@
 #include "kernels/adamw.h"
 #include "kernels/matmul.h"
 #include "kernels/parallel.h"
+#include "kernels/tuning.h"
 
 namespace fiedler {
 
@@ -97,6 +99,8 @@ FeatureLaplacian<acc_t<T>> RunLayout<T>::laplacian(std::int32_t dim) const {
 namespace {
 constexpr std::uint64_t kChunkElements = std::uint64_t(1) << 29;  // 1 GiB of logits at most...
 constexpr std::uint64_t kLeastRows = 128;                         // ...unless products would get too narrow
+constexpr std::int64_t kHiddenRows =
+    32768;  // of the MLP at a time in long micro-batches: products are as fast as for all
 }  // namespace
 
 std::int64_t loss_rows(const ModelSpec& spec, const ActivationPlan& plan, std::size_t l2_bytes) {
@@ -123,6 +127,15 @@ ActivationPlan activation_plan(const ModelSpec& spec, const RunPlan& run, bool c
     p.training = run.training;
     p.keep_layers = run.training;
     p.recompute = run.recompute;
+    if (run.recompute == Recompute::layer || !run.training)
+        p.mlp_rows = run.hidden_rows > 0 || run.tokens <= 2 * kHiddenRows ? run.hidden_rows : kHiddenRows;
+    const auto from = [&](std::int64_t automatic) {
+        return run.attention == AttentionChoice::tree    ? 1
+               : run.attention == AttentionChoice::dense ? std::numeric_limits<std::int64_t>::max()
+                                                         : automatic;
+    };
+    p.tree_from = from(tuning::attention_tree_from(cuda));
+    p.runs_from = from(tuning::kAttentionRunsFrom);
     return p;
 }
 

@@ -44,7 +44,7 @@ struct AttentionTreeForward {
     std::int32_t longest = 0;  // no sequence of ragged `seq` is longer; 0: not known
     std::int32_t heads = 1;
     bool causal = true, skip = true;
-    AttentionTreeTuning tuning;
+    AttentionTreeTuning tuning = {};
 };
 
 template <class T>
@@ -62,7 +62,7 @@ struct AttentionTreeBackward {
     std::int32_t longest = 0;
     std::int32_t heads = 1;
     bool causal = true, skip = true;
-    AttentionTreeTuning tuning;
+    AttentionTreeTuning tuning = {};
 };
 
 template <class T>

@@ -63,4 +63,9 @@ constexpr bool sums_on_tensor_cores(int arch, int scalars) {
 // each of its 256 threads that multiply keeps half as many sums in registers.
 constexpr int panel_columns(long long depth) { return depth <= 384 ? 192 : depth <= 576 ? 128 : 96; }
 
+// Sequences from this length on: attention_tree is faster than attention with one scalar (`fiedler bench attention_tree`).
+constexpr long long attention_tree_from(bool cuda) { return cuda ? 16384 : 4096; }
+// Keys from which on a query of attention_runs is faster than one of attention_decode on the CPU.
+constexpr long long kAttentionRunsFrom = 1024;
+
 }  // namespace fiedler::tuning

@@ -21,6 +21,7 @@ struct Case {
     const char* name;
     std::function<void(Config&)> change;
     bool ragged = false;
+    AttentionChoice attention = AttentionChoice::automatic;
 };
 
 void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
@@ -62,6 +63,11 @@ const std::vector<Case>& cases() {
         {"spectral_energy",
          [](Config& c) { c.pattern = "sb", c.spectral_dims = 3, c.scalar_kind = ScalarKind::energy; }},
         {"ragged_spectral", [](Config& c) { c.pattern = "sb", c.spectral_dims = 9; }, true},
+        {"tree_coordinate", [](Config& c) { c.pattern = "sb"; }, false, AttentionChoice::tree},
+        {"tree_energy", [](Config& c) { c.pattern = "ss", c.scalar_kind = ScalarKind::energy; }, false,
+         AttentionChoice::tree},
+        {"tree_bidirectional", [](Config& c) { c.pattern = "sb", c.causal = false; }, false, AttentionChoice::tree},
+        {"tree_ragged", [](Config& c) { c.pattern = "ss:4"; }, true, AttentionChoice::tree},
     };
     return all;
 }
@@ -98,12 +104,13 @@ Batch small_batch(const ModelSpec& spec, std::uint64_t seed, bool ragged) {
     return b;
 }
 
-RunPlan small_plan(Recompute recompute, bool ragged) {
+RunPlan small_plan(Recompute recompute, bool ragged, AttentionChoice attention = AttentionChoice::automatic) {
     RunPlan p;
     p.micro_batch = kSequences;
     p.tokens = kTokens * kSequences;
     p.recompute = recompute;
     p.document_mask = ragged;
+    p.attention = attention;
     return p;
 }
 
@@ -128,9 +135,11 @@ ModelConstants constants_of(const ModelSpec& spec) {
     return c;
 }
 
+std::unique_ptr<DoubleRunner> make_runner(const ModelSpec& spec, const RunPlan& plan) {
+    return std::make_unique<DoubleRunner>(std::make_unique<Cpu>(), spec, plan, 0, constants_of(spec));
+}
 std::unique_ptr<DoubleRunner> make_runner(const ModelSpec& spec, Recompute recompute, bool ragged) {
-    return std::make_unique<DoubleRunner>(std::make_unique<Cpu>(), spec, small_plan(recompute, ragged), 0,
-                                          constants_of(spec));
+    return make_runner(spec, small_plan(recompute, ragged));
 }
 
 // The smallest |a - b| of any head's scalars: finite differences must not cross the kink of the absolute value.
@@ -152,7 +161,7 @@ class ModelGradients : public testing::TestWithParam<Case> {};
 
 TEST_P(ModelGradients, EveryTensorMatchesCentralDifferences) {
     const ModelSpec spec = small_spec(GetParam());
-    const auto runner = make_runner(spec, Recompute::none, GetParam().ragged);
+    const auto runner = make_runner(spec, small_plan(Recompute::none, GetParam().ragged, GetParam().attention));
     std::vector<double> grads;
     Batch batch;
     for (std::uint64_t seed = 1;; ++seed) {  // points with |a - b| > 10 h, by construction
@@ -204,7 +213,7 @@ TEST_P(ModelForward, RecomputationChangesNothing) {
     std::vector<double> reference;
     double loss = 0;
     for (const Recompute r : {Recompute::none, Recompute::mlp, Recompute::layer}) {
-        const auto runner = make_runner(spec, r, GetParam().ragged);
+        const auto runner = make_runner(spec, small_plan(r, GetParam().ragged, GetParam().attention));
         const std::vector<float> w = lively_values(*runner, 3);
         runner->write(Block::master, w.data());
         std::vector<double> grads;
@@ -219,11 +228,60 @@ TEST_P(ModelForward, RecomputationChangesNothing) {
     }
 }
 
+// Loss and gradients under a plan, at one point.
+double loss_under(const ModelSpec& spec, const RunPlan& plan, const Batch& batch, std::vector<double>& grads) {
+    const auto runner = make_runner(spec, plan);
+    const std::vector<float> w = lively_values(*runner, 3);
+    runner->write(Block::master, w.data());
+    return runner->loss_and_gradients(batch, grads);
+}
+
+// Two layers for sequences that are longer than the leaves of a tree and the tails of runs.
+ModelSpec long_spec(std::int64_t length, bool causal) {
+    Config c;
+    c.pattern = "ss", c.layers = 2, c.channels = 32, c.heads = 2, c.vocab = 19;
+    c.context = length, c.mlp_hidden = 24, c.init_std = 0.3, c.causal = causal;
+    return model_spec(c);
+}
+
+TEST(Model, LongSequencesByTheTreeAreTheSame) {
+    constexpr std::int64_t kLength = 700;  // several leaves of the tree
+    for (const bool causal : {true, false}) {
+        const ModelSpec spec = long_spec(kLength, causal);
+        Batch batch;
+        batch.inputs = test::random_ints(kLength, 1, 0, spec.vocab);
+        batch.targets = test::random_ints(kLength, 2, 0, spec.vocab);
+        batch.rows = 1, batch.length = kLength;
+        RunPlan plan;
+        plan.tokens = kLength;
+        std::vector<double> dense, tree;
+        plan.attention = AttentionChoice::dense;
+        const double loss = loss_under(spec, plan, batch, dense);
+        plan.attention = AttentionChoice::tree;
+        EXPECT_NEAR(loss_under(spec, plan, batch, tree), loss, 1e-12 * loss);
+        EXPECT_TRUE(close_to(tree, dense, 1e-10));
+        EXPECT_NE(tree, dense) << "the same way was taken twice";
+    }
+}
+
+TEST(Model, MlpInPartsIsTheSame) {
+    const ModelSpec spec = small_spec(cases()[0]);
+    RunPlan plan = small_plan(Recompute::layer, false);
+    std::vector<double> whole, parts;
+    const double loss = loss_under(spec, plan, small_batch(spec, 5, false), whole);
+    for (const std::int64_t rows : {1, 5, 21}) {
+        plan.hidden_rows = rows;
+        EXPECT_EQ(loss_under(spec, plan, small_batch(spec, 5, false), parts), loss) << rows;
+        EXPECT_TRUE(close_to(parts, whole, 1e-13)) << rows;
+        EXPECT_NE(parts, whole) << "the rows were taken all at once";
+    }
+}
+
 class ModelDecoding : public testing::TestWithParam<Case> {};
 
 TEST_P(ModelDecoding, MatchesTheFullForwardPass) {
     const ModelSpec spec = small_spec(GetParam());
-    const auto runner = make_runner(spec, Recompute::none, false);
+    const auto runner = make_runner(spec, small_plan(Recompute::none, false, GetParam().attention));
     const std::vector<float> w = lively_values(*runner, 4);
     runner->write(Block::master, w.data());
     const std::vector<std::int32_t> tokens = test::random_ints(kTokens, 6, 0, spec.vocab);
@@ -240,6 +298,33 @@ TEST_P(ModelDecoding, MatchesTheFullForwardPass) {
                 << "prompt " << prompt << ", token " << n;
         }
     }
+}
+
+TEST(Model, DecodingByRunsIsTheSame) {
+    constexpr std::int64_t kLength = 400, kPrompt = 150;
+    const ModelSpec spec = long_spec(kLength, true);
+    RunPlan plan;
+    plan.tokens = kLength;
+    const std::vector<std::int32_t> tokens = test::random_ints(kLength, 6, 0, spec.vocab);
+    std::vector<Values> logits[2];
+    for (const AttentionChoice choice : {AttentionChoice::dense, AttentionChoice::tree}) {
+        plan.attention = choice;
+        const auto runner = make_runner(spec, plan);
+        const std::vector<float> w = lively_values(*runner, 4);
+        runner->write(Block::master, w.data());
+        const auto decoder = runner->decoder(kLength);
+        for (int again = 0; again < 2; ++again) {  // prefill clears what was there
+            decoder->prefill({tokens.begin(), tokens.begin() + kPrompt});
+            for (std::int64_t n = kPrompt; n < kLength; ++n) {
+                if (again == 1)
+                    logits[choice == AttentionChoice::tree].emplace_back(decoder->logits().begin(),
+                                                                         decoder->logits().end());
+                decoder->append(tokens[static_cast<std::size_t>(n)]);
+            }
+        }
+    }
+    ASSERT_EQ(logits[0].size(), logits[1].size());
+    for (std::size_t n = 0; n < logits[0].size(); ++n) ASSERT_TRUE(close_to(logits[1][n], logits[0][n], 1e-6)) << n;
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, ModelForward, testing::ValuesIn(cases()),

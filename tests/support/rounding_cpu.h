@@ -11,6 +11,7 @@
 
 #include "kernels/adamw.h"
 #include "kernels/attention.h"
+#include "kernels/attention_tree.h"
 #include "kernels/conv.h"
 #include "kernels/coordinate.h"
 #include "kernels/dot.h"
@@ -84,6 +85,12 @@ inline void attention_forward(const RoundingCpu& d, const AttentionForward<float
 }
 inline void attention_backward(const RoundingCpu& d, const AttentionBackward<float>& p) {
     attention_backward(d.plain(), p), d.round(p.dv);
+}
+inline void attention_tree_forward(const RoundingCpu& d, const AttentionTreeForward<float>& p) {
+    attention_tree_forward(d.plain(), p), d.round(p.o);
+}
+inline void attention_tree_backward(const RoundingCpu& d, const AttentionTreeBackward<float>& p) {
+    attention_tree_backward(d.plain(), p), d.round(p.dv);
 }
 inline void dot_forward(const RoundingCpu& d, const DotForward<float>& p) { dot_forward(d.plain(), p), d.round(p.o); }
 inline void dot_backward(const RoundingCpu& d, const DotBackward<float>& p) {
