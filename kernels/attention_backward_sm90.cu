@@ -35,21 +35,23 @@ struct Problem {
 // A tile of queries: dO, and V with it, asked for by one thread; numbers. query: in tiles.
 template <int R>
 __device__ void load_queries(const Problem& problem, Shared<R>& shared, int stage, int query, int key = -1) {
+    const int head = static_cast<int>(blockIdx.x);
     if (threadIdx.x == 0) {
         constexpr int kBytes = kTileElements * 2, kValueBytes = Shape<R>::kKeys * kRowBytes;
         hopper::Barrier* full = &shared.full[stage];
-        const int column = shared.head * kWidth;
         hopper::barrier_arrive_expecting(full, key < 0 ? kBytes : kBytes + kValueBytes);
-        hopper::load_box(shared.gradients[stage], &problem.gradients, column, query * kTile, full);
-        if (key >= 0) hopper::load_box(shared.values, &problem.values, column, key, full);
+        hopper::load_box(shared.gradients[stage], &problem.gradients, head * kWidth, query * kTile, full);
+        if (key >= 0) hopper::load_box(shared.values, &problem.values, head * kWidth, key, full);
     }
-    QueryLoads<R>::start(problem.p, shared, stage, shared.head, query * kTile);
+    QueryLoads<R>::start(problem.p, shared, stage, head, query * kTile);
     cp_async_commit();
 }
 
-// The queries of one tile of keys. ring: where the first tile is; then, where the next one would be.
+// The queries of one tile of keys. ring: where the first tile is; then, where the next one would be. sums: the slab of
+// the head, R for each query; written: tiles of it that have some.
 template <int R>
-__device__ void add_queries(const Problem& problem, Shared<R>& shared, Keys<R>& keys, Ring& ring, const Range& range) {
+__device__ void add_queries(const Problem& problem, Shared<R>& shared, Keys<R>& keys, Ring& ring, const Range& range,
+                            int first, float* sums, int written) {
     constexpr int N = Shape<R>::kKeys, kStageBytes = kTileElements * 2, kWeightBytes = N * kRowBytes;
     const Operand gradients = operand_of(shared.gradients), weights = operand_of(shared.weights),
                   values = operand_of(shared.values);
@@ -60,9 +62,9 @@ __device__ void add_queries(const Problem& problem, Shared<R>& shared, Keys<R>& 
     int before = 0;  // the stage of the tile before
 #pragma unroll 1
     for (int q = range.begin; q < range.end; ++q) {
-        float* const to = problem.groups.partial + shared.slab + (q * (kTile * R) + RowSums<R>::offset(row));
+        float* const to = sums + q * (kTile * R) + RowSums<R>::offset(row);
         float left[RowSums<R>::kCount], of_rows[2][R];
-        RowSums<R>::load(left, to, q < shared.written);
+        RowSums<R>::load(left, to, q < written);
         const int turned = (q & 1) * kWeightBytes;
         hopper::product_wait<0>();
         hopper::pin(keys.dp);
@@ -71,7 +73,7 @@ __device__ void add_queries(const Problem& problem, Shared<R>& shared, Keys<R>& 
                                advance(weights, kWeightBytes - turned));
         if (q < range.careful_end)
             keys.template add<true>(of_rows, shared, ring.stage, place + turned, row,
-                                    problem.p.causal ? q * kTile - shared.first : kTile);
+                                    problem.p.causal ? q * kTile - first : kTile);
         else
             keys.template add<false>(of_rows, shared, ring.stage, place + turned, row, 0);
         RowSums<R>(of_rows).store(to, left);
@@ -95,48 +97,40 @@ __device__ void add_queries(const Problem& problem, Shared<R>& shared, Keys<R>& 
     __syncthreads();
 }
 
-// What a block needs now and then. Ends with a barrier.
 template <int R>
-__device__ void begin_block(const AttentionBackward<bf16>& p, const BackwardGroups& groups, Shared<R>& shared) {
+__global__ void __launch_bounds__(kThreads, Shape<R>::kBlocks)
+    attention_backward_sm90_kernel(const __grid_constant__ Problem problem) {
+    constexpr int N = Shape<R>::kKeys;
+    extern __shared__ __align__(1024) unsigned char memory[];
+    auto& shared = *reinterpret_cast<Shared<R>*>(memory);
+    const AttentionBackward<bf16>& p = problem.p;
+    const BackwardGroups& groups = problem.groups;
+    const int head = static_cast<int>(blockIdx.x), group = static_cast<int>(blockIdx.y * gridDim.z + blockIdx.z);
+    float* const sums =
+        groups.partial + group % groups.slabs * groups.slab_floats + std::int64_t(head) * p.seq.tokens * R;
     if (p.F.data == nullptr)
         for (int i = threadIdx.x; i < kStages * kTile; i += kThreads) shared.numbers[i / kTile][i % kTile].gate = 0.f;
     if (threadIdx.x == 0) {
-        const BackwardBlock block(groups, p.heads);
-        shared.head = block.head, shared.written = 0;
-        shared.first = block.group * groups.tiles * Shape<R>::kKeys;
-        shared.slab = block.group % groups.slabs * groups.slab_floats + std::int64_t(block.head) * p.seq.tokens * R;
         for (int s = 0; s < kStages; ++s) hopper::barrier_init(&shared.full[s], 1);
         hopper::barrier_init_done();
     }
     __syncthreads();
-}
-
-template <int R>
-__global__ void __launch_bounds__(kThreads, Shape<R>::kBlocks)
-    attention_backward_sm90_kernel(const __grid_constant__ Problem problem) {
-    extern __shared__ __align__(1024) unsigned char memory[];
-    auto& shared = *reinterpret_cast<Shared<R>*>(memory);
-    const AttentionBackward<bf16>& p = problem.p;
-    begin_block(p, problem.groups, shared);
     Ring ring;
+    int written = 0, first = group * groups.tiles * N;
 #pragma unroll 1
-    for (int k = 0; k < problem.groups.tiles && shared.first < p.seq.tokens; ++k) {
+    for (int k = 0; k < groups.tiles && first < p.seq.tokens; ++k, first += N) {
         Keys<R> keys;
-        Range range(p, shared.first);
-        QueryLoads<R>::begin(p, shared, shared.head, range.begin * kTile);
-        load_queries(problem, shared, ring.stage, range.begin, shared.first);
+        Range range(p, first);
+        QueryLoads<R>::begin(p, shared, head, range.begin * kTile);
+        load_queries(problem, shared, ring.stage, range.begin, first);
         if (range.begin + 1 < range.end) load_queries(problem, shared, ring.next().stage, range.begin + 1);
-        keys.begin(p, shared, shared.head, shared.first);
+        keys.begin(p, shared, head, first);
         if (keys.direct) range.careful_end = range.end;
         cp_async_wait<0>();
         __syncthreads();
-        add_queries(problem, shared, keys, ring, range);
-        keys.store(p, shared, shared.head, shared.first);
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            shared.written = max(shared.written, range.end);
-            shared.first = shared.first + Shape<R>::kKeys;
-        }
+        add_queries(problem, shared, keys, ring, range, first, sums, written);
+        keys.store(p, shared, head, first);
+        written = max(written, range.end);
         __syncthreads();
     }
 }
@@ -163,7 +157,11 @@ void launch(const Cuda& device, const AttentionBackward<bf16>& p) {
 
     const auto kernel = attention_backward_sm90_kernel<R>;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    kernel<<<static_cast<unsigned>(groups.count * p.heads), kThreads, bytes, stream_of(device)>>>(problem);
+    // Causal: the first keys of a sequence are seen by most queries, and start first. Heads of a group are neighbours.
+    const int of_sequence = groups.per_sequence > 0 ? groups.per_sequence : groups.count;
+    const dim3 blocks(static_cast<unsigned>(p.heads), static_cast<unsigned>(groups.count / of_sequence),
+                      static_cast<unsigned>(of_sequence));
+    kernel<<<blocks, kThreads, bytes, stream_of(device)>>>(problem);
     LAUNCH_CHECK("attention_backward_sm90");
     const dim3 grid(static_cast<unsigned>(ceil_div(std::int64_t(p.seq.tokens) * R, std::int64_t(256))),
                     static_cast<unsigned>(p.heads));
@@ -231,6 +229,7 @@ void attention_backward_sm90_products(const Cuda& device, const bf16* x, const b
 bool attention_backward_sm90_takes(const Cuda& device, const AttentionBackward<bf16>& p) {
     const int R = p.scalars;
     return device.arch == 90 && p.v.cols == std::int64_t(p.heads) * kWidth && (R == 1 || R == 2 || R == 4 || R == 8) &&
+           p.seq.tokens < 65536 * 32 &&  // groups are counted in 16 bits
            p.window == 0 && p.seq.length > 0 && p.seq.length % kTile == 0 && is_aligned16(p.a.data) &&
            p.lse.ld == p.heads && p.delta.ld == p.heads && (!p.F || p.F.ld == p.heads);
 }

@@ -120,8 +120,6 @@ struct Shared {
     // query's weights nothing for the lane's keys; loads: see QueryLoads.
     volatile float centre, faded[4];
     volatile unsigned long long numbers_of[kThreads];
-    volatile int head, first, written;  // first key; tiles of queries that have sums in the slab so far
-    volatile std::int64_t slab;         // where in `partial` the sums of the head's queries are, R for each
     float sums[kThreads / kWarp][4][S::kColumns * (R + 1)];  // of the warps' lanes t, at the end
     hopper::Barrier full[kStages];                           // dO is there, and V with a tile of keys' first dO
 };
