@@ -27,7 +27,7 @@ struct Range {
 };
 
 struct Problem {
-    CUtensorMap gradients, values;  // dO and V, [tokens, heads D]
+    CUtensorMap gradients, values, scalars;  // dO, V, [tokens, heads D]; a, [tokens, heads R], R > 2
     AttentionBackward<bf16> p;
     BackwardGroups groups;
 };
@@ -37,10 +37,12 @@ template <int R>
 __device__ void load_queries(const Problem& problem, Shared<R>& shared, int stage, int query, int key = -1) {
     const int head = static_cast<int>(blockIdx.x);
     if (threadIdx.x == 0) {
-        constexpr int kBytes = kTileElements * 2, kValueBytes = Shape<R>::kKeys * kRowBytes;
+        constexpr int kBytes = kTileElements * 2 + (R > 2 ? kTile * R * 4 : 0),
+                      kValueBytes = Shape<R>::kKeys * kRowBytes;
         hopper::Barrier* full = &shared.full[stage];
         hopper::barrier_arrive_expecting(full, key < 0 ? kBytes : kBytes + kValueBytes);
         hopper::load_box(shared.gradients[stage], &problem.gradients, head * kWidth, query * kTile, full);
+        if (R > 2) hopper::load_box(shared.a[stage], &problem.scalars, head * R, query * kTile, full);
         if (key >= 0) hopper::load_box(shared.values, &problem.values, head * kWidth, key, full);
     }
     QueryLoads<R>::start(problem.p, shared, stage, head, query * kTile);
@@ -55,28 +57,34 @@ __device__ void add_queries(const Problem& problem, Shared<R>& shared, Keys<R>& 
     constexpr int N = Shape<R>::kKeys, kStageBytes = kTileElements * 2, kWeightBytes = N * kRowBytes;
     const Operand gradients = operand_of(shared.gradients), weights = operand_of(shared.weights),
                   values = operand_of(shared.values);
-    const int warp = warp_number(), lane = thread_anew() % kWarp, row = warp * 16 + lane / 4;
-    const std::uint32_t place = shared_address(shared.weights) + place_of_turned(warp, lane);
+    // One register for two numbers that a thread needs now and then, taken apart anew for each tile: its place in the
+    // turned weights, and the first of its rows.
+    std::uint32_t where =
+        (shared_address(shared.weights) + place_of_turned(thread_anew())) << 8 | first_row(thread_anew());
+    const typename RowSums<R>::Places places(shared);
     hopper::barrier_wait(&shared.full[ring.stage], ring.parity);
     multiply_rows<N>(keys.dp, advance(gradients, ring.stage * kStageBytes), values);
     int before = 0;  // the stage of the tile before
 #pragma unroll 1
     for (int q = range.begin; q < range.end; ++q) {
-        float* const to = sums + q * (kTile * R) + RowSums<R>::offset(row);
+        asm volatile("" : "+r"(where));
+        const std::uint32_t place = where >> 8;
+        const int row = static_cast<int>(where & 255);
+        const auto sums_of = [&](int tile) { return sums + (tile * (kTile * R) + RowSums<R>::offset(row)); };
         float left[RowSums<R>::kCount], of_rows[2][R];
-        RowSums<R>::load(left, to, q < written);
+        load_sums(left, sums_of(q), q < written);
         const int turned = (q & 1) * kWeightBytes;
         hopper::product_wait<0>();
         hopper::pin(keys.dp);
         if (q > range.begin)
             multiply_turned<N>(keys.dv, advance(gradients, before * kStageBytes),
                                advance(weights, kWeightBytes - turned));
-        if (q < range.careful_end)
+        if (q < range.careful_end || keys.is_far(shared, ring.stage, row))
             keys.template add<true>(of_rows, shared, ring.stage, place + turned, row,
                                     problem.p.causal ? q * kTile - first : kTile);
         else
             keys.template add<false>(of_rows, shared, ring.stage, place + turned, row, 0);
-        RowSums<R>(of_rows).store(to, left);
+        store_sums<R>(sums_of(q), left, RowSums<R>(of_rows, places));
         hopper::product_wait<0>();
         hopper::pin(keys.dv);
         cp_async_wait<0>();
@@ -106,8 +114,8 @@ __global__ void __launch_bounds__(kThreads, Shape<R>::kBlocks)
     const AttentionBackward<bf16>& p = problem.p;
     const BackwardGroups& groups = problem.groups;
     const int head = static_cast<int>(blockIdx.x), group = static_cast<int>(blockIdx.y * gridDim.z + blockIdx.z);
-    float* const sums =
-        groups.partial + group % groups.slabs * groups.slab_floats + std::int64_t(head) * p.seq.tokens * R;
+    const int slab = __shfl_sync(0xffffffffu, group % groups.slabs, 0);  // known to be the same in all lanes
+    float* const sums = groups.partial + slab * groups.slab_floats + std::int64_t(head) * p.seq.tokens * R;
     if (p.F.data == nullptr)
         for (int i = threadIdx.x; i < kStages * kTile; i += kThreads) shared.numbers[i / kTile][i % kTile].gate = 0.f;
     if (threadIdx.x == 0) {
@@ -125,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, Shape<R>::kBlocks)
         load_queries(problem, shared, ring.stage, range.begin, first);
         if (range.begin + 1 < range.end) load_queries(problem, shared, ring.next().stage, range.begin + 1);
         keys.begin(p, shared, head, first);
-        if (keys.direct) range.careful_end = range.end;
+        if (keys.careful) range.careful_end = range.end;
         cp_async_wait<0>();
         __syncthreads();
         add_queries(problem, shared, keys, ring, range, first, sums, written);
@@ -143,8 +151,12 @@ void launch(const Cuda& device, const AttentionBackward<bf16>& p) {
                                   {cuuint64_t(p.do_.ld) * 2}, {kWidth, kTile}),
                     tensor_map<2>(p.v.data, {cuuint64_t(p.v.cols), cuuint64_t(p.v.rows)}, {cuuint64_t(p.v.ld) * 2},
                                   {kWidth, kKeys}),
+                    {},
                     p,
                     {}};
+    if (R > 2)
+        problem.scalars =
+            tensor_map<2>(p.a.data, {cuuint64_t(p.a.cols), cuuint64_t(p.a.rows)}, {cuuint64_t(p.a.ld) * 4}, {R, kTile});
     BackwardGroups& groups = problem.groups;
     groups.partial = p.partial.data;
     groups.slab_floats = attention_slab_elements(p.seq.tokens, p.heads, p.scalars);
@@ -183,7 +195,7 @@ __device__ int swizzled(int i) { return i ^ (i / kWidth % 8) * 8; }
 template <int N>
 __global__ void __launch_bounds__(kThreads) products_kernel(Products io) {
     __shared__ __align__(1024) nv_bf16 x[kTileElements], y[N * kWidth], turned[N * kTile];
-    const int thread = thread_anew(), warp = warp_number(), lane = thread % kWarp, row = warp * 16 + lane / 4;
+    const int thread = thread_anew(), lane = thread % kWarp, row = first_row(thread);
     for (int i = thread; i < kTileElements; i += kThreads) x[swizzled(i)] = io.x[i];
     for (int i = thread; i < N * kWidth; i += kThreads) y[swizzled(i)] = io.y[i];
     for (int n = 0; n < N / 8; n += 2) {  // p turned, in the layout of sums
@@ -192,7 +204,7 @@ __global__ void __launch_bounds__(kThreads) products_kernel(Products io) {
             const int key = 8 * (n + i / 2) + lane % 4 * 2, query = row + i % 2 * 8;
             packed[i] = pack_bf16(to_float(io.p[key * kTile + query]), to_float(io.p[(key + 1) * kTile + query]));
         }
-        store_turned(shared_address(turned) + place_of_turned(warp, lane) + n * 8 * kRowBytes, packed[0], packed[1],
+        store_turned(shared_address(turned) + place_of_turned(thread) + n * 8 * kRowBytes, packed[0], packed[1],
                      packed[2], packed[3]);
     }
     hopper::publish_shared();

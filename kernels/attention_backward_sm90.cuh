@@ -95,12 +95,17 @@ __device__ inline void store_turned(std::uint32_t to, std::uint32_t a, std::uint
                  "r"(c), "r"(d)
                  : "memory");
 }
-// Where a lane's tiles of 16 columns go, of a warp's 16 rows: columns become rows of 64, swizzled. Tile m of the four is
-// columns 8 (m / 2) .., rows 8 (m % 2) ..; the next 16 columns are 16 kRowBytes further on.
-__device__ inline std::uint32_t place_of_turned(int warp, int lane) {
-    const int column = lane / 16 * 8 + lane % 8, piece = (2 * warp + lane / 8 % 2) ^ (lane % 8);
-    return static_cast<std::uint32_t>(column * kRowBytes + piece * 16);
+// Where a thread's tiles of 16 columns go, of its warp's 16 rows: columns become rows of 64, swizzled. Tile m of the four
+// is columns 8 (m / 2) .., rows 8 (m % 2) ..; the next 16 columns are 16 kRowBytes further on.
+__device__ inline std::uint32_t place_of_turned(unsigned thread) {
+    const unsigned lane = thread % kWarp, column = lane / 16 * 8 + lane % 8;
+    const unsigned piece = (thread / kWarp * 2 + lane / 8 % 2) ^ lane % 8;
+    return column * kRowBytes + piece * 16;
 }
+// The first of a thread's two rows of 64; the second is 8 further on.
+__device__ inline unsigned first_row(unsigned thread) { return thread / kWarp * 16 + thread % kWarp / 4; }
+__device__ inline int lane_of_row() { return static_cast<int>(static_cast<unsigned>(thread_anew()) % 4); }  // t
+
 // ---- shared memory -----------------------------------------------------------------------------------------------
 struct alignas(16) QueryNumbers {
     float lse, delta, gate, a;  // a: of R = 1
@@ -109,19 +114,21 @@ template <int R>
 struct Shared {
     using S = Shape<R>;
     static constexpr int kScalars = R == 1 ? 4 : kTile * R;
-    nv_bf16 gradients[kStages][kTileElements];  // dO; tiles at multiples of 1024 bytes
-    nv_bf16 weights[2][S::kKeys * kTile];       // turned; at the end dv
-    nv_bf16 values[S::kKeys * kWidth];          // V
+    static constexpr int kExchange = R == 8 ? 16 * 4 * R : 4;
+    nv_bf16 gradients[kStages][kTileElements];                 // dO; tiles at multiples of 1024 bytes
+    nv_bf16 weights[2][S::kKeys * kTile];                      // turned; at the end dv
+    nv_bf16 values[S::kKeys * kWidth];                         // V
+    alignas(128) float a[kStages][kScalars];                   // [query][R]
+    alignas(128) float exchange[kThreads / kWarp][kExchange];  // see RowSums
     QueryNumbers numbers[kStages][kTile];
-    float a[kStages][kScalars];  // [query][R]
-    float b[S::kKeys * R];       // R > 1: see Keys::differences
-    float gate[S::kKeys];        // what the weights of a key are relative to
-    // What would stay in registers from tile to tile without need. centre: G; faded: below this, the gate alone makes a
-    // query's weights nothing for the lane's keys; loads: see QueryLoads.
-    volatile float centre, faded[4];
+    float b[S::kKeys * R];  // see Keys::differences
+    float gate[S::kKeys];   // what the weights of a key are relative to
+    // What would stay in registers from tile to tile without need. origin: see Keys; centre: G; faded: below this, the gate alone makes a
+    // query's weights nothing for the lane's keys; numbers_of: see QueryLoads.
+    volatile float origin, centre, faded[4];
     volatile unsigned long long numbers_of[kThreads];
     float sums[kThreads / kWarp][4][S::kColumns * (R + 1)];  // of the warps' lanes t, at the end
-    hopper::Barrier full[kStages];                           // dO is there, and V with a tile of keys' first dO
+    hopper::Barrier full[kStages];  // dO is there, R > 2: a, and V with a tile of keys' first dO
 };
 
 // A place in the ring of stages, and the parity that its barrier is waited for with.
@@ -133,8 +140,8 @@ struct Ring {
     }
 };
 
-// The numbers of 64 queries at a time. A warp has one of lse, delta, F, a (R = 1) for all of them; of more scalars than one
-// a thread has R / 2. Where a thread's next ones are is kept in shared memory.
+// The numbers of 64 queries at a time. A warp has one of lse, delta, F, a (R = 1) for all of them; of two scalars a thread
+// has one; more are loaded by TMA. Where a thread's next ones are is kept in shared memory.
 template <int R>
 struct QueryLoads {
     __device__ static void begin(const AttentionBackward<bf16>& p, Shared<R>& shared, int head, int first) {
@@ -157,10 +164,9 @@ struct QueryLoads {
             put<4>(to + kWarp * sizeof(QueryNumbers) / 4, number + half);
             shared.numbers_of[thread] = reinterpret_cast<unsigned long long>(number + 2 * half);
         }
-        if constexpr (R > 1) {
-            const std::uint32_t offset = thread / 2 * (p.heads * R) + thread % 2 * (R / 2);
-            put<2 * R>(shared.a[stage] + thread * (R / 2),
-                       p.a.data + (std::int64_t(first) * p.a.ld + head * R) + offset);
+        if constexpr (R == 2) {
+            const std::uint32_t offset = thread / 2 * (p.heads * R) + thread % 2;
+            put<4>(shared.a[stage] + thread, p.a.data + (std::int64_t(first) * p.a.ld + head * R) + offset);
         }
     }
 
@@ -192,13 +198,15 @@ template <int R>
 struct Keys {
     using S = Shape<R>;
     static constexpr int N = S::kKeys, C = S::kColumns;
-    static constexpr float kUnit = R == 1 ? kLog2e : 1.f;  // of the scalars in registers
     float dv[N / 2] = {}, dp[N / 2];
     float scale[C], db[C][R] = {}, total[C] = {};  // D_j; sums of step ds, and of ds
+    // R = 1: log2(e) (b - origin), the origin that of the tile's middle key, as long as rounding this costs no more than
+    // rounding a - b would; a is taken likewise, equal numbers give equal ones. Otherwise pairs are done with care.
     float b[R == 1 ? C : 1];
-    bool direct = false;  // the pairs take F_j
+    bool careful = false;
+    static constexpr float kFar = 24.f;
 
-    __device__ static int column(int c) { return c / 2 * 8 + thread_anew() % 4 * 2 + c % 2; }
+    __device__ static int column(int c) { return c / 2 * 8 + lane_of_row() * 2 + c % 2; }
 
     // b and F of the keys. Ends without a barrier.
     __device__ void begin(const AttentionBackward<bf16>& p, Shared<R>& shared, int head, int first) {
@@ -212,7 +220,8 @@ struct Keys {
             most = fmaxf(most, scale[c]), least = fminf(least, scale[c]);
         }
         constexpr float kMost = 12.f;
-        direct = __any_sync(0xffffffffu, !(most <= kMost) || !(least >= -kMost)) != 0;
+        const bool direct = __any_sync(0xffffffffu, !(most <= kMost) || !(least >= -kMost)) != 0;
+        careful = direct;
         const int thread = thread_anew();
         if (thread < 4) shared.faded[thread] = gated ? -(kFaded + most) * kLog2e : -INFINITY;
         if (thread == 0) shared.centre = centre;
@@ -221,8 +230,16 @@ struct Keys {
         if (thread < N) shared.gate[thread] = direct ? F[thread * p.F.ld] : centre;
         const float* from = p.b.data + first * p.b.ld + head * R;
         if constexpr (R == 1) {
+            const float origin = from[N / 2 * p.b.ld];
+            bool far = false;
 #pragma unroll
-            for (int c = 0; c < C; ++c) b[c] = from[column(c) * p.b.ld] * kUnit;
+            for (int c = 0; c < C; ++c) {
+                b[c] = scaled_scalar(from[column(c) * p.b.ld], origin);
+                far |= !(fabsf(b[c]) <= kFar);
+            }
+            careful |= __any_sync(0xffffffffu, far) != 0;
+            if (thread == 0) shared.origin = origin;
+            if (thread < N) shared.b[thread] = from[thread * p.b.ld];
         } else {
             for (int i = thread; i < N * R; i += kThreads) {
                 const int key = i / R, r = i % R;
@@ -230,11 +247,27 @@ struct Keys {
             }
         }
     }
+    __device__ static float scaled_scalar(float x, float origin) { return __fmul_rn(x - origin, kLog2e); }
 
-    // d = a - b for the columns c, c + 1 of a row.
+    // Whether the warp's rows have to be done with care because of their scalars.
+    __device__ bool is_far(const Shared<R>& shared, int stage, int row) const {
+        if constexpr (R > 1) return false;
+        const float origin = shared.origin;
+        bool far = false;
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+            far |= !(fabsf(scaled_scalar(shared.numbers[stage][row + 8 * k].a, origin)) <= kFar);
+        return __any_sync(0xffffffffu, far) != 0;
+    }
+
+    // d = a - b for the columns c, c + 1 of a row. R = 1: of the scaled ones, unless kCareful.
+    template <bool kCareful>
     __device__ void differences(float (&d)[2][R], const float (&a)[R], const Shared<R>& shared, int c) const {
-        if constexpr (R == 1) {
+        if constexpr (R == 1 && !kCareful) {
             d[0][0] = a[0] - b[c], d[1][0] = a[0] - b[c + 1];
+        } else if constexpr (R == 1) {
+            const float2 y = *reinterpret_cast<const float2*>(shared.b + column(c));
+            d[0][0] = a[0] - y.x, d[1][0] = a[0] - y.y;
         } else {
             const float* of = shared.b + 2 * column(c);
 #pragma unroll
@@ -246,9 +279,10 @@ struct Keys {
         }
     }
     // c_i - sum |d|, in base 2.
+    template <bool kCareful>
     __device__ static float score(const float (&d)[R], float base) {
         if constexpr (R == 1) {
-            return base - fabsf(d[0]);
+            return base - (kCareful ? fabsf(d[0]) * kLog2e : fabsf(d[0]));
         } else {
             float sum = fabsf(d[0]) + fabsf(d[1]);
 #pragma unroll
@@ -259,11 +293,11 @@ struct Keys {
 
     // dP of the thread's rows, of which `row` is the first, to weights and into all sums. to: the lane's place in the turned
     // weights; rows: sums of - sign ds along rows, over the thread's columns. kCareful: row i sees keys up to i + shift,
-    // and keys may have gates of their own.
+    // keys may have gates of their own, and scalars may be anything.
     template <bool kCareful>
     __device__ void add(float (&rows)[2][R], const Shared<R>& shared, int stage, std::uint32_t to, int row, int shift) {
         const QueryNumbers* const of = shared.numbers[stage];
-        const float centre = shared.centre, faded = shared.faded[thread_anew() % 4];
+        const float centre = shared.centre, faded = shared.faded[lane_of_row()];
         float a[2][R], base[2], delta[2], all[2] = {};
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
@@ -272,7 +306,9 @@ struct Keys {
             delta[k] = x.delta;
 #pragma unroll
             for (int r = 0; r < R; ++r) {
-                a[k][r] = R == 1 ? x.a * kUnit : shared.a[stage][(row + 8 * k) * R + r];
+                a[k][r] = R > 1      ? shared.a[stage][(row + 8 * k) * R + r]
+                          : kCareful ? x.a
+                                     : scaled_scalar(x.a, shared.origin);
                 rows[k][r] = 0.f;
             }
         }
@@ -291,7 +327,7 @@ struct Keys {
                 for (int k = 0; k < 2; ++k) {
                     const int c = 2 * (n + m);
                     float d[2][R], q[2];
-                    differences(d, a[k], shared, c);
+                    differences<kCareful>(d, a[k], shared, c);
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
                         float of_row = base[k];
@@ -300,8 +336,10 @@ struct Keys {
                             of_row = ((of[i].gate - shared.gate[key]) - of[i].lse) * kLog2e;
                             if (key > i + shift) of_row = -INFINITY;
                         }
-                        q[j] = exp2_fast(score(d[j], of_row));
-                        const float ds = q[j] * (dp[4 * (n + m) + 2 * k + j] - delta[k]), scaled = ds * scale[c + j];
+                        q[j] = exp2_fast(score<kCareful>(d[j], of_row));
+                        // Products that two sums take are rounded, so that ties cancel: no contraction.
+                        const float ds = __fmul_rn(q[j], dp[4 * (n + m) + 2 * k + j] - delta[k]),
+                                    scaled = __fmul_rn(ds, scale[c + j]);
                         total[c + j] += ds;
                         all[k] += scaled;
 #pragma unroll
@@ -324,7 +362,7 @@ struct Keys {
     // dv, db, dF. All products are over, for all warps.
     __device__ void store(const AttentionBackward<bf16>& p, Shared<R>& shared, int head, int first) {
         const int thread = thread_anew(), warp = warp_number(), lane = thread % kWarp;
-        const std::uint32_t to = shared_address(shared.weights) + place_of_turned(warp, lane);
+        const std::uint32_t to = shared_address(shared.weights) + place_of_turned(thread);
 #pragma unroll
         for (int n = 0; n < N / 8; n += 2) {
             std::uint32_t packed[2][2];
@@ -381,13 +419,16 @@ struct Keys {
     }
 };
 
-// Sums over the four lanes t of a row; the lane's are those of row g + 8 (t % 2), and of scalars from R / 2 (t / 2) on
-// (R = 1: in t = 0, 1 alone).
+// Sums over the four lanes t of a row; a lane has some of them. R = 1, 2, 4: of row g + 8 (t % 2), scalars from
+// R / 2 (t / 2) on (R = 1: in t = 0, 1 alone), by exchanges between lanes.
 template <int R>
 struct RowSums {
     static constexpr int kCount = R == 1 ? 1 : R / 2;
+    struct Places {
+        __device__ explicit Places(Shared<R>&) {}
+    };
     float x[kCount];
-    __device__ explicit RowSums(const float (&rows)[2][R]) {
+    __device__ RowSums(const float (&rows)[2][R], const Places&) {
         const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
         float y[R];
 #pragma unroll
@@ -407,34 +448,78 @@ struct RowSums {
     }
     // Where the lane's begin among those of the tile's rows; row: the first of the thread's.
     __device__ static int offset(int row) {
-        const int t = thread_anew() % 4;
+        const int t = lane_of_row();
         return (row + t % 2 * 8) * R + t / 2 * kCount;
     }
-    // add: to what an earlier tile of keys left there.
-    __device__ void store(float* to, const float (&before)[kCount]) const {
-        if (R == 1 && (threadIdx.x & 2)) return;
-        float y[kCount];
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) y[i] = before[i] + x[i];
-        if constexpr (kCount == 4)
-            *reinterpret_cast<float4*>(to) = make_float4(y[0], y[1], y[2], y[3]);
-        else if constexpr (kCount == 2)
-            *reinterpret_cast<float2*>(to) = make_float2(y[0], y[1]);
-        else
-            *to = y[0];
-    }
-    __device__ static void load(float (&before)[kCount], const float* from, bool any) {
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) before[i] = 0.f;
-        if (!any) return;
-        if constexpr (kCount == 4) {
-            const float4 y = *reinterpret_cast<const float4*>(from);
-            before[0] = y.x, before[1] = y.y, before[2] = y.z, before[3] = y.w;
-        } else {
-#pragma unroll
-            for (int i = 0; i < kCount; ++i) before[i] = from[i];
-        }
-    }
 };
+// R = 8: through shared memory, 32 numbers of 4 lanes a row, in units of four: unit u of lane t at place (2 t + u) ^ f of
+// the row's eight, f = 2 (row % 4) + row % 2. So the eight lanes that access at a time, two rows of four t when writing,
+// four rows of two units when reading, reach all banks. A lane has scalars 4 (lane % 2) .. of row lane / 2.
+template <>
+struct RowSums<8> {
+    static constexpr int kCount = 4;
+    struct Places {  // addresses
+        std::uint32_t to, from;
+        __device__ explicit Places(Shared<8>& shared) {
+            const int thread = thread_anew(), lane = thread % kWarp;
+            const std::uint32_t exchange = shared_address(shared.exchange[thread / kWarp]);
+            const auto place = [&](int row, int part) {
+                return exchange + row * 128 + (part ^ row % 4 * 2 ^ row % 2) * 16;
+            };
+            to = place(lane / 4, lane % 4 * 2), from = place(lane / 2, lane % 2);
+        }
+    };
+    float x[kCount];
+    __device__ RowSums(const float (&rows)[2][8], const Places& places) {
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+            const std::uint32_t to = places.to ^ u * 16;
+            store_shared(to, &rows[0][4 * u]);
+            asm volatile("st.shared.v4.f32 [%0 + 1024], {%1,%2,%3,%4};\n" ::"r"(to), "f"(rows[1][4 * u]),
+                         "f"(rows[1][4 * u + 1]), "f"(rows[1][4 * u + 2]), "f"(rows[1][4 * u + 3])
+                         : "memory");
+        }
+        __syncwarp();
+        float4 y[4];
+#pragma unroll
+        for (int t = 0; t < 4; ++t)
+            asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];\n"
+                         : "=f"(y[t].x), "=f"(y[t].y), "=f"(y[t].z), "=f"(y[t].w)
+                         : "r"(places.from ^ t * 32)
+                         : "memory");
+        x[0] = (y[0].x + y[1].x) + (y[2].x + y[3].x), x[1] = (y[0].y + y[1].y) + (y[2].y + y[3].y);
+        x[2] = (y[0].z + y[1].z) + (y[2].z + y[3].z), x[3] = (y[0].w + y[1].w) + (y[2].w + y[3].w);
+    }
+    __device__ static int offset(int) { return 4 * thread_anew(); }
+};
+
+// What an earlier tile of keys left in the slab; to it the lane's sums are added.
+template <int n>
+__device__ void load_sums(float (&x)[n], const float* from, bool any) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) x[i] = 0.f;
+    if (!any) return;
+    if constexpr (n == 4) {
+        const float4 y = *reinterpret_cast<const float4*>(from);
+        x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
+    } else {
+#pragma unroll
+        for (int i = 0; i < n; ++i) x[i] = from[i];
+    }
+}
+template <int R>
+__device__ void store_sums(float* to, const float (&before)[RowSums<R>::kCount], const RowSums<R>& sums) {
+    constexpr int n = RowSums<R>::kCount;
+    if (R == 1 && (threadIdx.x & 2)) return;
+    float y[n];
+#pragma unroll
+    for (int i = 0; i < n; ++i) y[i] = before[i] + sums.x[i];
+    if constexpr (n == 4)
+        *reinterpret_cast<float4*>(to) = make_float4(y[0], y[1], y[2], y[3]);
+    else if constexpr (n == 2)
+        *reinterpret_cast<float2*>(to) = make_float2(y[0], y[1]);
+    else
+        *to = y[0];
+}
 
 }  // namespace fiedler::attention_backward_sm90_tile

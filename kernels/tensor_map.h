@@ -1,11 +1,12 @@
-// kernels/tensor_map.h: what TMA knows about a matrix of bf16 in global memory: sizes, strides, and the box that one load
-// brings into shared memory with the 128-byte swizzle (kernels/hopper.cuh).
+// kernels/tensor_map.h: what TMA knows about a matrix in global memory: sizes, strides, and the box that one load brings
+// into shared memory, bf16 with the 128-byte swizzle (kernels/hopper.cuh), float as it is.
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <string>
+#include <type_traits>
 
 #include "kernels/common.cuh"
 
@@ -27,16 +28,19 @@ inline EncodeTiled encode_tiled() {
 }
 
 // size[0] elements lie side by side; stride[d] bytes are between neighbours along dimension d + 1.
-template <int rank>
-CUtensorMap tensor_map(const bf16* data, const cuuint64_t (&size)[rank], const cuuint64_t (&stride)[rank - 1],
+template <int rank, class T>
+CUtensorMap tensor_map(const T* data, const cuuint64_t (&size)[rank], const cuuint64_t (&stride)[rank - 1],
                        const cuuint32_t (&box)[rank]) {
     cuuint32_t every[rank];
     std::fill_n(every, rank, 1u);
     CUtensorMap map;
+    constexpr bool kFloat = std::is_same_v<T, float>;
+    static_assert(kFloat || std::is_same_v<T, bf16>);
     const CUresult status =
-        encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<bf16*>(data), size, stride, box, every,
-                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        encode_tiled()(&map, kFloat ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank,
+                       const_cast<T*>(data), size, stride, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                       kFloat ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B,
+                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (status != CUDA_SUCCESS) throw DeviceError("cuTensorMapEncodeTiled: error " + std::to_string(int(status)));
     return map;
 }
