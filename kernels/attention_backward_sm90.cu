@@ -79,11 +79,9 @@ __device__ void add_queries(const Problem& problem, Shared<R>& shared, Keys<R>& 
         if (q > range.begin)
             multiply_turned<N>(keys.dv, advance(gradients, before * kStageBytes),
                                advance(weights, kWeightBytes - turned));
-        if (q < range.careful_end || keys.is_far(shared, ring.stage, row))
+        if (q < range.careful_end || !keys.template add<false>(of_rows, shared, ring.stage, place + turned, row, 0))
             keys.template add<true>(of_rows, shared, ring.stage, place + turned, row,
                                     problem.p.causal ? q * kTile - first : kTile);
-        else
-            keys.template add<false>(of_rows, shared, ring.stage, place + turned, row, 0);
         store_sums<R>(sums_of(q), left, RowSums<R>(of_rows, places));
         hopper::product_wait<0>();
         hopper::pin(keys.dv);

@@ -249,17 +249,6 @@ struct Keys {
     }
     __device__ static float scaled_scalar(float x, float origin) { return __fmul_rn(x - origin, kLog2e); }
 
-    // Whether the warp's rows have to be done with care because of their scalars.
-    __device__ bool is_far(const Shared<R>& shared, int stage, int row) const {
-        if constexpr (R > 1) return false;
-        const float origin = shared.origin;
-        bool far = false;
-#pragma unroll
-        for (int k = 0; k < 2; ++k)
-            far |= !(fabsf(scaled_scalar(shared.numbers[stage][row + 8 * k].a, origin)) <= kFar);
-        return __any_sync(0xffffffffu, far) != 0;
-    }
-
     // d = a - b for the columns c, c + 1 of a row. R = 1: of the scaled ones, unless kCareful.
     template <bool kCareful>
     __device__ void differences(float (&d)[2][R], const float (&a)[R], const Shared<R>& shared, int c) const {
@@ -293,9 +282,9 @@ struct Keys {
 
     // dP of the thread's rows, of which `row` is the first, to weights and into all sums. to: the lane's place in the turned
     // weights; rows: sums of - sign ds along rows, over the thread's columns. kCareful: row i sees keys up to i + shift,
-    // keys may have gates of their own, and scalars may be anything.
+    // keys may have gates of their own, and scalars may be anything. False: nothing is done, it has to be done with care.
     template <bool kCareful>
-    __device__ void add(float (&rows)[2][R], const Shared<R>& shared, int stage, std::uint32_t to, int row, int shift) {
+    __device__ bool add(float (&rows)[2][R], const Shared<R>& shared, int stage, std::uint32_t to, int row, int shift) {
         const QueryNumbers* const of = shared.numbers[stage];
         const float centre = shared.centre, faded = shared.faded[lane_of_row()];
         float a[2][R], base[2], delta[2], all[2] = {};
@@ -312,11 +301,13 @@ struct Keys {
                 rows[k][r] = 0.f;
             }
         }
+        if constexpr (R == 1 && !kCareful)
+            if (__any_sync(0xffffffffu, !(fabsf(a[0][0]) <= kFar) || !(fabsf(a[1][0]) <= kFar))) return false;
         if (!__any_sync(0xffffffffu, !(base[0] < faded) || !(base[1] < faded))) {
             __syncwarp();  // a branch, not predicates
 #pragma unroll
             for (int n = 0; n < N / 16; ++n) store_turned(to + n * 16 * kRowBytes, 0u, 0u, 0u, 0u);
-            return;
+            return true;
         }
 #pragma unroll
         for (int n = 0; n < N / 8; n += 2) {
@@ -357,6 +348,7 @@ struct Keys {
         for (int k = 0; k < 2; ++k)
 #pragma unroll
             for (int r = 0; r < R; ++r) rows[k][r] = fmaf(-2.f, rows[k][r], all[k]);
+        return true;
     }
 
     // dv, db, dF. All products are over, for all warps.
