@@ -193,6 +193,12 @@ __device__ void scatter_sums(float* x, int& offset) {
     }
 }
 
+__device__ inline float rounded_product(float x, float y) {
+    float z;
+    asm("mul.rn.ftz.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+}
+
 // ---- a thread's part of the tile ---------------------------------------------------------------------------------
 template <int R>
 struct Keys {
@@ -329,8 +335,9 @@ struct Keys {
                         }
                         q[j] = exp2_fast(score<kCareful>(d[j], of_row));
                         // Products that two sums take are rounded, so that ties cancel: no contraction.
-                        const float ds = __fmul_rn(q[j], dp[4 * (n + m) + 2 * k + j] - delta[k]),
-                                    scaled = __fmul_rn(ds, scale[c + j]);
+                        // Subnormals, whose halves are not exact, count as 0.
+                        const float ds = rounded_product(q[j], dp[4 * (n + m) + 2 * k + j] - delta[k]),
+                                    scaled = rounded_product(ds, scale[c + j]);
                         total[c + j] += ds;
                         all[k] += scaled;
 #pragma unroll
@@ -441,7 +448,7 @@ struct RowSums {
     // Where the lane's begin among those of the tile's rows; row: the first of the thread's.
     __device__ static int offset(int row) {
         const int t = lane_of_row();
-        return (row + t % 2 * 8) * R + t / 2 * kCount;
+        return (row + t % 2 * 8) * R + (R == 1 ? 0 : t / 2 * kCount);
     }
 };
 // R = 8: through shared memory, 32 numbers of 4 lanes a row, in units of four: unit u of lane t at place (2 t + u) ^ f of
