@@ -19,6 +19,9 @@
 //            from the sum before rounding. With R = 1 a weight is a product of factors of its row and column, each
 //            within a few units of rounding, as long as their range permits. Fixed order, no atomics: bit-equal from
 //            run to run.
+//            Cuda, sm_90, D = 64, R = 1 or 4, no window, equal sequences of a multiple of 64 tokens: the backward pass
+//            is a kernel of its own (attention_backward_sm90.cu); R = 1: scalars that differ by a rounding of a product
+//            may count as equal there. The way depends on shapes and the device alone.
 // decode     one query, `length` cached keys of one sequence (query i = length - 1), causal: o as above.
 #pragma once
 #include <algorithm>
@@ -199,5 +202,9 @@ void attention_decode(const Cpu&, const AttentionDecode<T>&);
 void attention_forward(const Cuda&, const AttentionForward<bf16>&);
 void attention_backward(const Cuda&, const AttentionBackward<bf16>&);
 void attention_decode(const Cuda&, const AttentionDecode<bf16>&);
+
+// For tests and benchmarks: the same by one way alone. False: it does not take this problem here; no gradient was written.
+enum class AttentionPath { general, sm90 };
+bool attention_backward_by_path(const Cuda&, const AttentionBackward<bf16>&, AttentionPath);
 
 }  // namespace fiedler

@@ -1,5 +1,6 @@
 // Scalar-distance attention on the GPU, backward: delta, one pass over the pairs, and the sum of da over groups of keys.
 #include "kernels/attention_backward.cuh"
+#include "kernels/attention_backward_sm90.h"
 
 namespace fiedler {
 namespace {
@@ -49,20 +50,47 @@ void launch_backward(const Cuda& device, const AttentionBackward<bf16>& p) {
     LAUNCH_CHECK("attention_backward, da");
 }
 
-}  // namespace
+#if FIEDLER_SM90A  // kernels/attention_backward_sm90.cu is in this build
+bool try_sm90(const Cuda& device, const AttentionBackward<bf16>& p) {
+    if (!attention_backward_sm90_takes(device, p)) return false;
+    attention_backward_sm90(device, p);
+    return true;
+}
+#else
+bool try_sm90(const Cuda&, const AttentionBackward<bf16>&) { return false; }
+#endif
 
-void attention_backward(const Cuda& device, const AttentionBackward<bf16>& p) {
+void check_all(const AttentionBackward<bf16>& p) {
     check(p);
     check_width(p.v.cols / p.heads);
     FIEDLER_REQUIRE("attention", is_aligned16(p.v) && is_aligned16(p.o) && is_aligned16(p.do_) && is_aligned16(p.dv));
     FIEDLER_REQUIRE("attention", p.partial.size >= attention_slab_elements(p.seq.tokens, p.heads, p.scalars));
+}
+void run_delta(const Cuda& device, const AttentionBackward<bf16>& p) {
     const int parts = static_cast<int>(p.v.cols / p.heads / 8);
     const std::int64_t lanes = p.v.rows * p.heads * parts;
     attention_delta_kernel<<<static_cast<unsigned>(ceil_div(lanes, std::int64_t(256))), 256, 0, stream_of(device)>>>(
         p, parts);
     LAUNCH_CHECK("attention_delta");
+}
+void general(const Cuda& device, const AttentionBackward<bf16>& p) {
     with_sizes(static_cast<int>(p.v.cols / p.heads), p.scalars,
                [&]<int D, int R>() { launch_backward<D, R>(device, p); });
+}
+
+}  // namespace
+
+void attention_backward(const Cuda& device, const AttentionBackward<bf16>& p) {
+    check_all(p);
+    run_delta(device, p);
+    if (!try_sm90(device, p)) general(device, p);
+}
+bool attention_backward_by_path(const Cuda& device, const AttentionBackward<bf16>& p, AttentionPath path) {
+    check_all(p);
+    run_delta(device, p);
+    if (path == AttentionPath::sm90) return try_sm90(device, p);
+    general(device, p);
+    return true;
 }
 
 }  // namespace fiedler

@@ -257,7 +257,7 @@ struct BackwardKeys {
                 for (int r = 0; r < R; ++r) {
                     const float half = row_sum(stepped[m][k][r]);
                     if (rows.valid(k) && r < p.scalars && t == r % 4)
-                        db[rows.token(k) * p.db.ld + r] = 2.f * half - total;
+                        db[rows.token(k) * p.db.ld + r] = fma_flushed(2.f, half, -total);
                 }
                 if (p.dF.data != nullptr && rows.valid(k) && t == 0) p.dF.data[rows.token(k) * p.dF.ld + head] = -total;
             }
@@ -422,7 +422,7 @@ struct BackwardKeys {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
 #pragma unroll
-            for (int r = 0; r < Shape::kPart; ++r) half[j][r] = fmaf(-2.f, half[j][r], total[j]);
+            for (int r = 0; r < Shape::kPart; ++r) half[j][r] = fma_flushed(-2.f, half[j][r], total[j]);
             columns.put(half[j], j);
         }
     }

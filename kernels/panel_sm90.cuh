@@ -21,6 +21,7 @@
 
 #include "kernels/common.cuh"
 #include "kernels/hopper.cuh"
+#include "kernels/tensor_map.h"
 #include "kernels/tuning.h"
 
 namespace fiedler::panel {
@@ -195,35 +196,6 @@ __global__ __launch_bounds__(kThreads, 1) void panel_kernel(const __grid_constan
 
 // ---- launch ------------------------------------------------------------------------------------------------------
 
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-// The driver's function, asked of the runtime: nothing is linked against libcuda.
-inline EncodeTiled encode_tiled() {
-    static const EncodeTiled function = [] {
-        void* found = nullptr;
-        cudaDriverEntryPointQueryResult result{};
-        CUDA_CHECK(
-            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
-        if (result != cudaDriverEntryPointSuccess || !found) throw DeviceError("the driver has no tensor maps");
-        return reinterpret_cast<EncodeTiled>(found);
-    }();
-    return function;
-}
-
-// size[0] elements lie side by side; stride[d] bytes are between neighbours along dimension d + 1.
-template <int rank>
-CUtensorMap tensor_map(const bf16* data, const cuuint64_t (&size)[rank], const cuuint64_t (&stride)[rank - 1],
-                       const cuuint32_t (&box)[rank]) {
-    cuuint32_t every[rank];
-    std::fill_n(every, rank, 1u);
-    CUtensorMap map;
-    const CUresult status =
-        encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<bf16*>(data), size, stride, box, every,
-                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (status != CUDA_SUCCESS) throw DeviceError("cuTensorMapEncodeTiled: error " + std::to_string(int(status)));
-    return map;
-}
 inline CUtensorMap map_of_rows(const Mat<const bf16>& m) {
     return tensor_map<2>(m.data, {cuuint64_t(m.cols), cuuint64_t(m.rows)}, {cuuint64_t(m.ld) * 2}, {kDepth, kRows});
 }

@@ -45,6 +45,12 @@ void add_shape(Suite& suite, const Shape& s) {
         "forward " + name, traffic(f), [=, &suite] { attention_forward(suite.device, f); }, true);
     suite.add(
         "backward " + name, traffic(b), [=, &suite] { attention_backward(suite.device, b); }, true);
+#if FIEDLER_BENCH_CUDA
+    if (s.count == 64)  // the anchor: beside it, the way of other architectures
+        suite.add(
+            "backward " + name + " general", traffic(b),
+            [=, &suite] { attention_backward_by_path(suite.device, b, AttentionPath::general); }, true);
+#endif
 }
 
 void add_decode(Suite& suite, std::int32_t length, std::int32_t heads, std::int32_t width, std::int32_t scalars) {

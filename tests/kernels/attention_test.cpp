@@ -2,8 +2,10 @@
 #include "kernels/attention.h"
 
 #include <algorithm>
+#include <optional>
 #include <sstream>
 
+#include "kernels/attention_backward_sm90.h"
 #include "tests/support/buffer.h"
 #include "tests/support/compare.h"
 #include "tests/support/gradcheck.h"
@@ -219,7 +221,7 @@ struct Trial {
         p.causal = in.c.causal;
         attention_forward(dev, p);
     }
-    void backward() {
+    AttentionBackward<T> backward_arguments() const {
         AttentionBackward<T> p;
         p.da = scalars(da), p.db = scalars(db), p.dv = rows(dv), p.delta = numbers(delta);
         p.a = scalars(a), p.b = scalars(b), p.v = rows(v), p.o = rows(o), p.do_ = rows(dout), p.lse = numbers(lse);
@@ -227,8 +229,9 @@ struct Trial {
         if (in.c.gate) p.F = numbers(F), p.dF = numbers(dF);
         p.seq = packed(), p.heads = in.c.heads, p.scalars = in.c.scalars, p.window = in.c.window,
         p.causal = in.c.causal;
-        attention_backward(dev, p);
+        return p;
     }
+    void backward() { attention_backward(dev, backward_arguments()); }
     // o and lse as the backward pass finds them
     void give(const Values& o_values, const Values& lse_values) {
         const auto x = padded(o_values);
@@ -396,9 +399,24 @@ TEST(Attention, DecodeMatchesForward) {
 }
 
 #if FIEDLER_CUDA
-void check_gpu(const Inputs& in) {
+#if !defined(FIEDLER_SM90A)
+#define FIEDLER_SM90A 0
+#endif
+bool sm90_takes(const Case& c) {
+    const auto R = c.scalars;
+    return FIEDLER_SM90A && gpu().arch == 90 && c.width == 64 && c.window == 0 && c.uniform() &&
+           c.lengths[0] % 64 == 0 && (R == 1 || R == 4);
+}
+void backward(const Trial<bf16, Cuda>& run, std::optional<AttentionPath> path) {
+    if (path)
+        ASSERT_TRUE(attention_backward_by_path(run.dev, run.backward_arguments(), *path));
+    else
+        attention_backward(run.dev, run.backward_arguments());
+}
+// path: of the backward pass, instead of the one that is chosen.
+void check_gpu(const Inputs& in, std::optional<AttentionPath> path = {}) {
     const Case& c = in.c;
-    SCOPED_TRACE(c.name());
+    SCOPED_TRACE(c.name() + (!path ? "" : *path == AttentionPath::sm90 ? ", sm90" : ", general"));
     Trial<double, Cpu> reference(kCpu, in);
     reference.forward();
     const Values want_o = reference.compact(reference.o), want_lse = reference.lse.values();
@@ -414,7 +432,7 @@ void check_gpu(const Inputs& in) {
     EXPECT_TRUE(close(got_o, want_o, low_forward.o)) << "o";
     EXPECT_TRUE(close(got_lse, want_lse, low_forward.lse)) << "lse";
     run.give(o, lse);
-    run.backward();
+    backward(run, path);
     const Outputs got = run.outputs();
     EXPECT_TRUE(close(got.dv, want.dv, low.dv)) << "dv";
     if (in.alone()) {
@@ -439,7 +457,7 @@ void check_gpu(const Inputs& in) {
     again.forward();
     EXPECT_TRUE(identical(again.compact(again.o).data(), got_o.data(), got_o.size() * 8));
     again.give(o, lse);
-    again.backward();
+    backward(again, path);
     const Outputs second = again.outputs();
     EXPECT_TRUE(identical(second.da.data(), got.da.data(), got.da.size() * 8));
     EXPECT_TRUE(identical(second.db.data(), got.db.data(), got.db.size() * 8));
@@ -666,6 +684,133 @@ TEST(Attention, GpuGateClosesCompletely) {
         check_gpu(in);
     }
 }
+// The ways of the backward pass that this device and build have, for a case that all of them take.
+void check_gpu_paths(const Inputs& in) {
+    check_gpu(in, AttentionPath::general);
+    if (sm90_takes(in.c)) check_gpu(in, AttentionPath::sm90);
+}
+TEST(Attention, GpuBackwardMatchesReferenceOnEveryPath) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const std::int32_t scalars : {1, 4}) {
+        for (const std::int32_t length : {64, 128, 192, 448})
+            for (const bool causal : {true, false})
+                for (const std::int32_t count : {1, 3}) {
+                    const Case c{.lengths = std::vector<std::int32_t>(std::size_t(count), length),
+                                 .heads = length < 100 ? 5 : 2,
+                                 .scalars = scalars,
+                                 .width = 64,
+                                 .causal = causal};
+                    check_gpu_paths(Inputs(c));
+                    if (!causal) continue;
+                    Case gated = c;
+                    gated.gate = true;  // falls fast for the first head, more and more slowly for others
+                    gated.heads = 5;
+                    check_gpu_paths(Inputs(gated));
+                }
+        for (const std::int32_t slabs : {1, 2, 3, 5})
+            for (const bool causal : {true, false})
+                check_gpu_paths(Inputs({.lengths = {320, 320},
+                                        .heads = 2,
+                                        .scalars = scalars,
+                                        .width = 64,
+                                        .causal = causal,
+                                        .gate = causal,
+                                        .slabs = slabs}));
+        for (const Points points : {Points::kTied, Points::kFar})
+            for (const bool causal : {true, false})
+                check_gpu_paths(Inputs({.lengths = {256},
+                                        .heads = 2,
+                                        .scalars = scalars,
+                                        .width = 64,
+                                        .causal = causal,
+                                        .gate = causal,
+                                        .points = points}));
+    }
+    check_gpu_paths(Inputs({.lengths = {1024}, .heads = 2, .scalars = 1, .width = 64, .gate = true}));
+    check_gpu_paths(Inputs({.lengths = {1024}, .heads = 2, .scalars = 4, .width = 64, .gate = true}));
+}
+// Inside the bound within which weights are relative to their keys, at it, outside, and changing on the way.
+TEST(Attention, GpuBackwardMatchesReferenceWithAnyGate) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const std::int32_t scalars : {1, 4}) {
+        const Case c{.lengths = {448}, .heads = 2, .scalars = scalars, .width = 64, .gate = true};
+        const auto check = [&](const char* what, double step, double jump) {
+            SCOPED_TRACE(what);
+            Inputs in(c);
+            set_gate(in, step, jump);
+            check_gpu_paths(in);
+        };
+        check("mild", 0.01, 0);
+        check("near the bound", 0.37, 0);
+        check("just out of it", 0.4, 0);
+        check("out of bounds", 2, 0);
+        check("closes in one token", 0.001, 30);
+        check("closes for good", 0.001, 1e4);
+        check("opens", -0.01, 0);
+        check("opens out of bounds", -1, -50);
+    }
+}
+TEST(Attention, GpuScalarGradientsOfEqualScalarsAreExactlyZeroOnEveryPath) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const std::int32_t scalars : {1, 4}) {
+        Inputs in({.lengths = {256}, .heads = 2, .scalars = scalars, .width = 64, .gate = true});
+        std::fill(in.a.begin(), in.a.end(), 0.7f);
+        std::fill(in.b.begin(), in.b.end(), 0.7f);
+        for (const auto path : {AttentionPath::general, AttentionPath::sm90}) {
+            if (path == AttentionPath::sm90 && !sm90_takes(in.c)) continue;
+            Trial<bf16, Cuda> run(gpu(), in);
+            run.forward();
+            backward(run, path);
+            const Outputs got = run.outputs();
+            for (const double x : got.da) ASSERT_EQ(x, 0);
+            for (const double x : got.db) ASSERT_EQ(x, 0);
+        }
+    }
+}
+TEST(Attention, GpuPathRefusesWhatItDoesNotTake) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const Case& c : std::vector<Case>{{.lengths = {65}, .width = 64},
+                                           {.lengths = {64, 128}, .width = 64},
+                                           {.lengths = {64}, .scalars = 3, .width = 64},
+                                           {.lengths = {64}, .width = 32},
+                                           {.lengths = {128}, .width = 64, .window = 20}}) {
+        const Inputs in(c);
+        Trial<bf16, Cuda> run(gpu(), in);
+        run.forward();
+        EXPECT_FALSE(attention_backward_by_path(gpu(), run.backward_arguments(), AttentionPath::sm90)) << c.name();
+    }
+}
+#if FIEDLER_SM90A
+// The sm_90 kernel's operands, as they lie in shared memory, on integers: x y', x' p' and p turned on its way.
+TEST(Attention, GpuSm90ProductsOfIntegers) {
+    FIEDLER_GPU_OR_SKIP();
+    if (gpu().arch != 90) GTEST_SKIP() << "not an sm_90 device";
+    for (const std::int32_t keys : {32, 64}) {
+        SCOPED_TRACE(keys);
+        const auto N = std::size_t(keys);
+        const auto integers = [](std::size_t n, std::uint64_t seed) {
+            Values v;
+            for (const auto i : random_ints(n, seed, -4, 5)) v.push_back(i);
+            return v;
+        };
+        const Values x = integers(64 * 64, 1), y = integers(N * 64, 2), p = integers(N * 64, 3);
+        const Buffer<bf16, Cuda> dx(gpu(), to<bf16>(x)), dy(gpu(), to<bf16>(y)), dp(gpu(), to<bf16>(p));
+        Buffer<float, Cuda> xy(gpu(), 64 * N), xp(gpu(), 64 * N);
+        Buffer<bf16, Cuda> pt(gpu(), N * 64);
+        attention_backward_sm90_products(gpu(), dx.data(), dy.data(), dp.data(), xy.data(), xp.data(), pt.data(), keys);
+        Values want_xy(64 * N), want_xp(64 * N);
+        for (std::size_t i = 0; i < 64; ++i)
+            for (std::size_t j = 0; j < N; ++j)
+                for (std::size_t k = 0; k < 64; ++k) {
+                    want_xy[i * N + j] += x[i * 64 + k] * y[j * 64 + k];
+                    want_xp[i * N + j] += x[k * 64 + i] * p[j * 64 + k];
+                }
+        EXPECT_EQ(pt.values(), p) << "turning on the way from registers";
+        EXPECT_EQ(xy.values(), want_xy) << "rows times rows";
+        EXPECT_EQ(xp.values(), want_xp) << "an operand as it lies";
+    }
+}
+#endif
 TEST(Attention, GpuDecodeMatchesReference) {
     FIEDLER_GPU_OR_SKIP();
     for (const std::int32_t n : {1, 7, 32, 33, 511, 514, 1500})

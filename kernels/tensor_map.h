@@ -1,0 +1,48 @@
+// kernels/tensor_map.h: what TMA knows about a matrix in global memory: sizes, strides, and the box that one load brings
+// into shared memory, bf16 with the 128-byte swizzle (kernels/hopper.cuh), float as it is.
+#pragma once
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <string>
+#include <type_traits>
+
+#include "kernels/common.cuh"
+
+namespace fiedler {
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, asked of the runtime: nothing is linked against libcuda.
+inline EncodeTiled encode_tiled() {
+    static const EncodeTiled function = [] {
+        void* found = nullptr;
+        cudaDriverEntryPointQueryResult result{};
+        CUDA_CHECK(
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
+        if (result != cudaDriverEntryPointSuccess || !found) throw DeviceError("the driver has no tensor maps");
+        return reinterpret_cast<EncodeTiled>(found);
+    }();
+    return function;
+}
+
+// size[0] elements lie side by side; stride[d] bytes are between neighbours along dimension d + 1.
+template <int rank, class T>
+CUtensorMap tensor_map(const T* data, const cuuint64_t (&size)[rank], const cuuint64_t (&stride)[rank - 1],
+                       const cuuint32_t (&box)[rank]) {
+    cuuint32_t every[rank];
+    std::fill_n(every, rank, 1u);
+    CUtensorMap map;
+    constexpr bool kFloat = std::is_same_v<T, float>;
+    static_assert(kFloat || std::is_same_v<T, bf16>);
+    const CUresult status =
+        encode_tiled()(&map, kFloat ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank,
+                       const_cast<T*>(data), size, stride, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                       kFloat ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B,
+                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (status != CUDA_SUCCESS) throw DeviceError("cuTensorMapEncodeTiled: error " + std::to_string(int(status)));
+    return map;
+}
+
+}  // namespace fiedler
