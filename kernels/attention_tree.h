@@ -44,7 +44,7 @@ struct AttentionTreeForward {
     std::int32_t longest = 0;  // no sequence of ragged `seq` is longer; 0: not known
     std::int32_t heads = 1;
     bool causal = true, skip = true;
-    AttentionTreeTuning tuning = {};
+    AttentionTreeTuning tuning = kAttentionTreeForward;
 };
 
 template <class T>
@@ -62,7 +62,7 @@ struct AttentionTreeBackward {
     std::int32_t longest = 0;
     std::int32_t heads = 1;
     bool causal = true, skip = true;
-    AttentionTreeTuning tuning = {};
+    AttentionTreeTuning tuning = kAttentionTreeBackward;
 };
 
 template <class T>
@@ -96,7 +96,7 @@ void check(const AttentionTreeBackward<T>& p) {
 // rough count: two sums of D, two look-ups of D, and half a tile of pairs.
 inline double attention_tree_flops(const Packed& seq, std::int32_t heads, double width, bool causal, bool backward) {
     const double n = double(seq.tokens), length = seq.length > 0 ? seq.length : n / seq.count;
-    const double leaf = std::min(length, double(AttentionTreeTuning{}.leaf));
+    const double leaf = std::min(length, double((backward ? kAttentionTreeBackward : kAttentionTreeForward).leaf));
     const double levels = causal ? std::max(0.0, std::ceil(std::log2(length / leaf))) : 2;
     return n * heads * ((causal ? leaf / 2 : 0) + levels * 32) * width * (backward ? 4 : 2);
 }
@@ -115,9 +115,9 @@ Traffic traffic(const AttentionTreeBackward<T>& p) {
 
 // Scratch on Cuda, in bytes; in every build. width: D.
 std::int64_t attention_tree_forward_bytes(const Packed&, std::int32_t longest, std::int32_t heads, std::int64_t width,
-                                          bool causal, AttentionTreeTuning tuning = {});
+                                          bool causal, AttentionTreeTuning tuning = kAttentionTreeForward);
 std::int64_t attention_tree_backward_bytes(const Packed&, std::int32_t longest, std::int32_t heads, std::int64_t width,
-                                           bool causal, AttentionTreeTuning tuning = {});
+                                           bool causal, AttentionTreeTuning tuning = kAttentionTreeBackward);
 // Of it, what the dense backward pass over the leaves takes, in floats.
 std::int64_t attention_tree_partial_floats(const Packed&, std::int32_t heads, std::int64_t width, bool causal,
                                            AttentionTreeTuning tuning);

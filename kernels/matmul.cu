@@ -208,8 +208,86 @@ int propose(const Cuda& dev, const Product& p, const Plan& plan, Proposals& prop
     return found;
 }
 
-// The first use of a shape: of the heuristic's proposals, in its order, the first that can be launched is kept, or the
-// chosen one.
+// ---- search among the proposals ----------------------------------------------------------------------------------
+//
+// The heuristic's first proposal may take half as long again as the best. Algorithms that do not split the inner
+// dimension add up every element in one order, in the same steps of the tensor cores: which of them runs is not seen in
+// the result. So they are timed at the first use of a shape; one is taken only if its result has the bits of the first's.
+
+constexpr double kSearchFlops = 1e9;  // smaller products are not worth it
+constexpr int kMostTried = 12, kTimedRuns = 3;
+
+bool can_search(const Cuda& dev, const Product& p) {
+    const double inner = double(p.a.op == CUBLAS_OP_N ? p.a.cols : p.a.rows);
+    if (!dev.workspace || p.c.data == p.d.data || 2 * double(p.d.rows) * double(p.d.cols) * inner < kSearchFlops)
+        return false;
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    CUDA_CHECK(cudaStreamIsCapturing(stream_of(dev), &status));
+    return status == cudaStreamCaptureStatusNone;
+}
+bool splits(const cublasLtMatmulAlgo_t& algorithm) {
+    std::int32_t pieces = 1;
+    std::size_t written = 0;
+    CUBLAS_CHECK(cublasLtMatmulAlgoConfigGetAttribute(&algorithm, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &pieces,
+                                                      sizeof pieces, &written));
+    return pieces > 1;
+}
+
+// Adds up the words of a matrix, each times a number of its place.
+template <class Word>
+__global__ void __launch_bounds__(256)
+    fingerprint_kernel(unsigned long long* sum, const Word* d, std::int64_t rows, std::int64_t cols, std::int64_t ld) {
+    unsigned long long mine = 0;
+    for (std::int64_t i = std::int64_t(blockIdx.x) * 256 + threadIdx.x; i < rows * cols;
+         i += std::int64_t(gridDim.x) * 256)
+        mine +=
+            (d[i / rows * ld + i % rows] + 1ull) * (2ull * static_cast<unsigned long long>(i) + 0x9e3779b97f4a7c15ull);
+    atomicAdd(sum, mine);  // whole numbers: in any order
+}
+unsigned long long fingerprint(const Cuda& dev, const Product& p) {
+    auto* const sum = static_cast<unsigned long long*>(dev.workspace);  // cuBLASLt is done with it
+    CUDA_CHECK(cudaMemsetAsync(sum, 0, sizeof *sum, stream_of(dev)));
+    const Result& d = p.d;
+    if (d.type == CUDA_R_32F)
+        fingerprint_kernel<<<1024, 256, 0, stream_of(dev)>>>(sum, static_cast<const std::uint32_t*>(d.data), d.rows,
+                                                             d.cols, d.ld);
+    else
+        fingerprint_kernel<<<1024, 256, 0, stream_of(dev)>>>(sum, static_cast<const std::uint16_t*>(d.data), d.rows,
+                                                             d.cols, d.ld);
+    LAUNCH_CHECK("matmul fingerprint");
+    unsigned long long host = 0;
+    copy_to_host(dev, &host, sum, sizeof host);
+    return host;
+}
+double seconds_of(const Cuda& dev, const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Product& p) {
+    timer_start(dev);
+    for (int i = 0; i < kTimedRuns; ++i) CUBLAS_CHECK(launch(dev, plan, algorithm, p));
+    return timer_stop_seconds(dev) / kTimedRuns;
+}
+// first: the proposal whose result is in d now. Leaves the result of the one that is returned, with the same bits.
+int fastest(const Cuda& dev, const Product& p, const Plan& plan, const Proposals& proposals, int first, int found) {
+    if (splits(proposals[static_cast<std::size_t>(first)].algo)) return first;
+    constexpr double kWorthIt = 0.97;
+    const unsigned long long bits = fingerprint(dev, p);
+    int best = first;
+    double least = seconds_of(dev, plan, proposals[static_cast<std::size_t>(first)].algo, p);
+    for (int i = first + 1; i < std::min(found, first + kMostTried); ++i) {
+        const auto& proposal = proposals[static_cast<std::size_t>(i)];
+        if (proposal.state != CUBLAS_STATUS_SUCCESS || splits(proposal.algo)) continue;
+        if (launch(dev, plan, proposal.algo, p) != CUBLAS_STATUS_SUCCESS) {
+            (void)cudaGetLastError();
+            continue;
+        }
+        if (fingerprint(dev, p) != bits) continue;
+        const double seconds = seconds_of(dev, plan, proposal.algo, p);
+        if (seconds < kWorthIt * least) best = i, least = seconds;
+    }
+    CUBLAS_CHECK(launch(dev, plan, proposals[static_cast<std::size_t>(best)].algo, p));
+    return best;
+}
+
+// The first use of a shape: of the heuristic's proposals, in its order, the first that can be launched, or one that is
+// faster and gives the same, is kept, or the chosen one.
 struct Planned {
     bool done = false;
     int proposals = 0;
@@ -225,7 +303,8 @@ Planned plan_and_run(const Cuda& dev, const Product& p, int choice) {
             (void)cudaGetLastError();  // the refusal is answered by the next proposal and must not surface elsewhere
             continue;
         }
-        plan.algorithm = proposals[i].algo;
+        const int taken = choice == kByHeuristic && can_search(dev, p) ? fastest(dev, p, plan, proposals, i, found) : i;
+        plan.algorithm = proposals[static_cast<std::size_t>(taken)].algo;
         plans_of(dev).emplace(key_of(dev, p, choice), std::move(plan));
         return {true, found};
     }
@@ -281,9 +360,9 @@ bool divides(const Cuda& dev, const MatmulDw<bf16>& p, std::int64_t pieces) {
 // As many pieces as give every multiprocessor a tile of 128 x 128; 1 where the output has more than four of them (cuBLASLt
 // splits such sums well enough itself) or the rows cannot be cut.
 std::int64_t pieces_of(const Cuda& dev, const MatmulDw<bf16>& p) {
-    constexpr std::int64_t kTile = 128, kThin = 4;
+    constexpr std::int64_t kTile = 128, kThin = 4, kFewRows = 16;  // with more, cuBLASLt is as fast
     const std::int64_t tiles = ceil_div(p.dw.rows, kTile) * ceil_div(p.dw.cols, kTile);
-    if (tiles > kThin) return 1;
+    if (tiles > kThin || p.dw.rows >= kFewRows) return 1;
     std::int64_t pieces = 1;
     while (pieces < kMostPieces && pieces * tiles < dev.sm_count && divides(dev, p, 2 * pieces)) pieces *= 2;
     return pieces >= 4 ? pieces : 1;

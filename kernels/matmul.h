@@ -10,9 +10,10 @@
 //            dx overwritten, or accumulated when `accumulate`; must not alias dy. dW always accumulated (+=).
 // Numerics   products of T, sums in acc_t<T>, one rounding to the output type after the epilogue
 //            (Cuda: a product of one row may be rounded to it once more before the addend comes in).
-//            Cuda: cuBLASLt, algorithm chosen once per shape by heuristic and kept: bit-equal from run to run.
+//            Cuda: cuBLASLt, algorithm chosen once per shape and kept: by its heuristic or, of those that give the same
+//            bits as the heuristic's choice, by time (at the first call, outside a recording). Bit-equal from run to run.
 //            Cuda's workspace is used; without one (0 bytes) only algorithms that need none.
-//            Cuda: a thin dW (at most four tiles of 128 x 128) is summed in up to 64 equal pieces of the rows, in f32 in
+//            Cuda: a thin dW (fewer than 16 rows, at most four tiles of 128 x 128) is summed in up to 64 equal pieces of the rows, in f32 in
 //            the workspace, which are then added in the order of the rows; how many depends on shape and device alone.
 #pragma once
 #include "kernels/contract.h"

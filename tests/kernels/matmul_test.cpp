@@ -329,6 +329,30 @@ TEST(Matmul, GpuWithoutWorkspace) {
     EXPECT_TRUE(close(dw.values(), q.grad_w(), q.grad_w(Sum::tensor_core)));
 }
 
+// Large enough to be searched for: whatever was taken, the bits are those of the heuristic's first proposal.
+TEST(Matmul, GpuSearchKeepsTheBits) {
+    FIEDLER_GPU_OR_SKIP();
+    constexpr std::int64_t n = 4096, in = 384, out = 1152;
+    const Buffer<bf16, Cuda> x(gpu(), random_values(std::size_t(n * in), 1)),
+        w(gpu(), random_values(std::size_t(out * in), 2)), y(gpu(), std::size_t(n * out)),
+        first(gpu(), std::size_t(n * out)), dx(gpu(), std::size_t(n * in)), first_dx(gpu(), std::size_t(n * in));
+    const MatmulForward<bf16, bf16> forward{.y = y.mat(n, out), .x = x.mat(n, in), .w = w.mat(out, in), .residual = {}};
+    MatmulForward<bf16, bf16> by_first = forward;
+    by_first.y = first.mat(n, out);
+    ASSERT_TRUE(matmul_by_algorithm(gpu(), by_first, 0));
+    for (int run = 0; run < 2; ++run) {
+        fill_bytes(gpu(), y.data(), 0xff, y.bytes());
+        matmul_forward(gpu(), forward);
+        EXPECT_TRUE(identical(y.host().data(), first.host().data(), y.bytes())) << "run " << run;
+    }
+    const MatmulDx<bf16> back{.dx = dx.mat(n, in), .dy = first.mat(n, out), .w = w.mat(out, in)};
+    MatmulDx<bf16> back_by_first = back;
+    back_by_first.dx = first_dx.mat(n, in);
+    ASSERT_TRUE(matmul_by_algorithm(gpu(), back_by_first, 0));
+    matmul_dx(gpu(), back);
+    EXPECT_TRUE(identical(dx.host().data(), first_dx.host().data(), dx.bytes()));
+}
+
 #endif
 
 }  // namespace
