@@ -215,22 +215,9 @@ void Activations<T>::place_gradients(Arena& arena, const ActivationPlan& plan) {
     scope.close();
 }
 
+// Partial sums of the kernels that reduce over tokens without atomics: elements of the largest.
 template <class T>
-void Activations<T>::place_tree(Arena& arena, const ActivationPlan& plan) {
-    if (!std::any_of(spec_.layer.begin(), spec_.layer.end(),
-                     [&](const LayerSpec& l) { return plan.attends_by_tree(spec_, l); }))
-        return;
-    const Packed seq = packing_of(spec_, plan);
-    const std::int64_t width = spec_.head_dim();
-    std::int64_t bytes = attention_tree_forward_bytes(seq, spec_.context, spec_.heads, width, spec_.causal);
-    if (plan.training)
-        bytes = std::max(bytes, attention_tree_backward_bytes(seq, spec_.context, spec_.heads, width, spec_.causal));
-    scratch_.tree = {arena.take<unsigned char>("tree", {bytes}, Lifetime::scratch), bytes};
-}
-
-// Partial sums of the kernels that reduce over tokens without atomics, and the embedding's sort: on the GPU only.
-template <class T>
-void Activations<T>::place_partials(Arena& arena, const ActivationPlan& plan) {
+std::int64_t Activations<T>::partial_elements(const ActivationPlan& plan) const {
     std::int64_t elements = 1;
     const Packed seq = packing_of(spec_, plan);
     for (const LayerSpec& l : spec_.layer) {
@@ -246,7 +233,36 @@ void Activations<T>::place_partials(Arena& arena, const ActivationPlan& plan) {
                 elements, attention_partial_elements(seq, spec_.context, spec_.heads, spec_.channels / spec_.heads,
                                                      l.scalars, l.window, spec_.causal));
     }
-    scratch_.partials = {arena.take<A>("partials", {elements}, Lifetime::scratch), elements};
+    return elements;
+}
+
+// The tree's memory serves the partial sums as well: no kernel needs both.
+template <class T>
+void Activations<T>::place_tree(Arena& arena, const ActivationPlan& plan) {
+    if (!std::any_of(spec_.layer.begin(), spec_.layer.end(),
+                     [&](const LayerSpec& l) { return plan.attends_by_tree(spec_, l); }))
+        return;
+    const Packed seq = packing_of(spec_, plan);
+    const std::int64_t width = spec_.head_dim();
+    std::int64_t bytes = attention_tree_forward_bytes(seq, spec_.context, spec_.heads, width, spec_.causal);
+    if (plan.training) {
+        bytes = std::max(bytes, attention_tree_backward_bytes(seq, spec_.context, spec_.heads, width, spec_.causal));
+        bytes = std::max(bytes, partial_elements(plan) * std::int64_t(sizeof(A)));
+    }
+    scratch_.tree = {arena.take<unsigned char>("tree, partials", {bytes}, Lifetime::scratch), bytes};
+    if (plan.training) {
+        void* memory = scratch_.tree.data;
+        scratch_.partials = {static_cast<A*>(memory), partial_elements(plan)};
+    }
+}
+
+// What only the GPU's kernels need: partial sums, and room for the embedding's sort.
+template <class T>
+void Activations<T>::place_partials(Arena& arena, const ActivationPlan& plan) {
+    if (scratch_.tree.size == 0) {
+        const std::int64_t elements = partial_elements(plan);
+        scratch_.partials = {arena.take<A>("partials", {elements}, Lifetime::scratch), elements};
+    }
     const auto bytes = static_cast<std::int64_t>(embedding_scratch_bytes(plan.tokens));
     scratch_.sort = {arena.take<std::byte>("sort", {bytes}, Lifetime::scratch), bytes};
 }

@@ -92,6 +92,7 @@ class Activations {
     void place_gradients(Arena&, const ActivationPlan&);
     void place_partials(Arena&, const ActivationPlan&);
     void place_tree(Arena&, const ActivationPlan&);
+    std::int64_t partial_elements(const ActivationPlan&) const;
 
     const ModelSpec& spec_;
     std::vector<LayerActivations<T>> layers_;

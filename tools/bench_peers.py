@@ -93,6 +93,44 @@ def attention(case):
     return peers
 
 
+LONG = 131072  # tokens from which on a peer's quadratic time is that of one head, times the heads
+
+
+def attention_tree(case):
+    """The same function in near-linear time: beside dot-product attention, which has no such form."""
+    from torch.nn.attention import SDPBackend
+
+    s, direction = attention_shape(case), case.split()[0]
+    if "leaf" in case:
+        raise NoPeer("another tuning of a case that has one")
+    if s.length < LONG:
+        return {"cuDNN SDPA": sdpa(s, direction, SDPBackend.CUDNN_ATTENTION)}
+    return {f"cuDNN SDPA, one head x {s.heads}": Scaled(sdpa(s._replace(heads=1), direction, SDPBackend.CUDNN_ATTENTION),
+                                                         s.heads)}
+
+
+class Scaled:
+    """A run whose time counts `times` over, and which is long enough to be timed twice only."""
+
+    def __init__(self, run, times):
+        self.run, self.times = run, times
+
+    def __call__(self):
+        return self.run()
+
+
+def head(case):
+    rows, channels, vocab = shape_of(case, 3)
+    with_gradient = "gradient" in case
+    x, w = bf16(rows, channels, grad=with_gradient), bf16(vocab, channels, grad=with_gradient, scale=0.02)
+    targets = torch.randint(vocab, (rows,), device="cuda")
+    functional = torch.nn.functional
+    compiled = torch.compile(lambda a, b: functional.cross_entropy(functional.linear(a, b).float(), targets))
+    if with_gradient:
+        return {"linear and cross_entropy, compiled": lambda: torch.autograd.grad(compiled(x, w), (x, w))}
+    return {"linear and cross_entropy, compiled": lambda: no_grad(compiled, x, w)}
+
+
 def sdpa(s, direction, backend):
     from torch.nn.attention import sdpa_kernel
 
@@ -223,7 +261,7 @@ def embedding(case):
         dx, index, vocab, -1, False)}
 
 
-FAMILIES = {"attention": attention, "dot": attention, "norm": norm, "loss": loss, "adamw": adamw, "matmul": matmul,
+FAMILIES = {"attention": attention, "attention_tree": attention_tree, "dot": attention, "head": head, "norm": norm, "loss": loss, "adamw": adamw, "matmul": matmul,
             "embedding": embedding}
 
 # ---- timing -----------------------------------------------------------------------------------------------------------------
@@ -247,6 +285,9 @@ class Timer:
         return start.elapsed_time(stop) * 1e3 / batch
 
     def microseconds(self, run):
+        if isinstance(run, Scaled):
+            run()
+            return run.times * min(self.once(run, 1) for _ in range(2))
         for _ in range(5):
             run()
         torch.cuda.synchronize()
@@ -285,7 +326,7 @@ def merge(row, times):
 
 def pairs_of(rows):
     """[(family, shape, ours)] of attention cases whose forward and backward pass were both measured."""
-    times = {(row["family"], row["case"]): row["time_us"] for row in rows if row["family"] in ("attention", "dot")}
+    times = {(row["family"], row["case"]): row["time_us"] for row in rows if row["family"] in ("attention", "attention_tree", "dot")}
     found = []
     for (family, case), forward in times.items():
         direction, _, shape = case.partition(" ")

@@ -12,8 +12,8 @@ namespace {
 struct Shape {
     std::int32_t count, length, heads, width;
     bool causal;
-    AttentionTreeTuning tuning = {};
-    bool dense = false;  // by the dense kernels too, to see where they meet
+    std::int32_t leaf = 0;  // 0: each direction's own
+    bool dense = false;     // by the dense kernels too, to see where they meet
 };
 
 // The same by the dense family.
@@ -48,7 +48,7 @@ void add_shape(Suite& suite, const Shape& s) {
     if (s.causal) f.F = numbers(suite.zeros<Accum>(scalars));  // open gate: nothing may be skipped
     f.v = rows(suite.random<Storage>(n * values));
     f.seq = Packed::uniform(s.count, s.length);
-    f.heads = s.heads, f.causal = s.causal, f.tuning = s.tuning;
+    f.heads = s.heads, f.causal = s.causal;
 
     AttentionTreeBackward<Storage> b;
     b.da = numbers(suite.zeros<Accum>(scalars)), b.db = numbers(suite.zeros<Accum>(scalars));
@@ -56,20 +56,20 @@ void add_shape(Suite& suite, const Shape& s) {
     b.dv = rows(suite.zeros<Storage>(n * values)), b.delta = numbers(suite.zeros<Accum>(scalars));
     b.a = f.a, b.b = f.b, b.F = f.F, b.v = f.v, b.o = f.o, b.lse = f.lse;
     b.do_ = rows(suite.random<Storage>(n * values));
-    b.seq = f.seq, b.heads = f.heads, b.causal = f.causal, b.tuning = s.tuning;
+    b.seq = f.seq, b.heads = f.heads, b.causal = f.causal;
+    if (s.leaf > 0) f.tuning.leaf = b.tuning.leaf = s.leaf;
 #if FIEDLER_BENCH_CUDA
     const auto scratch = [&](std::int64_t bytes) {
         return Vec<unsigned char>(reinterpret_cast<unsigned char*>(suite.zeros<Accum>((bytes + 3) / 4)), bytes);
     };
-    f.scratch = scratch(attention_tree_forward_bytes(f.seq, 0, s.heads, s.width, s.causal, s.tuning));
-    b.scratch = scratch(attention_tree_backward_bytes(f.seq, 0, s.heads, s.width, s.causal, s.tuning));
+    f.scratch = scratch(attention_tree_forward_bytes(f.seq, 0, s.heads, s.width, s.causal, f.tuning));
+    b.scratch = scratch(attention_tree_backward_bytes(f.seq, 0, s.heads, s.width, s.causal, b.tuning));
 #endif
     attention_tree_forward(suite.device, f);  // o and lse as the backward pass finds them
 
-    const std::string name =
-        std::to_string(s.count) + "x" + std::to_string(s.length) + " H" + std::to_string(s.heads) + " D" +
-        std::to_string(s.width) + (s.causal ? "" : " bidirectional") +
-        (s.tuning.leaf == AttentionTreeTuning{}.leaf ? "" : " leaf " + std::to_string(s.tuning.leaf));
+    const std::string name = std::to_string(s.count) + "x" + std::to_string(s.length) + " H" + std::to_string(s.heads) +
+                             " D" + std::to_string(s.width) + (s.causal ? "" : " bidirectional") +
+                             (s.leaf == 0 ? "" : " leaf " + std::to_string(s.leaf));
     suite.add(
         "forward " + name, traffic(f), [=, &suite] { attention_tree_forward(suite.device, f); }, true);
     suite.add(
@@ -113,11 +113,15 @@ FIEDLER_BENCH(attention_tree) {
         add_shape(suite, {1, 4096, 2, 32, true});
         add_shape(suite, {1, 4096, 2, 32, false});
     } else {
-        for (const std::int32_t length : {8192, 16384, 65536}) add_shape(suite, {1, length, 6, 64, true, {}, true});
+#if FIEDLER_BENCH_CUDA
+        add_shape(suite, {16, 4096, 6, 64, true, 0, true});
+        add_shape(suite, {4, 16384, 6, 64, true, 0, true});
+#endif
+        for (const std::int32_t length : {8192, 65536}) add_shape(suite, {1, length, 6, 64, true, 0, true});
 #if FIEDLER_BENCH_CUDA
         for (const std::int32_t length : {262144, 1048576}) add_shape(suite, {1, length, 6, 64, true});
-        for (const std::int32_t leaf : {512, 2048}) add_shape(suite, {1, 65536, 6, 64, true, {leaf}});
-        add_shape(suite, {1, 65536, 6, 64, false, {}, true});
+        for (const std::int32_t leaf : {512, 2048}) add_shape(suite, {1, 65536, 6, 64, true, leaf});
+        add_shape(suite, {1, 65536, 6, 64, false, 0, true});
 #endif
     }
 #if !FIEDLER_BENCH_CUDA
