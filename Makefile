@@ -19,7 +19,7 @@ HERE_FLAGS := -DFIEDLER_CUDA=OFF
 endif
 
 PACKAGES := build-essential cmake ninja-build pkg-config clang-format python3 python3-scipy libcli11-dev libfmt-dev libgtest-dev \
-            nlohmann-json3-dev libeigen3-dev libsentencepiece-dev libxxhash-dev
+            nlohmann-json3-dev libeigen3-dev libsentencepiece-dev libxxhash-dev libhwy-dev
 
 .PHONY: all setup build cuda release train test bench gpu-check smoke format format-check clean
 all: build
