@@ -62,7 +62,7 @@ smoke: build
 	    --log-every 10 --data-cache build/smoke/cache --out build/smoke/run
 	@python3 tools/check_run build/smoke/run
 
-FORMATTED := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
+FORMATTED := $(shell git ls-files '*.h' '*.c' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 format:
 	@clang-format -i $(FORMATTED)
 format-check:

@@ -90,7 +90,8 @@ constexpr CommandText kCommands[] = {
 constexpr const char* kBenchText =
     "\nWithout a word: every kernel family and the step. `kernels`: every family. `step`: a training step of the "
     "model\n"
-    "that the knobs below describe, on synthetic tokens.\n\n"
+    "that the knobs below describe, on synthetic tokens. `infer MODEL`: generation by the CPU runtime (its own "
+    "--help).\n\n"
     "  --json FILE                       write all figures\n"
     "  --compare FILE                    a verdict for each row that an earlier --json has, too\n"
     "  --fail-on-slower                  exit code 1 if a row is slower than the noise allows\n"

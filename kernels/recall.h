@@ -9,10 +9,10 @@
 // taken anew from the newest token back.
 //
 // Layout     One plane for each scalar (or key dimension) and one for each head's gate, contiguous over time, so that the
-//            scores of neighbouring tokens are computed side by side; values row by row.
+//            scores of neighbouring tokens are computed side by side; values head by head, so that each is one stream.
 //              keys   [heads R][capacity] f32 or f16, or int8 with a scale of f16 for each head and token [heads][capacity]
 //              gate   [heads][capacity]   f32 or f16; absent: no gate
-//              values [capacity][heads D] f32, or int8 with scales [capacity][heads] of f16
+//              values [heads][capacity][D] f32, or int8 with scales [heads][capacity] of f16
 // Shapes     o: [queries, heads D] f32; a: [queries, heads R] f32; D a multiple of 16. The queries are the tokens at
 //            positions first to first + queries - 1, whose own keys, gate and values are in the cache
 // Writes     o overwritten

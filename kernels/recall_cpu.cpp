@@ -42,8 +42,8 @@ struct Reader {
     }
     A gate(std::int64_t j, std::int32_t h) const { return A(load(c.gate, c.gate_type, h * c.capacity + j)); }
     A value(std::int64_t j, std::int32_t h, std::int32_t d) const {
-        const A value = A(load(c.values, c.value_type, (j * c.heads + h) * c.width + d));
-        return c.value_type == CacheType::int8 ? value * A(half_to_float(c.value_scales[j * c.heads + h])) : value;
+        const A value = A(load(c.values, c.value_type, (h * c.capacity + j) * c.width + d));
+        return c.value_type == CacheType::int8 ? value * A(half_to_float(c.value_scales[h * c.capacity + j])) : value;
     }
 };
 
@@ -85,7 +85,7 @@ void remember(const RecallCache& c, std::int64_t position, const float* keys, co
         else
             for (std::int32_t r = 0; r < c.scalars; ++r) store(c.keys, c.key_type, plane + r * c.capacity, key[r]);
         if (c.gate) store(c.gate, c.gate_type, h * c.capacity + position, gate[h]);
-        const std::int64_t row = position * c.heads + h;
+        const std::int64_t row = h * c.capacity + position;
         if (c.value_type == CacheType::int8)
             c.value_scales[row] = store_bytes(static_cast<std::int8_t*>(c.values) + row * c.width, 1, value, c.width);
         else

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "kernels/half.h"
@@ -122,14 +123,13 @@ HWY_INLINE void weigh(const Recall& p, std::int32_t h, std::int64_t column, std:
                       const Scratch& s, const float* scale, float* const* o) {
     const DF df;
     const RecallCache& c = p.cache;
-    const std::int64_t ld = std::int64_t(c.heads) * c.width;
-    const V* v = static_cast<const V*>(c.values) + begin * ld + std::int64_t(h) * c.width + column;
-    const std::uint16_t* value_scale = c.value_scales + begin * c.heads + h;
+    const V* v = static_cast<const V*>(c.values) + (h * c.capacity + begin) * c.width + column;
+    const std::uint16_t* value_scale = c.value_scales + h * c.capacity + begin;
     VF sum[kCount][kWide];
     for (int q = 0; q < kCount; ++q)
         for (int w = 0; w < kWide; ++w) sum[q][w] = hn::Zero(df);
-    for (std::int64_t j = 0; j < end - begin; ++j, v += ld) {
-        const float of_row = sizeof(V) == 1 ? half_to_float(value_scale[j * c.heads]) : 1.f;
+    for (std::int64_t j = 0; j < end - begin; ++j, v += c.width) {
+        const float of_row = sizeof(V) == 1 ? half_to_float(value_scale[j]) : 1.f;
         VF row[kWide];
         for (int w = 0; w < kWide; ++w) row[w] = load(v + w * kLanes);
         for (int q = 0; q < kCount; ++q) {
@@ -150,6 +150,24 @@ HWY_INLINE void weigh_columns(const Recall& p, std::int32_t h, std::int64_t begi
     for (; column < p.cache.width; column += kLanes) weigh<1, kCount, V>(p, h, column, begin, end, s, scale, o);
 }
 
+// Sums of f from after j up to the newest, at [j - begin]; what lies after an older query is the same for all its keys.
+HWY_INLINE void gate_sums(const RecallCache& c, std::int32_t h, std::int64_t begin, std::int64_t newest, float* sums) {
+    const DF df;
+    const std::int64_t count = newest + 1 - begin;
+    if (c.gate_type == CacheType::f32) {
+        std::copy_n(static_cast<const float*>(c.gate) + h * c.capacity + begin, count, sums);
+    } else {
+        const auto* from = static_cast<const hwy::float16_t*>(c.gate) + h * c.capacity + begin;
+        std::int64_t j = 0;
+        for (; j + kLanes <= count; j += kLanes) hn::StoreU(load(from + j), df, sums + j);
+        hwy::float16_t rest[16] = {};
+        std::copy_n(from + j, count - j, rest);
+        hn::StoreU(load(rest), df, sums + j);
+    }
+    float sum = 0;
+    for (std::int64_t j = count; j-- > 0;) sum += std::exchange(sums[j], sum);
+}
+
 // kCount queries from m on, head h.
 template <int kCount>
 HWY_INLINE void tile(const Recall& p, std::int32_t h, std::int64_t m) {
@@ -164,15 +182,7 @@ HWY_INLINE void tile(const Recall& p, std::int32_t h, std::int64_t m) {
         a[q] = p.a.row(m + q) + std::int64_t(h) * c.scalars;
         o[q] = p.o.row(m + q) + std::int64_t(h) * c.width;
     }
-    if (c.gate) {  // sums of f from after j up to the newest; what lies after query q is the same for all its keys
-        float sum = 0;
-        for (std::int64_t j = newest; j >= begin; --j) {
-            s.gate[static_cast<std::size_t>(j - begin)] = sum;
-            sum += c.gate_type == CacheType::f32
-                       ? static_cast<const float*>(c.gate)[h * c.capacity + j]
-                       : half_to_float(static_cast<const std::uint16_t*>(c.gate)[h * c.capacity + j]);
-        }
-    }
+    if (c.gate) gate_sums(c, h, begin, newest, s.gate.data());
     if (p.product)
         scores_of_type<true>(p, h, a, kCount, begin, end, s);
     else

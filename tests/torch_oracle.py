@@ -11,9 +11,8 @@ import subprocess
 import sys
 import tempfile
 
-import numpy as np
-
 try:
+    import numpy as np
     import safetensors.torch  # noqa: F401
     import torch
 except ImportError as missing:
