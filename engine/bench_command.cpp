@@ -135,7 +135,11 @@ void check_writable(const std::string& json) {
 bench::Result run_kernels(const bench::Options& o, DeviceKind device) {
     const bench::Listener listener{bench::print_header, bench::print_row};
 #if FIEDLER_CUDA
-    if (device == DeviceKind::cuda) return bench::run_on_cuda(o, listener);
+    if (device == DeviceKind::cuda) {
+        bench::Result result = bench::run_on_cuda(o, listener);
+        if (result.rows.empty()) input_error("fiedler bench: these families are of the CPU alone; add --device cpu");
+        return result;
+    }
 #endif
     (void)device;
     return bench::run_on_cpu(o, listener);

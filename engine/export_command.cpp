@@ -10,6 +10,7 @@
 #include "engine/commands.h"
 #include "engine/error.h"
 #include "engine/gguf.h"
+#include "engine/json_depth.h"
 #include "engine/piece_tokenizer.h"
 #include "engine/safetensors.h"
 
@@ -103,7 +104,8 @@ Bundle read_safetensors(const std::string& path) {
     const std::string beside = folder ? path : std::filesystem::path(path).parent_path().string();
     const std::string config_path = join_path(beside, kConfigName);
     if (!file_exists(config_path)) input_error("{}: is not there; import takes the model's shape from it", config_path);
-    const Json config = Json::parse(read_file(config_path), nullptr, false);
+    const std::string text = read_file(config_path);
+    const Json config = json_depth(text) > kDeepestJson ? Json() : Json::parse(text, nullptr, false);
     if (!config.is_object() || !config.contains("fiedler"))
         input_error("{}: has no object \"fiedler\" with the knobs of the model; write one as data/README.md says",
                     config_path);
@@ -116,7 +118,9 @@ Bundle read_safetensors(const std::string& path) {
 Bundle read_gguf(const std::string& path) {
     const GgufFile file(path);
     const auto found = file.texts().find(kGgufConfig);
-    const Json config = found == file.texts().end() ? Json() : Json::parse(found->second, nullptr, false);
+    const Json config = found == file.texts().end() || json_depth(found->second) > kDeepestJson
+                            ? Json()
+                            : Json::parse(found->second, nullptr, false);
     if (!config.is_object())
         input_error("{}: has no {} in its metadata, so it is no model of Fiedler's", path, kGgufConfig);
     Bundle b = bundle_from_tensors(path, config, file.tensors());

@@ -4,6 +4,7 @@
 
 #include "engine/byte_reader.h"
 #include "engine/error.h"
+#include "engine/json_depth.h"
 
 namespace fiedler {
 
@@ -85,7 +86,8 @@ SafetensorsFile::SafetensorsFile(const std::string& path) : path_(path), file_(p
     if (length > kLongestHeader)
         input_error("{}: is no safetensors file: its header would have {} bytes; give one that safetensors wrote", path,
                     length);
-    const Header header = Header::parse(in.take(length, "the header"), nullptr, false);
+    const std::string_view text = in.take(length, "the header");
+    const Header header = json_depth(text) > kDeepestJson ? Header() : Header::parse(text, nullptr, false);
     if (!header.is_object()) input_error("{}: is no safetensors file: its header is not JSON; write it again", path);
     std::vector<Entry> entries;
     for (const auto& [name, about] : header.items())

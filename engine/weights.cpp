@@ -8,6 +8,7 @@
 #include <set>
 
 #include "engine/error.h"
+#include "engine/json_depth.h"
 #include "kernels/dtype.h"
 #include "kernels/half.h"
 
@@ -185,7 +186,7 @@ WeightsFile::WeightsFile(const std::string& path, bool verify_payload) : path_(p
     if (verify_payload && hash_bytes(payload, get64(h, 10)) != get64(h, 14))
         input_error("{}: is corrupt: its tensors do not match their checksum; copy it again", path);
 
-    const Json table = Json::parse(table_text, nullptr, false);
+    const Json table = json_depth(table_text) > kDeepestJson ? Json() : Json::parse(table_text, nullptr, false);
     if (!table.is_object() || !table.contains("config") || !table.contains("tensors") || !table["tensors"].is_array())
         input_error("{}: is corrupt: its table is not the JSON it should be; copy it again", path);
     config_ = table["config"];

@@ -85,18 +85,12 @@ Session::Session(const InferModel& model, const SessionOptions& options)
         input_error("capacity: {} tokens; give 1 to 16777216", options_.capacity);
     options_.batch = std::clamp<std::int64_t>(options_.batch, 1, options_.capacity);
     const auto size = [](std::int64_t n) { return static_cast<std::size_t>(n); };
-    const std::int64_t c = spec.channels, h = spec.heads, capacity = options_.capacity, n = options_.batch;
+    const std::int64_t c = spec.channels, h = spec.heads, n = options_.batch;
     std::int64_t columns = c, aux = 1, scalars = 1;
     for (const InferLayer& layer : model.layers()) {
         const bool product = layer.spec.kind == LayerKind::dot;
-        const Types t = types_of(options_.cache, product);
         const std::int64_t planes = key_planes(spec, layer.spec);
         LayerState s;
-        s.keys.resize(size(capacity * planes) * bytes_of(t.keys));
-        s.values.resize(size(capacity * c) * bytes_of(t.values));
-        if (spec.has_gate(layer.spec)) s.gate.resize(size(capacity * h) * bytes_of(t.gate));
-        if (t.keys == CacheType::int8) s.key_scales.resize(size(capacity * h));
-        if (t.values == CacheType::int8) s.value_scales.resize(size(capacity * h));
         s.rows.resize(size((kOld + n) * layer.projected.rows));
         s.scalar_rows.resize(size((kOld + n) * spec.scalar_columns(layer.spec)));
         state_.push_back(std::move(s));
@@ -114,6 +108,32 @@ Session::Session(const InferModel& model, const SessionOptions& options)
     spectral_.resize(size(n * spec.spectral_columns()));
     rstd_.resize(size(n));
     logits_.resize(size(spec.vocab));
+}
+
+// Room for `tokens` in the cache, at least twice what there was: a model's context may be far more than is ever used.
+void Session::make_room(std::int64_t tokens) {
+    if (tokens <= room_) return;
+    const std::int64_t room = std::min(options_.capacity, std::max({tokens, 2 * room_, std::int64_t{64}}));
+    const ModelSpec& spec = model_.spec();
+    const auto widen = [&]<class T>(std::vector<T>& plane, std::int64_t planes, std::size_t unit) {
+        const std::size_t old = static_cast<std::size_t>(room_) * unit, wide = static_cast<std::size_t>(room) * unit;
+        std::vector<T> fresh(static_cast<std::size_t>(planes) * wide);
+        for (std::size_t p = 0; p < static_cast<std::size_t>(planes) && old > 0; ++p)
+            std::copy_n(plane.begin() + static_cast<std::ptrdiff_t>(p * old), old,
+                        fresh.begin() + static_cast<std::ptrdiff_t>(p * wide));
+        plane.swap(fresh);
+    };
+    for (std::size_t l = 0; l < state_.size(); ++l) {
+        const LayerSpec& layer = spec.layer[l];
+        const Types t = types_of(options_.cache, layer.kind == LayerKind::dot);
+        LayerState& s = state_[l];
+        widen(s.keys, key_planes(spec, layer), bytes_of(t.keys));
+        widen(s.values, spec.heads, static_cast<std::size_t>(spec.head_dim()) * bytes_of(t.values));
+        if (spec.has_gate(layer)) widen(s.gate, spec.heads, bytes_of(t.gate));
+        if (t.keys == CacheType::int8) widen(s.key_scales, spec.heads, 1);
+        if (t.values == CacheType::int8) widen(s.value_scales, spec.heads, 1);
+    }
+    room_ = room;
 }
 
 std::size_t Session::memory_bytes() const {
@@ -211,6 +231,7 @@ void Session::product(const InferMatrix& w, const Mat<const float>& x, const Mat
 void Session::forward(std::span<const std::int32_t> tokens) {
     const ModelSpec& spec = model_.spec();
     const auto n = static_cast<std::int64_t>(tokens.size());
+    make_room(length_ + n);
     const Mat<float> x = rows(x_, n, spec.channels), y = rows(n_, n, spec.channels), mid = rows(mid_, n, spec.channels),
                      hidden = rows(hidden_, n, spec.hidden);
     embed(tokens);
@@ -248,7 +269,7 @@ RecallCache Session::cache(std::size_t l) {
     const Types t = types_of(options_.cache, layer.kind == LayerKind::dot);
     LayerState& s = state_[l];
     const auto scales = [](std::vector<std::uint16_t>& v) { return v.empty() ? nullptr : v.data(); };
-    return {.capacity = options_.capacity,
+    return {.capacity = room_,
             .heads = spec.heads,
             .scalars = static_cast<std::int32_t>(key_planes(spec, layer) / spec.heads),
             .width = spec.head_dim(),

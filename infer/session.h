@@ -55,6 +55,7 @@ class Session {
         std::vector<float> rows, scalar_rows;  // what the convolutions look at: three old rows, then the new ones
     };
     void check(std::span<const std::int32_t> tokens) const;
+    void make_room(std::int64_t tokens);
     void forward(std::span<const std::int32_t> tokens);
     void embed(std::span<const std::int32_t> tokens);
     void norm(const Mat<float>& x, const Mat<float>& y);
@@ -73,7 +74,7 @@ class Session {
     const InferModel& model_;
     SessionOptions options_;
     Cpu dev_;
-    std::int64_t length_ = 0;
+    std::int64_t length_ = 0, room_ = 0;  // tokens in the cache, and those it has memory for
     std::vector<LayerState> state_;
     QuantTokens quant_;
     std::vector<float> x_, n_, mid_, hidden_, mixed_, rotated_, aux_, aux_mixed_, a_, b_, gate_, o_, spectral_, rstd_;

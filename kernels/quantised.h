@@ -2,7 +2,7 @@
 //
 //   value    w_nk = s_ng (c_nk - bias),  g = k / 32       int8: c in 1..255, bias 128; int4: c in 0..15, bias 8
 //            s_ng  f16, one for each row and group of 32 columns; a group of zeros has s = 0
-//   tokens   x_mk ~ t_mg z_mk,  z int8 in -127..127, t = max_k |x_mk| / 127 (f32)
+//   tokens   x_mk ~ t_mg z_mk,  z int8 in -127..127, t = max_k |x_mk| / 127 (f32); NaN where an x is not finite
 //   matmul   y_mn = sum_g s_ng t_mg (sum_k c_nk z_mk - bias sum_k z_mk)  [+ residual] [max(., 0)^2]
 //            the inner sums are whole numbers, hence exact; bias sum_k z does not depend on n: it is where sums start
 //

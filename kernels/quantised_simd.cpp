@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "kernels/parallel.h"
 #include "kernels/quantised.h"
@@ -168,8 +169,18 @@ void quantise_row(const float* x, std::int64_t cols, std::int8_t* value, float* 
             std::copy(from, x + cols, rest);
             from = rest;
         }
-        VF most = hn::Zero(df);
-        for (int i = 0; i < 32; i += kLanes) most = hn::Max(most, hn::Abs(hn::LoadU(df, from + i)));
+        VF most = hn::Zero(df), zero = hn::Zero(df);  // zero: 0 x, summed; a NaN where an x is not finite
+        for (int i = 0; i < 32; i += kLanes) {
+            const VF v = hn::LoadU(df, from + i);
+            most = hn::Max(most, hn::Abs(v));
+            zero = hn::MulAdd(v, hn::Zero(df), zero);
+        }
+        if (!(hn::GetLane(hn::SumOfLanes(df, zero)) == 0)) {
+            std::fill(value, value + 32, std::int8_t{0});
+            *scale = std::numeric_limits<float>::quiet_NaN();
+            *sum = 0;
+            continue;
+        }
         const float largest = hn::GetLane(hn::MaxOfLanes(df, most));
         const VF inverse = hn::Set(df, largest > 0 ? 127 / largest : 0.f);
         VI total = hn::Zero(di);

@@ -141,6 +141,26 @@ TEST(Quantised, TokensAreRoundedByGroups) {
         }
 }
 
+// Found by fuzzing: whole numbers made of a NaN overflowed what they were multiplied by.
+TEST(Quantised, WhatIsNotFiniteStaysSo) {
+    const Problem p(Quant::int8, 16, 96);
+    for (const char* target : quantised_targets()) {
+        ASSERT_TRUE(choose_quantised_target(target));
+        for (const float bad : {std::nanf(""), HUGE_VALF, -HUGE_VALF})
+            for (const std::size_t at : {0u, 31u, 40u, 95u}) {
+                std::vector<float> x(96, 0.5f), y(16);
+                x[at] = bad;
+                QuantTokens q;
+                quantise_tokens(Cpu{1}, {x.data(), 1, 96}, q);
+                EXPECT_TRUE(std::isnan(q.scale[at / 32]));
+                EXPECT_EQ(q.sum[at / 32], 0);
+                quantised_matmul(Cpu{1}, QuantMatmul{{y.data(), 1, 16}, &q, p.matrix(), {}});
+                for (const float v : y) EXPECT_TRUE(std::isnan(v));
+            }
+        choose_quantised_target("");
+    }
+}
+
 struct Result {
     Values simd, reference, low;
 };
