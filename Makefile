@@ -1,5 +1,6 @@
 # The front door. `make` builds for the GPU that is present, for the CPU alone where there is none.
 #   make setup | build | train | test | bench | gpu-check | format | cuda ARCHS="89 90" | release | clean
+#   make aarch64-check | fuzz: the CPU runtime for ARM under qemu, and the readers of files under libFuzzer
 
 SHELL := /bin/bash
 JOBS ?= $(shell nproc)
@@ -19,9 +20,9 @@ HERE_FLAGS := -DFIEDLER_CUDA=OFF
 endif
 
 PACKAGES := build-essential cmake ninja-build pkg-config clang-format python3 python3-scipy libcli11-dev libfmt-dev libgtest-dev \
-            nlohmann-json3-dev libeigen3-dev libsentencepiece-dev libxxhash-dev
+            nlohmann-json3-dev libeigen3-dev libsentencepiece-dev libxxhash-dev libhwy-dev
 
-.PHONY: all setup build cuda release train test bench gpu-check smoke format format-check clean
+.PHONY: all setup build cuda release train test bench gpu-check smoke format format-check clean aarch64-check fuzz
 all: build
 
 setup:
@@ -62,11 +63,16 @@ smoke: build
 	    --log-every 10 --data-cache build/smoke/cache --out build/smoke/run
 	@python3 tools/check_run build/smoke/run
 
-FORMATTED := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
+FORMATTED := $(shell git ls-files '*.h' '*.c' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 format:
 	@clang-format -i $(FORMATTED)
 format-check:
 	@clang-format --dry-run -Werror $(FORMATTED)
+
+aarch64-check:
+	@tools/aarch64_check
+fuzz:
+	@tools/fuzz
 
 clean:
 	@rm -rf build

@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
+#include "engine/bench_infer.h"
 #include "engine/bench_step.h"
 #include "engine/config.h"
 #include "engine/error.h"
@@ -86,7 +87,7 @@ Work work_of(const BenchArguments& b) {
         } else if (std::find(known.begin(), known.end(), word) != known.end()) {
             w.options.families.push_back(word);
         } else {
-            known.insert(known.end(), {"step", "kernels"});
+            known.insert(known.end(), {"step", "kernels", "infer"});
             const std::string near = nearest_name(word, known);
             input_error("fiedler bench: there is no kernel family '{}'{}; --list names them", word,
                         near.empty() ? "" : fmt::format(" (did you mean {}?)", near));
@@ -134,7 +135,11 @@ void check_writable(const std::string& json) {
 bench::Result run_kernels(const bench::Options& o, DeviceKind device) {
     const bench::Listener listener{bench::print_header, bench::print_row};
 #if FIEDLER_CUDA
-    if (device == DeviceKind::cuda) return bench::run_on_cuda(o, listener);
+    if (device == DeviceKind::cuda) {
+        bench::Result result = bench::run_on_cuda(o, listener);
+        if (result.rows.empty()) input_error("fiedler bench: these families are of the CPU alone; add --device cpu");
+        return result;
+    }
 #endif
     (void)device;
     return bench::run_on_cpu(o, listener);
@@ -165,6 +170,7 @@ bool compared_slower(const std::string& path, const Json& old, const bench::Resu
 }  // namespace
 
 int run_bench(const std::vector<std::string>& arguments) {
+    if (!arguments.empty() && arguments[0] == "infer") return run_bench_infer({arguments.begin() + 1, arguments.end()});
     const BenchArguments b = split(arguments);
     const Invocation call = parse_arguments(Command::bench, b.knobs);
     if (call.help) return fmt::print("{}", help_text(Command::bench)), 0;

@@ -5,6 +5,7 @@
 #include <filesystem>
 
 #include "engine/error.h"
+#include "engine/json_depth.h"
 
 namespace fiedler {
 namespace fs = std::filesystem;
@@ -80,7 +81,8 @@ void prune(const std::string& run_folder, std::int64_t newest, std::int64_t keep
 Json read_manifest(const std::string& folder) {
     const std::string path = join_file(folder, kManifest);
     if (!file_exists(path)) torn("{}: is no complete checkpoint: it has no {}", folder, kManifest);
-    Json manifest = Json::parse(read_file(path), nullptr, false);
+    const std::string text = read_file(path);
+    Json manifest = Json::parse(json_depth(text) > kDeepestJson ? "" : text, nullptr, false);
     if (manifest.is_discarded()) torn("{}: is torn: it is no JSON", path);
     if (!manifest.is_object() || manifest.value("format", Json()) != kFormat)
         input_error("{}: is not the manifest of a Fiedler checkpoint", path);

@@ -13,6 +13,7 @@
 #include "engine/runner.h"
 #include "engine/signals.h"
 #include "engine/spectral_source.h"
+#include "engine/use_model.h"
 
 namespace fiedler {
 
@@ -40,74 +41,40 @@ int run_prepare(const Invocation& call) {
     return 0;
 }
 
-namespace {
-
-// An engine that holds the bundle's weights, for evaluation and generation.
-std::unique_ptr<Engine> engine_of(const Bundle& bundle, const Config& c) {
-    EngineOptions o = engine_options(c, choose_device(c.device), false);
-    o.micro_batch = 0;
-    auto engine = make_engine(bundle.spec, o, bundle.constants);
-    engine->write(Block::master, bundle.master.data());
-    return engine;
-}
-
-// Data is measured with the model's own tokenizer. A corpus is encoded whole and held out whole.
-Dataset data_for(const Bundle& bundle, const Config& c) {
-    Config with = c;
-    with.vocab = bundle.config.vocab;
-    PrepareOptions options = prepare_options(with);
-    options.val_fraction = 1;
-    if (bundle.tokenizer) {
-        options.tokenizer = bundle.tokenizer_path;
-    } else if (!(c.data.size() == 1 && is_dataset(c.data[0]))) {
-        throw InputError(
-            fmt::format("model: {} has no tokenizer beside it, so it can only be evaluated on shards", bundle.path));
-    }
-    Dataset data =
-        Dataset::open(prepare_if_needed(options, c.data_cache.empty() ? "data/cache" : c.data_cache, stderr).folder);
-    match_vocabulary(with, data);
-    if (bundle.tokenizer && data.tokenizer() && data.tokenizer()->model() != bundle.tokenizer->model())
-        throw InputError(
-            fmt::format("data: {} was prepared with another tokenizer than the model's; give the corpus itself",
-                        data.info().folder));
-    return data;
-}
-
-}  // namespace
-
 int run_eval(const Invocation& call) {
     const SignalGuard guard;
     const Config& c = call.config;
-    const Bundle bundle = load_bundle(c.model);
+    const auto use = use_model(c.model, c);  // before the data: a missing device or memory is said at once
     if (c.data.empty()) throw InputError("data: nothing to evaluate on; add --data with a corpus or a dataset");
-    const auto engine = engine_of(bundle, c);  // before the data: a missing device or memory is said at once
-    const Dataset data = data_for(bundle, c);
-    const Evaluation e = evaluate(*engine, data, call.given("val-tokens") ? c.val_tokens : 0, c.document_mask);
+    const Dataset data = data_for(use->bundle(), c);
+    const Evaluation e = evaluate(use->losses(), data, call.given("val-tokens") ? c.val_tokens : 0, c.document_mask);
     fmt::print("validation loss    {:.4f} nats a token\n", e.loss);
     if (e.bits_per_byte) fmt::print("bits per byte      {:.4f}\n", *e.bits_per_byte);
     fmt::print("unigram entropy    {:.4f} nats a token\n", e.unigram_entropy);
     fmt::print("tokens             {} ({} a second on {})\n", e.tokens, count_text(double(e.tokens) / e.seconds),
-               engine->device_name());
+               use->name());
     return 0;
 }
 
 int run_generate(const Invocation& call) {
     const SignalGuard guard;
     const Config& c = call.config;
-    const Bundle bundle = load_bundle(c.model);
+    const auto use = use_model(c.model, c);
+    const Bundle& bundle = use->bundle();
     if (!bundle.tokenizer)
         throw InputError(
             fmt::format("model: {} has no {} beside it, so it cannot read a prompt", bundle.path, kTokenizerName));
     if (!c.prompt.empty() && !c.prompt_file.empty())
         throw InputError("prompt: give --prompt or --prompt-file, not both");
     const std::string prompt = c.prompt_file.empty() ? c.prompt : read_file(c.prompt_file);
-    const auto engine = engine_of(bundle, c);
+    if (!bundle.spec.causal) throw InputError("model: a bidirectional model (causal = false) does not generate text");
+    const MakeDecoder decoder = [&](std::int64_t capacity) { return use->decoder(capacity); };
     GenerateSettings g;
     g.max_tokens = c.max_tokens;
     for (std::int64_t i = 0; i < c.count && !stop_requested(); ++i) {
         g.sampling = {c.sampling_temperature, c.top_k, c.top_p, static_cast<std::uint64_t>(c.seed + i)};
         fmt::print("{}", prompt);
-        const Generated text = generate(*engine, *bundle.tokenizer, prompt, g, [](const std::string& piece) {
+        const Generated text = generate(decoder, *bundle.tokenizer, prompt, g, [](const std::string& piece) {
             fmt::print("{}", piece);
             std::fflush(stdout);
             return !stop_requested();
@@ -116,7 +83,7 @@ int run_generate(const Invocation& call) {
         std::fflush(stdout);
         fmt::print(stderr, "[{} tokens, {:.0f} a second; prompt of {} in {:.0f} ms; cache {} bytes a token; {}]\n",
                    text.tokens, double(text.tokens) / std::max(text.decode_seconds, 1e-9), text.prompt_tokens,
-                   text.prefill_seconds * 1e3, text.cache_bytes_per_token, engine->device_name());
+                   text.prefill_seconds * 1e3, text.cache_bytes_per_token, use->name());
     }
     return 0;
 }

@@ -10,5 +10,11 @@ int run_eval(const Invocation&);
 int run_generate(const Invocation&);
 int run_plan(const Invocation&);
 int run_inspect(const Invocation&);
+int run_export(const Invocation&);
+int run_import(const Invocation&);
+int run_quantize(const Invocation&);
+
+// InputError unless `out` names a file that could be written (export_command.cpp).
+void check_output(const std::string& out);
 
 }  // namespace fiedler

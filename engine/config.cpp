@@ -257,6 +257,11 @@ std::string unknown_knob(const std::string& name, const std::string& where) {
         near.empty() ? std::string("; `fiedler train --help` lists them") : "; did you mean " + near + "?");
 }
 
+bool Invocation::given(const std::string& knob) const {
+    const auto found = source.find(knob);
+    return found != source.end() && (found->second == Source::file || found->second == Source::flag);
+}
+
 Config resume_config(const Config& saved, const Invocation& now) {
     Config c = saved;
     for (const Knob& k : knobs()) {

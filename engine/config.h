@@ -31,6 +31,11 @@ enum class RecomputeChoice { automatic, none, mlp, layer };
 enum class DeviceChoice { automatic, cuda, cpu };
 enum class GraphChoice { automatic, on, off };
 enum class AttentionChoice { automatic, dense, tree };
+enum class ExportFormat { fdl, safetensors, gguf };
+enum class ExportType { automatic, f32, bf16 };
+enum class QuantBits { int8, int4 };
+enum class QuantScales { least_error, nearest };
+enum class CacheChoice { compact, exact, int8 };  // as CacheKind (infer/session.h)
 
 struct Config {
     // model
@@ -92,6 +97,15 @@ struct Config {
     std::int64_t top_k = 0;
     double top_p = 1;
 
+    // use: export, import, quantize, and running what they make
+    ExportFormat format = ExportFormat::fdl;
+    ExportType dtype = ExportType::automatic;
+    QuantBits bits = QuantBits::int8;
+    QuantScales scales = QuantScales::least_error;
+    std::vector<std::string> eval;
+    CacheChoice cache = CacheChoice::compact;
+    bool runtime = false;
+
     // graph: what `spectrum` reads
     std::vector<std::string> graph;
     GraphFileFormat graph_format = GraphFileFormat::automatic;
@@ -127,7 +141,19 @@ struct Config {
 };
 
 // ---- the table ------------------------------------------------------------------------------------------------------
-enum class Command { prepare, train, eval, generate, plan, inspect, spectrum, bench };
+enum class Command {
+    prepare,
+    train,
+    eval,
+    generate,
+    plan,
+    inspect,
+    spectrum,
+    bench,
+    export_model,
+    import_model,
+    quantize
+};
 enum class KnobGroup { model, data, train, run, use, graph, spectrum };
 enum class Unit { none, bytes, tokens, steps };
 // May --resume give the knob another value than the checkpoint has? By default: not those of model and data.
@@ -166,6 +192,7 @@ const Knob* find_knob(std::string_view name);
 const char* name_of(Command);
 const char* name_of(KnobGroup);
 std::optional<Command> command_named(std::string_view name);
+std::vector<std::string> command_names();
 
 // One knob as text, as it would be written after its flag; lists joined with commas.
 std::string value_text(const Config&, const Knob&);

@@ -7,6 +7,7 @@
 
 #include "engine/error.h"
 #include "engine/files.h"
+#include "engine/json_depth.h"
 #include "engine/rng.h"
 
 namespace fiedler {
@@ -116,7 +117,8 @@ std::string manifest_text(const DatasetInfo& info) {
 DatasetInfo read_manifest(const std::string& folder) {
     const std::string path = join_path(folder, kManifest);
     try {
-        const Json json = Json::parse(read_file(path));
+        const std::string text = read_file(path);
+        const Json json = Json::parse(json_depth(text) > kDeepestJson ? "" : text);
         if (json.at("format") != "fiedler dataset")
             input_error("{}: not the manifest of a dataset; give a folder made by `fiedler prepare`", path);
         const int version = json.at("version").get<int>();

@@ -1,5 +1,6 @@
 // engine/evaluate.h: validation: mean loss, bits per byte, and the unigram entropy of the same tokens.
 #pragma once
+#include <functional>
 #include <optional>
 
 #include "engine/dataset.h"
@@ -15,6 +16,12 @@ struct Evaluation {
     double seconds = 0;
 };
 
+// What has a loss: windows of `context` tokens, at most `rows` of them in a batch.
+struct LossSource {
+    std::int64_t context = 0, rows = 1;
+    std::function<double(const Batch&)> loss_sum;
+};
+Evaluation evaluate(const LossSource&, const Dataset&, std::int64_t max_tokens, bool document_mask);
 // At most max_tokens tokens (0: all), in windows of the engine's context that do not overlap. stop is polled, if given.
 Evaluation evaluate(Engine&, const Dataset&, std::int64_t max_tokens, bool document_mask);
 

@@ -117,11 +117,6 @@ std::vector<std::pair<std::string, std::vector<std::string>>> read_toml(const st
     return knobs;
 }
 
-bool Invocation::given(const std::string& knob) const {
-    const auto found = source.find(knob);
-    return found != source.end() && (found->second == Source::file || found->second == Source::flag);
-}
-
 Invocation parse_arguments(Command command, const std::vector<std::string>& arguments) {
     Invocation run;
     run.command = command;

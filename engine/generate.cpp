@@ -9,6 +9,11 @@ namespace fiedler {
 Generated generate(Engine& engine, const Tokenizer& tokenizer, const std::string& prompt,
                    const GenerateSettings& settings, const std::function<bool(const std::string&)>& emit) {
     if (!engine.spec().causal) throw InputError("model: a bidirectional model (causal = false) does not generate text");
+    return generate([&](std::int64_t capacity) { return engine.decoder(capacity); }, tokenizer, prompt, settings, emit);
+}
+
+Generated generate(const MakeDecoder& make, const Tokenizer& tokenizer, const std::string& prompt,
+                   const GenerateSettings& settings, const std::function<bool(const std::string&)>& emit) {
     using Clock = std::chrono::steady_clock;
     const auto seconds_since = [](Clock::time_point t) {
         return std::chrono::duration<double>(Clock::now() - t).count();
@@ -18,7 +23,7 @@ Generated generate(Engine& engine, const Tokenizer& tokenizer, const std::string
     tokens.insert(tokens.end(), encoded.begin(), encoded.end());
     Generated g;
     g.prompt_tokens = static_cast<std::int64_t>(tokens.size());
-    const auto decoder = engine.decoder(g.prompt_tokens + settings.max_tokens);
+    const auto decoder = make(g.prompt_tokens + settings.max_tokens);
     g.cache_bytes_per_token = decoder->cache_bytes_per_token();
     auto start = Clock::now();
     decoder->prefill(tokens);

@@ -22,6 +22,10 @@ struct Generated {
 
 // An empty prompt starts a document. Ends at max_tokens or at the document's end. emit, if given, receives the text as
 // it comes; generation ends when it returns false.
+using MakeDecoder = std::function<std::unique_ptr<Decoder>(std::int64_t capacity)>;
+Generated generate(const MakeDecoder&, const Tokenizer&, const std::string& prompt, const GenerateSettings&,
+                   const std::function<bool(const std::string&)>& emit = {});
+// InputError for a bidirectional model.
 Generated generate(Engine&, const Tokenizer&, const std::string& prompt, const GenerateSettings&,
                    const std::function<bool(const std::string&)>& emit = {});
 

@@ -82,12 +82,16 @@ constexpr CommandText kCommands[] = {
     {Command::inspect, "inspect", "FILE...", "what any Fiedler file holds"},
     {Command::spectrum, "spectrum", "GRAPH [-k N]", "the smallest eigenpairs of a graph's Laplacian, and a plot"},
     {Command::bench, "bench", "[FAMILY...] [step]", "time of the kernels and of a training step"},
+    {Command::export_model, "export", "MODEL --out FILE", "a model as .fdl, safetensors or gguf"},
+    {Command::import_model, "import", "MODEL --out FILE", "a model from safetensors or gguf, as .fdl"},
+    {Command::quantize, "quantize", "MODEL --out FILE", "weights of 8 or 4 bits, for the CPU runtime"},
 };
 // Benchmarks' own flags (bench_command.cpp), which no other command has and no file of a run keeps.
 constexpr const char* kBenchText =
     "\nWithout a word: every kernel family and the step. `kernels`: every family. `step`: a training step of the "
     "model\n"
-    "that the knobs below describe, on synthetic tokens.\n\n"
+    "that the knobs below describe, on synthetic tokens. `infer MODEL`: generation by the CPU runtime (its own "
+    "--help).\n\n"
     "  --json FILE                       write all figures\n"
     "  --compare FILE                    a verdict for each row that an earlier --json has, too\n"
     "  --fail-on-slower                  exit code 1 if a row is slower than the noise allows\n"
@@ -121,6 +125,12 @@ std::optional<Command> command_named(std::string_view name) {
     for (const CommandText& c : kCommands)
         if (name == c.name) return c.command;
     return std::nullopt;
+}
+
+std::vector<std::string> command_names() {
+    std::vector<std::string> names;
+    for (const CommandText& c : kCommands) names.emplace_back(c.name);
+    return names;
 }
 
 std::string help_text() {

@@ -12,7 +12,9 @@
 #include "engine/error.h"
 #include "engine/spectrum_file.h"
 #include "engine/weights.h"
+#include "infer/session.h"
 #include "kernels/dtype.h"
+#include "kernels/half.h"
 
 namespace fiedler {
 
@@ -58,7 +60,7 @@ void print_row(const std::string& name, const std::string& type, const std::vect
                s.not_finite ? fmt::format("  {} NOT FINITE", s.not_finite) : "");
 }
 
-// What decoding keeps of every token, beside what a key-value cache would keep.
+// What decoding keeps of every token, beside what a key-value cache would keep: the engine's own, then the runtime's.
 void print_cache(const ModelSpec& spec, std::size_t element) {
     std::size_t ours = 0, theirs = 0;
     for (const LayerSpec& l : spec.layer) {
@@ -71,9 +73,15 @@ void print_cache(const ModelSpec& spec, std::size_t element) {
                 c * element + (h * static_cast<std::size_t>(l.scalars) + (spec.has_gate(l) ? h : 0)) * sizeof(float);
     }
     fmt::print("decode cache  {} bytes a token (a key-value cache: {})\n", ours, theirs);
+    for (const CacheKind kind : {CacheKind::compact, CacheKind::exact, CacheKind::int8}) {
+        const CacheBytes b = cache_bytes(spec, kind);
+        fmt::print("cpu runtime   {} bytes a token, {:.1f} % of a key-value cache's {} ({} cache)\n", b.ours,
+                   100.0 * double(b.ours) / double(b.key_value), b.key_value, name_of(kind));
+    }
 }
 
 double value_of(const WeightTensor& t, std::int64_t i) {
+    if (t.dtype == "f16") return half_to_float(static_cast<const std::uint16_t*>(t.data)[i]);
     if (t.dtype == "bf16") return double(float(static_cast<const bf16*>(t.data)[i]));
     if (t.dtype == "f64") return static_cast<const double*>(t.data)[i];
     if (t.dtype == "i32") return double(static_cast<const std::int32_t*>(t.data)[i]);
@@ -102,9 +110,16 @@ void inspect_weights(const std::string& path) {
     fmt::print("{}: Fiedler {}, {} tensors, checksums good\n", path, file.kind().empty() ? "weights" : file.kind(),
                file.tensors().size());
     print_head();
-    for (const WeightTensor& t : file.tensors())
-        print_row(t.name, t.dtype, t.shape, t.bytes(),
-                  statistics(t.elements(), [&](std::int64_t i) { return value_of(t, i); }));
+    for (const WeightTensor& t : file.tensors()) {
+        std::vector<float> widened;
+        if (quant_of(t.dtype)) {
+            widened.resize(static_cast<std::size_t>(t.elements()));
+            tensor_to_f32(path, t, t.shape, widened.data());
+        }
+        print_row(t.name, t.dtype, t.shape, t.bytes(), statistics(t.elements(), [&](std::int64_t i) {
+                      return widened.empty() ? value_of(t, i) : double(widened[static_cast<std::size_t>(i)]);
+                  }));
+    }
     fmt::print("config  {}\n", file.config().dump());
     print_kind(path, file.kind());
     if (file.config().contains("model") && !file.tensors().empty()) {

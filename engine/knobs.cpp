@@ -10,10 +10,11 @@ namespace {
 constexpr unsigned kPrepare = bit_of(Command::prepare), kTrain = bit_of(Command::train), kEval = bit_of(Command::eval),
                    kGenerate = bit_of(Command::generate), kPlan = bit_of(Command::plan),
                    kInspect = bit_of(Command::inspect), kSpectrum = bit_of(Command::spectrum),
-                   kBench = bit_of(Command::bench);
+                   kBench = bit_of(Command::bench), kExport = bit_of(Command::export_model),
+                   kImport = bit_of(Command::import_model), kQuantize = bit_of(Command::quantize);
 // kMade: what the model is made with, from data that a benchmark does not have.
-constexpr unsigned kMade = kTrain | kPlan, kShape = kMade | kBench, kCorpus = kPrepare | kTrain,
-                   kDevice = kTrain | kEval | kGenerate | kSpectrum | kBench;
+constexpr unsigned kMade = kTrain | kPlan, kShape = kMade | kBench, kMeasure = kEval | kQuantize,
+                   kCorpus = kPrepare | kTrain, kDevice = kTrain | kEval | kGenerate | kSpectrum | kBench | kQuantize;
 constexpr double kMany = 1e15, kBig = 1e300;
 
 template <auto member>
@@ -112,23 +113,23 @@ std::vector<Knob> data_knobs() {
     return {
         {"data",
          &C::data,
-         kCorpus | kEval,
+         kCorpus | kMeasure,
          "files or folders of text, source code or JSONL",
          {.positional = kPrepare, .on_resume = OnResume::may_change}},
         {"data-cache",
          &C::data_cache,
-         kCorpus | kEval,
+         kCorpus | kMeasure,
          "folder for prepared data",
          {.zero = "data/cache", .on_resume = OnResume::may_change}},
-        {"text-field", &C::text_field, kCorpus | kEval, "field of a JSONL record that holds the text"},
+        {"text-field", &C::text_field, kCorpus | kMeasure, "field of a JSONL record that holds the text"},
         {"extensions",
          &C::extensions,
-         kCorpus | kEval,
+         kCorpus | kMeasure,
          "endings of the files to take from folders, as in c,h,txt",
          {.zero = "every text file", .split_commas = true}},
         {"max-bytes",
          &C::max_bytes,
-         kCorpus | kEval,
+         kCorpus | kMeasure,
          "stop reading the corpus after this much",
          {.low = 0, .high = kMany, .unit = Unit::bytes, .zero = "all"}},
         {"val-fraction",
@@ -136,7 +137,7 @@ std::vector<Knob> data_knobs() {
          kCorpus,
          "share of the documents held out for validation",
          {.low = 0, .high = 0.5}},
-        {"document-mask", &C::document_mask, kTrain | kEval, "tokens do not see other documents of their sequence"},
+        {"document-mask", &C::document_mask, kTrain | kMeasure, "tokens do not see other documents of their sequence"},
         {"tokenizer-sample-bytes",
          &C::tokenizer_sample_bytes,
          kCorpus,
@@ -204,8 +205,9 @@ std::vector<Knob> run_knobs() {
     return {
         {"out",
          &C::out,
-         kTrain | kPrepare | kSpectrum,
-         "folder to write: the run (log, checkpoints, weights), the dataset, or the spectrum",
+         kTrain | kPrepare | kSpectrum | kExport | kImport | kQuantize,
+         "what to write: the folder of the run (log, checkpoints, weights), of the dataset or of the spectrum; export, "
+         "import and quantize: the file",
          {.zero = "runs/PRESET; prepare: below data-cache; spectrum: runs/spectrum-GRAPH"}},
         {"resume",
          &C::resume,
@@ -253,7 +255,7 @@ std::vector<Knob> run_knobs() {
          {.low = 0, .high = kMany, .unit = Unit::steps, .zero = "only at the end"}},
         {"val-tokens",
          &C::val_tokens,
-         kTrain | kEval,
+         kTrain | kMeasure,
          "tokens of a validation",
          {.low = 0, .high = kMany, .unit = Unit::tokens, .zero = "the whole held-out split"}},
         {"sample-every",
@@ -291,9 +293,10 @@ std::vector<Knob> use_knobs() {
     return {
         {"model",
          &C::model,
-         kEval | kGenerate,
-         "folder of a run, a checkpoint, or a .fdl file",
-         {.positional = kEval | kGenerate}},
+         kEval | kGenerate | kExport | kImport | kQuantize,
+         "folder of a run, a checkpoint, or a .fdl file; import: a folder with model.safetensors and config.json, or a "
+         ".gguf file",
+         {.positional = kEval | kGenerate | kExport | kImport | kQuantize}},
         {"files", &C::files, kInspect, "files or checkpoints to look into", {.positional = kInspect}},
         {"prompt", &C::prompt, kGenerate, "text to go on from", {.zero = "a new document"}},
         {"prompt-file", &C::prompt_file, kGenerate, "file with the text to go on from"},
@@ -318,6 +321,31 @@ std::vector<Knob> use_knobs() {
          kTrain | kGenerate,
          "sample from the likeliest tokens that together have this probability",
          {.low = 1e-6, .high = 1}},
+        {"format",
+         choice<&C::format>(),
+         kExport,
+         "fdl: one flat file; safetensors: a folder with model.safetensors, config.json and tokenizer.model; gguf: a "
+         "container",
+         {.choices = {"fdl", "safetensors", "gguf"}}},
+        {"dtype",
+         choice<&C::dtype>(),
+         kExport | kImport,
+         "type of the matrices; auto: export writes bf16, import f32",
+         {.choices = {"auto", "f32", "bf16"}}},
+        {"bits", choice<&C::bits>(), kQuantize, "integers of the large matrices", {.choices = {"int8", "int4"}}},
+        {"scales",
+         choice<&C::scales>(),
+         kQuantize,
+         "scale of each group of 32 values: that of the least error, or the largest value",
+         {.choices = {"least-error", "nearest"}}},
+        {"eval", &C::eval, kQuantize, "corpus or dataset on which the loss before and after is measured"},
+        {"cache",
+         choice<&C::cache>(),
+         kGenerate | kMeasure,
+         "CPU runtime: what is kept of each token: compact (values f32, scalars f16), exact (f32), or int8 values",
+         {.choices = {"compact", "exact", "int8"}}},
+        {"runtime", &C::runtime, kEval | kGenerate,
+         "run unquantised weights, too, by the CPU runtime, as quantised ones are without --device cuda"},
     };
 }
 

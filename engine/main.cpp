@@ -33,6 +33,12 @@ int run(const Invocation& call) {
             return run_inspect(call);
         case Command::spectrum:
             return run_spectrum(call);
+        case Command::export_model:
+            return run_export(call);
+        case Command::import_model:
+            return run_import(call);
+        case Command::quantize:
+            return run_quantize(call);
         case Command::bench:  // has arguments of its own: main_of
             break;
     }
@@ -53,11 +59,7 @@ int main_of(const std::vector<std::string>& arguments) {
     }
     const auto command = command_named(arguments[0]);
     if (!command) {
-        std::vector<std::string> names;
-        for (const Command c : {Command::prepare, Command::train, Command::eval, Command::generate, Command::plan,
-                                Command::inspect, Command::spectrum, Command::bench})
-            names.emplace_back(name_of(c));
-        const std::string near = nearest_name(arguments[0], names);
+        const std::string near = nearest_name(arguments[0], command_names());
         throw InputError(fmt::format("{}: there is no such command{}; see fiedler --help", arguments[0],
                                      near.empty() ? "" : fmt::format(" (did you mean {}?)", near)));
     }

@@ -72,7 +72,7 @@ class WordList : public sentencepiece::SentenceIterator {
         StringMap<std::int64_t> counts;
         for (const auto& [word, count] : words.words()) {
             std::size_t start = 0, at = 0;
-            const auto cut = [&] {
+            const auto cut = [&, &word = word, &count = count] {  // clang 14 captures no bindings
                 if (at > start) counts[word.substr(start, at - start)] += count;
             };
             while (at < word.size()) {

@@ -8,7 +8,9 @@
 #include <set>
 
 #include "engine/error.h"
+#include "engine/json_depth.h"
 #include "kernels/dtype.h"
+#include "kernels/half.h"
 
 namespace fiedler {
 
@@ -35,14 +37,15 @@ struct Type {
     const char* name;
     std::size_t bytes;
 };
-constexpr Type kTypes[] = {{"bf16", 2}, {"f32", 4}, {"f64", 8}, {"i32", 4}, {"i64", 8}, {"u8", 1}};
+constexpr Type kTypes[] = {{"bf16", 2}, {"f16", 2}, {"f32", 4}, {"f64", 8}, {"i32", 4}, {"i64", 8}, {"u8", 1}};
 
-// 0: there is no such type.
+// 0: there is no such type, or it is a type of blocks.
 std::size_t dtype_bytes(const std::string& dtype) {
     for (const Type& t : kTypes)
         if (dtype == t.name) return t.bytes;
     return 0;
 }
+bool is_known(const std::string& dtype) { return dtype_bytes(dtype) > 0 || quant_of(dtype); }
 
 // Elements of a shape, or -1 when it is no shape of a tensor that a file could hold.
 std::int64_t count_elements(const std::vector<std::int64_t>& shape) {
@@ -50,6 +53,16 @@ std::int64_t count_elements(const std::vector<std::int64_t>& shape) {
     for (const std::int64_t d : shape)
         if (d < 1 || __builtin_mul_overflow(n, d, &n) || n > (std::int64_t{1} << 56)) return -1;
     return shape.empty() ? -1 : n;
+}
+
+// Bytes of a tensor of a known type, or -1 when it has no such shape.
+std::int64_t count_bytes(const std::string& dtype, const std::vector<std::int64_t>& shape) {
+    const std::int64_t elements = count_elements(shape);
+    const auto quant = quant_of(dtype);
+    if (elements < 0 || !quant) return elements < 0 ? -1 : elements * static_cast<std::int64_t>(dtype_bytes(dtype));
+    // The last block of rows and the last group of columns are filled up: at most 16 x 32 times the elements.
+    if (shape.size() != 2 || elements > std::int64_t{1} << 40) return -1;
+    return QuantShape{*quant, shape[0], shape[1]}.bytes();
 }
 
 Json table_of(const Json& config, std::span<const WeightTensor> tensors, std::size_t& payload_bytes) {
@@ -97,11 +110,10 @@ WeightTensor read_entry(const std::string& path, const Json& entry, const std::b
     } catch (const Json::exception&) {
         input_error("{}: is corrupt: tensor '{}' lacks a field of the table; copy it again", path, t.name);
     }
-    if (!dtype_bytes(t.dtype))
+    if (!is_known(t.dtype))
         input_error("{}: tensor '{}' is of type '{}', which this fiedler does not know: use a newer fiedler", path,
                     t.name, t.dtype);
-    const std::int64_t elements = count_elements(t.shape);
-    if (elements < 0 || bytes != elements * static_cast<std::int64_t>(dtype_bytes(t.dtype)))
+    if (bytes < 0 || bytes != count_bytes(t.dtype, t.shape))
         input_error("{}: is corrupt: the shape of tensor '{}' does not give its {} bytes; copy it again", path, t.name,
                     bytes);
     if (offset < 0 || offset % static_cast<std::int64_t>(kAlign) != 0 || static_cast<std::uint64_t>(offset) < end ||
@@ -117,11 +129,17 @@ WeightTensor read_entry(const std::string& path, const Json& entry, const std::b
 }  // namespace
 
 std::int64_t WeightTensor::elements() const { return count_elements(shape); }
-std::size_t WeightTensor::bytes() const { return static_cast<std::size_t>(elements()) * dtype_bytes(dtype); }
+std::size_t WeightTensor::bytes() const { return static_cast<std::size_t>(count_bytes(dtype, shape)); }
+
+std::optional<Quant> quant_of(const std::string& dtype) {
+    if (dtype == "q8") return Quant::int8;
+    if (dtype == "q4") return Quant::int4;
+    return std::nullopt;
+}
 
 void write_weights(const std::string& path, const Json& config, std::span<const WeightTensor> tensors) {
     for (const WeightTensor& t : tensors)
-        if (!t.data || !dtype_bytes(t.dtype) || t.elements() < 0)
+        if (!t.data || !is_known(t.dtype) || count_bytes(t.dtype, t.shape) < 0)
             throw std::logic_error("weights: tensor " + t.name + " has no data, type or shape");
     std::size_t payload_bytes = 0;
     // A path in the config need not be UTF-8.
@@ -168,7 +186,7 @@ WeightsFile::WeightsFile(const std::string& path, bool verify_payload) : path_(p
     if (verify_payload && hash_bytes(payload, get64(h, 10)) != get64(h, 14))
         input_error("{}: is corrupt: its tensors do not match their checksum; copy it again", path);
 
-    const Json table = Json::parse(table_text, nullptr, false);
+    const Json table = json_depth(table_text) > kDeepestJson ? Json() : Json::parse(table_text, nullptr, false);
     if (!table.is_object() || !table.contains("config") || !table.contains("tensors") || !table["tensors"].is_array())
         input_error("{}: is corrupt: its table is not the JSON it should be; copy it again", path);
     config_ = table["config"];
@@ -198,20 +216,34 @@ std::string WeightsFile::kind() const {
 void WeightsFile::read_f32(const std::string& name, const std::vector<std::int64_t>& shape, float* out) const {
     const WeightTensor* t = find(name);
     if (!t) input_error("{}: has no tensor '{}': it was written for another model", path_, name);
-    if (t->shape != shape)
-        input_error("{}: tensor '{}' has shape [{}], and the model needs [{}]: it was written for another model", path_,
-                    name, fmt::join(t->shape, ", "), fmt::join(shape, ", "));
-    if (t->dtype != "f32" && t->dtype != "bf16")
+    tensor_to_f32(path_, *t, shape, out);
+}
+
+void check_shape(const std::string& path, const WeightTensor& t, const std::vector<std::int64_t>& shape) {
+    if (t.shape != shape)
+        input_error("{}: tensor '{}' has shape [{}], and the model needs [{}]: it was written for another model", path,
+                    t.name, fmt::join(t.shape, ", "), fmt::join(shape, ", "));
+}
+
+void tensor_to_f32(const std::string& path, const WeightTensor& t, const std::vector<std::int64_t>& shape, float* out) {
+    check_shape(path, t, shape);
+    if (t.dtype == "f32") {
+        std::memcpy(out, t.data, t.bytes());
+    } else if (t.dtype == "bf16" || t.dtype == "f16") {
+        const auto* from = static_cast<const std::byte*>(t.data);  // of any alignment
+        for (std::int64_t i = 0; i < t.elements(); ++i) {
+            std::uint16_t bits = 0;
+            std::memcpy(&bits, from + 2 * i, 2);
+            out[i] = t.dtype == "f16" ? half_to_float(bits) : std::bit_cast<float>(std::uint32_t{bits} << 16);
+        }
+    } else if (const auto quant = quant_of(t.dtype)) {
+        const QuantShape s{*quant, shape[0], shape[1]};
+        dequantise(Cpu{}, {s, static_cast<const std::byte*>(t.data)}, {out, s.rows, s.cols});
+    } else {
         input_error(
-            "{}: tensor '{}' holds {}, and the model needs numbers of f32 or bf16: it was written for another "
-            "model",
-            path_, name, t->dtype);
-    if (t->dtype == "f32") {
-        std::memcpy(out, t->data, t->bytes());
-        return;
+            "{}: tensor '{}' holds {}, and the model needs f32, bf16, f16, q8 or q4: it was written for another model",
+            path, t.name, t.dtype);
     }
-    const auto* values = static_cast<const bf16*>(t->data);
-    for (std::int64_t i = 0; i < t->elements(); ++i) out[i] = static_cast<float>(values[i]);
 }
 
 bool is_weights_file(const std::string& path) {
