@@ -104,7 +104,7 @@ struct Config {
     QuantScales scales = QuantScales::least_error;
     std::vector<std::string> eval;
     CacheChoice cache = CacheChoice::compact;
-    bool runtime = false;
+    bool runtime = false, by_position = false;
 
     // graph: what `spectrum` reads
     std::vector<std::string> graph;

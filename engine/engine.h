@@ -79,7 +79,8 @@ class Engine {
         submit_step(micro_batches, settings);
         return finish_step();
     }
-    virtual double loss_sum(const Batch&) = 0;  // of the batch's targets, no gradients
+    virtual double loss_sum(const Batch&) = 0;                  // of the batch's targets, no gradients
+    virtual std::vector<float> token_losses(const Batch&) = 0;  // of each of them; 0 where ignored
     virtual std::vector<std::vector<double>> calibrate_tau(const Batch&) = 0;
     // All three blocks have table().elements f32 values. Writing the master block refreshes the weights.
     virtual void read(Block, float* out) = 0;

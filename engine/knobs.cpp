@@ -344,6 +344,7 @@ std::vector<Knob> use_knobs() {
          kGenerate | kMeasure,
          "CPU runtime: what is kept of each token: compact (values f32, scalars f16), exact (f32), or int8 values",
          {.choices = {"compact", "exact", "int8"}}},
+        {"by-position", &C::by_position, kEval, "the loss by the number of tokens before, in buckets that double"},
         {"runtime", &C::runtime, kEval | kGenerate,
          "run unquantised weights, too, by the CPU runtime, as quantised ones are without --device cuda"},
     };
@@ -492,7 +493,9 @@ std::vector<Knob> spectrum_knobs() {
          "a result that has not converged is one (exit code 0), and a file of one may be given (--start, "
          "--spectral-source, --feature-laplacian)"},
         {"json", &C::json, kSpectrum, "one line of JSON on standard output; words go to standard error"},
-        {"plot", &C::plot, kSpectrum, "file (.svg) for a plot: the eigenvalues, and the nodes on two eigenvectors"},
+        {"plot", &C::plot, kSpectrum | kEval,
+         "file (.svg) for a plot. spectrum: the eigenvalues, and the nodes on two eigenvectors; eval: the loss by "
+         "position"},
         {"labels",
          &C::labels,
          kSpectrum,

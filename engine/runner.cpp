@@ -324,6 +324,14 @@ double Runner<Dev, T>::loss_sum(const Batch& host) {
 }
 
 template <class Dev, class T>
+std::vector<float> Runner<Dev, T>::token_losses(const Batch& host) {
+    (void)loss_sum(host);
+    std::vector<A> losses(host.inputs.size());
+    copy_to_host(*dev_, losses.data(), layout_->acts->scratch().losses.data, losses.size() * sizeof(A));
+    return {losses.begin(), losses.end()};
+}
+
+template <class Dev, class T>
 double Runner<Dev, T>::loss_and_gradients(const Batch& host, std::vector<A>& grads) {
     const auto elements = static_cast<std::size_t>(table_.elements);
     clear_control();

@@ -131,6 +131,7 @@ class Runner final : public Engine {
     void submit_step(const std::vector<Batch>&, const StepSettings&) override;
     StepResult finish_step() override;
     double loss_sum(const Batch&) override;
+    std::vector<float> token_losses(const Batch&) override;
     std::vector<std::vector<double>> calibrate_tau(const Batch&) override;
     void read(Block, float* out) override;
     void write(Block, const float* in) override;

@@ -22,7 +22,8 @@ class EngineInUse final : public ModelInUse {
     std::string name() override { return engine_->device_name(); }
     LossSource losses() override {
         const std::int64_t context = bundle_.spec.context;
-        return {context, engine_->plan().tokens / context, [this](const Batch& b) { return engine_->loss_sum(b); }};
+        return {context, engine_->plan().tokens / context, [this](const Batch& b) { return engine_->loss_sum(b); },
+                [this](const Batch& b) { return engine_->token_losses(b); }};
     }
     std::unique_ptr<Decoder> decoder(std::int64_t capacity) override { return engine_->decoder(capacity); }
 

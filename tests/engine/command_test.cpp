@@ -66,6 +66,24 @@ TEST_F(CommandTrain, MakesAModelAndEveryCommandReadsIt) {
     EXPECT_EQ(text.code, 0) << text.err;
     EXPECT_LT(std::stod(value_after(text.out, "validation loss")), std::stod(value_after(text.out, "unigram entropy")));
 
+    // By position: the buckets' means are the whole's mean again; a plot is written.
+    const Outcome buckets =
+        run({"eval", "run", "--data", dataset(), "--device", "cpu", "--by-position", "--plot", "loss.svg"});
+    ASSERT_EQ(buckets.code, 0) << buckets.err;
+    EXPECT_EQ(value_after(buckets.out, "validation loss"), fmt::format("{:.4f}", end.at("val_loss").get<double>()));
+    double sum = 0, tokens = 0;
+    for (std::size_t at = 0; (at = buckets.out.find("after ", at)) != std::string::npos; ++at) {
+        long long begin = 0, last = 0, count = 0;
+        double loss = 0;
+        ASSERT_EQ(std::sscanf(buckets.out.c_str() + at, "after %lld to %lld tokens: %lf nats (%lld", &begin, &last,
+                              &loss, &count),
+                  4);
+        sum += loss * double(count), tokens += double(count);
+    }
+    EXPECT_GT(tokens, 0);
+    EXPECT_NEAR(sum / tokens, end.at("val_loss").get<double>(), 2e-4);
+    EXPECT_HAS(read_file(path("loss.svg")), "</svg>");
+
     const Words generate = {"generate", "run",       "--sampling-temperature", "0", "--max-tokens", "40",
                             "--prompt", "static int"};
     const Outcome first = run(generate), second = run(generate);

@@ -1,0 +1,13 @@
+// engine/position_plot.h: how the loss falls with what a token can look back at: one self-contained SVG.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "engine/evaluate.h"
+
+namespace fiedler {
+
+// The horizontal axis is logarithmic; a bucket is drawn at its middle, its last position and its mean loss beside it.
+std::string svg_of(const std::vector<LossAtPosition>&, const std::string& title);
+
+}  // namespace fiedler
