@@ -5,6 +5,7 @@
 #include <cmath>
 #include <random>
 
+#include "engine/files.h"
 #include "tests/engine/command_run.h"
 
 namespace fiedler::test {
@@ -82,7 +83,7 @@ TEST_F(CommandTrain, MakesAModelAndEveryCommandReadsIt) {
     }
     EXPECT_GT(tokens, 0);
     EXPECT_NEAR(sum / tokens, end.at("val_loss").get<double>(), 2e-4);
-    EXPECT_HAS(read_file(path("loss.svg")), "</svg>");
+    EXPECT_HAS(fiedler::read_file(path("loss.svg")), "</svg>");
 
     const Words generate = {"generate", "run",       "--sampling-temperature", "0", "--max-tokens", "40",
                             "--prompt", "static int"};
