@@ -268,8 +268,8 @@ class TrainPeers(unittest.TestCase):
 
 class GpuCheck(Folder):
     def options(self, **values):
-        return argparse.Namespace(bin=self.folder / "bin", work=self.folder, timeout=60, test_filter="*Gpu*", keep=False,
-                                  data={"headers": str(self.folder)}, seed=3, **values)
+        return argparse.Namespace(**{"bin": self.folder / "bin", "work": self.folder, "timeout": 60, "test_filter": "*Gpu*",
+                                     "keep": False, "shards": 1, "data": {"headers": str(self.folder)}, "seed": 3, **values})
 
     def program(self, name, text):
         path = self.write(f"bin/{name}", "#!/usr/bin/env python3\n" + textwrap.dedent(text))
@@ -290,6 +290,21 @@ class GpuCheck(Folder):
             import sys
             open(sys.argv[2].split(":", 1)[1], "w").write('{"testsuites": []}')""")
         self.assertEqual(gpu_check.run_test_program(self.options(), "kernel_tests")["failed"], 1)
+
+    def test_shards_are_added_up_and_one_that_crashes_fails(self):
+        self.program("kernel_tests", """
+            import json, os, sys
+            shard = int(os.environ["GTEST_SHARD_INDEX"])
+            if shard == int(os.environ.get("CRASH", -1)):
+                sys.exit(139)
+            tests = [{"name": str(k), "status": "RUN", "result": "COMPLETED"} for k in range(shard + 1)]
+            open(sys.argv[2].split(":", 1)[1], "w").write(json.dumps({"testsuites": [{"name": "S", "testsuite": tests}]}))""")
+        counts = gpu_check.run_test_program(self.options(shards=3), "kernel_tests")
+        self.assertEqual((counts["passed"], counts["failed"]), (6, 0))
+        os.environ["CRASH"] = "1"
+        counts = gpu_check.run_test_program(self.options(shards=3), "kernel_tests")
+        del os.environ["CRASH"]
+        self.assertEqual((counts["passed"], counts["failed"]), (4, 1))
 
     # A stand-in for fiedler: its "weights" are the steps it took; broken: it forgets that it was stopped.
     FIEDLER = """
