@@ -56,7 +56,7 @@ std::string make_model(const TempFolder& folder, Form form) {
                                       {"heads", "3"},
                                       {"scalars", "2"},
                                       {"vocab", "300"},
-                                      {"context", "64"},
+                                      {"context", "128"},
                                       {"spectral-dims", "5"},
                                       {"init-std", "0.1"}})
         set_value(c, *find_knob(name), {value}, name);
@@ -65,10 +65,10 @@ std::string make_model(const TempFolder& folder, Form form) {
     std::vector<float> values(static_cast<std::size_t>(table.elements)), u(300 * 5);
     initialise(table, spec, 11, values.data());
     for (std::size_t i = 0; i < u.size(); ++i) u[i] = static_cast<float>(rng::normal(2, 3, i));
-    const ParamTensor& ws = *table.find("spectral.weight");
-    for (std::int64_t i = 0; i < ws.size(); ++i)
-        values[static_cast<std::size_t>(ws.offset + i)] =
-            0.02f * static_cast<float>(rng::normal(4, 5, static_cast<std::uint64_t>(i)));
+    for (const ParamTensor& t : table.tensor)  // away from the start, where convolutions are the identity
+        for (std::int64_t i = 0; i < t.size(); ++i)
+            values[static_cast<std::size_t>(t.offset + i)] +=
+                0.05f * static_cast<float>(rng::normal(4, hash_bytes(t.name), static_cast<std::uint64_t>(i)));
     const std::string tokenizer = tokenizer_model();
     std::vector<WeightTensor> tensors;
     std::vector<std::unique_ptr<std::byte[]>> memory;
@@ -99,7 +99,7 @@ std::vector<std::int32_t> some_tokens(int n) {
         t.push_back(static_cast<std::int32_t>(rng::below(290, 7, 8, static_cast<std::uint64_t>(i))));
     return t;
 }
-std::vector<float> logits_of(const std::string& path, const SessionOptions& o, int tokens = 40) {
+std::vector<float> logits_of(const std::string& path, const SessionOptions& o, int tokens = 100) {
     const InferModel model(path);
     Session s(model, o);
     s.feed(some_tokens(tokens));
@@ -147,7 +147,12 @@ TEST(Runtime, IntegersStayNearTheirWeights) {
 
 TEST(Runtime, PiecesThreadsAndInstructionSetsChangeRoundingOnly) {
     const TempFolder folder;
-    const std::string path = make_model(folder, Form::int8);
+    const std::string plain = make_model(folder, Form::f32), path = make_model(folder, Form::int8);
+    const std::vector<float> exact = logits_of(plain, {.threads = 1, .cache = CacheKind::exact, .batch = 128});
+    for (const std::int64_t batch : {1, 7, 64})
+        EXPECT_LT(relative_error(logits_of(plain, {.threads = 1, .cache = CacheKind::exact, .batch = batch}), exact),
+                  1e-4)
+            << batch;
     const std::vector<float> whole = logits_of(path, {.threads = 1});
     EXPECT_EQ(logits_of(path, {.threads = 3}), whole);
     EXPECT_LT(relative_error(logits_of(path, {.threads = 1, .batch = 1}), whole), 0.02);
