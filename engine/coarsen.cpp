@@ -110,12 +110,20 @@ Graph contract(const Graph& g, const std::vector<std::int32_t>& group, std::int3
     });
     Graph out;
     out.nodes = groups;
+    out.offsets.reserve(static_cast<Size>(groups) + 1);
+    std::vector<std::int64_t> at(counts.size());
     for (Size p = 0; p < counts.size(); ++p) {
+        at[p] = out.offsets.back();
         for (const std::int64_t n : counts[p]) out.offsets.push_back(out.offsets.back() + n);
-        out.columns.insert(out.columns.end(), columns[p].begin(), columns[p].end());
-        out.weights.insert(out.weights.end(), weights[p].begin(), weights[p].end());
-        columns[p] = {}, weights[p] = {};
     }
+    out.columns.resize(static_cast<Size>(out.offsets.back()));
+    out.weights.resize(out.columns.size());
+    parallel_for(Cpu{}, parts, [&](std::int64_t p) {
+        const auto i = static_cast<Size>(p);
+        std::copy(columns[i].begin(), columns[i].end(), out.columns.begin() + at[i]);
+        std::copy(weights[i].begin(), weights[i].end(), out.weights.begin() + at[i]);
+        columns[i] = {}, weights[i] = {};
+    });
     return out;
 }
 

@@ -51,6 +51,15 @@ RitzResult rayleigh_ritz(const std::vector<double>& g, const std::vector<double>
     return result;
 }
 
+RitzResult rayleigh_ritz(const std::vector<double>& h, std::int64_t m) {
+    const View given(h.data(), m, m);
+    const Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd> solver(0.5 * (given + given.transpose()));
+    RitzResult result;
+    result.theta.assign(solver.eigenvalues().data(), solver.eigenvalues().data() + m);
+    result.q = to_vector(solver.eigenvectors());
+    return result;
+}
+
 RitzResult orthonormalise(const std::vector<double>& g, std::int64_t m, double floor) {
     RitzResult result;
     result.q = to_vector(whitening(g, m, floor, result.condition));

@@ -20,6 +20,9 @@ struct RitzResult {
 };
 RitzResult rayleigh_ritz(const std::vector<double>& g, const std::vector<double>& h, std::int64_t m, double floor);
 
+// The same of a block that is orthonormal.
+RitzResult rayleigh_ritz(const std::vector<double>& h, std::int64_t m);
+
 // Q such that X Q has orthonormal columns (up to the floor, as above).
 RitzResult orthonormalise(const std::vector<double>& g, std::int64_t m, double floor);
 

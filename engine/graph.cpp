@@ -4,15 +4,35 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <numeric>
+#include <span>
 #include <type_traits>
 
 #include "engine/error.h"
 #include "kernels/parallel.h"
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace fiedler {
+
+void* raw_memory(std::size_t bytes) {
+    constexpr std::size_t kHuge = std::size_t{2} << 20;
+    const bool huge = bytes >= 2 * kHuge;
+    void* p = huge ? std::aligned_alloc(kHuge, (bytes + kHuge - 1) / kHuge * kHuge)
+                   : std::malloc(std::max<std::size_t>(bytes, 1));
+    if (!p) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (huge) (void)madvise(p, bytes, MADV_HUGEPAGE);  // a wish: without it all goes on, with more page faults
+#endif
+    return p;
+}
+void free_raw_memory(void* p) noexcept { std::free(p); }
+
 namespace {
 
 using Size = std::size_t;
@@ -192,27 +212,87 @@ Graph build_graph(std::int64_t nodes, std::vector<Edge> edges, GraphNotes* notes
     return g;
 }
 
+namespace {
+
+// Union by the smaller number, without locks: a root's parent is itself, any other node's a smaller node, so whatever the
+// order of the links, what remains is one root for each component, its smallest node.
+class Forest {
+  public:
+    explicit Forest(std::vector<std::int32_t>& parent) : parent_(parent) {}
+    std::int32_t up(std::int32_t i) const { return at(i).load(std::memory_order_relaxed); }
+    void link(std::int32_t i, std::int32_t j) const {
+        std::int32_t a = up(i), b = up(j);
+        while (a != b) {
+            const std::int32_t low = std::min(a, b);
+            std::int32_t high = std::max(a, b), expected = high;
+            if (at(high).compare_exchange_strong(expected, low, std::memory_order_relaxed) || expected == low) return;
+            a = up(expected), b = up(low);  // high is no root any more: go on from above it
+        }
+    }
+    void compress(std::int32_t i) const {  // the root becomes the parent
+        std::int32_t root = up(i);
+        while (up(root) != root) root = up(root);
+        at(i).store(root, std::memory_order_relaxed);
+    }
+
+  private:
+    std::atomic_ref<std::int32_t> at(std::int32_t i) const {
+        return std::atomic_ref<std::int32_t>(parent_[static_cast<Size>(i)]);
+    }
+    std::vector<std::int32_t>& parent_;
+};
+
+// Of a sample of nodes, the root that most of them have.
+std::int32_t frequent_root(const std::vector<std::int32_t>& parent) {
+    constexpr Size kSamples = 1024;
+    std::vector<std::int32_t> roots;
+    for (Size k = 0; k < kSamples; ++k) roots.push_back(parent[k * parent.size() / kSamples]);
+    std::sort(roots.begin(), roots.end());
+    std::int32_t best = roots[0];
+    Size most = 0;
+    for (Size first = 0, last = 0; first < kSamples; first = last) {
+        while (last < kSamples && roots[last] == roots[first]) ++last;
+        if (last - first > most) most = last - first, best = roots[first];
+    }
+    return best;
+}
+
+}  // namespace
+
+// Afforest (Sutton, Ben-Nun, Barak 2018): two edges of every node join most of what belongs together; of the component
+// that most nodes are in by then, no other edge needs to be looked at, as the nodes outside it list theirs to it too.
 Components find_components(const Graph& g) {
-    const auto nodes = static_cast<Size>(g.nodes);
+    constexpr std::int64_t kFirst = 2;
     Components c;
-    c.of_node.resize(nodes);
-    std::iota(c.of_node.begin(), c.of_node.end(), 0);
-    std::vector<std::int32_t>& parent = c.of_node;  // of a root: itself; always a smaller node otherwise
-    const auto root_of = [&](std::int32_t i) {
-        while (parent[static_cast<Size>(i)] != i) {
-            std::int32_t& up = parent[static_cast<Size>(i)];
-            i = up = parent[static_cast<Size>(up)];  // halves the path
-        }
-        return i;
+    if (g.nodes == 0) return c;
+    c.of_node.resize(static_cast<Size>(g.nodes));
+    std::vector<std::int32_t>& parent = c.of_node;
+    const Forest forest(parent);
+    const Cpu cpu = threads_for(g.nodes);
+    const auto for_nodes = [&](auto&& body) {
+        constexpr std::int64_t kChunk = 1024;
+        parallel_for_uneven(cpu, (g.nodes + kChunk - 1) / kChunk, [&](std::int64_t chunk) {
+            const std::int64_t last = std::min((chunk + 1) * kChunk, g.nodes);
+            for (std::int64_t i = chunk * kChunk; i < last; ++i) body(static_cast<std::int32_t>(i));
+        });
     };
-    for (Size i = 0; i < nodes; ++i)
-        for (auto k = static_cast<Size>(g.offsets[i]); k < static_cast<Size>(g.offsets[i + 1]); ++k) {
-            if (g.columns[k] >= static_cast<std::int32_t>(i)) break;  // the other direction has been seen to
-            const std::int32_t a = root_of(static_cast<std::int32_t>(i)), b = root_of(g.columns[k]);
-            parent[static_cast<Size>(std::max(a, b))] = std::min(a, b);
-        }
+    const auto link = [&](std::int32_t i, std::int64_t first, std::int64_t last) {
+        const std::int64_t begin = g.offsets[static_cast<Size>(i)], end = g.offsets[static_cast<Size>(i) + 1];
+        for (std::int64_t k = begin + first; k < std::min(end, last < 0 ? end : begin + last); ++k)
+            forest.link(i, g.columns[static_cast<Size>(k)]);
+    };
+    for_nodes([&](std::int32_t i) { parent[static_cast<Size>(i)] = i; });
+    for (std::int64_t k = 0; k < kFirst; ++k) {
+        for_nodes([&](std::int32_t i) { link(i, k, k + 1); });
+        for_nodes([&](std::int32_t i) { forest.compress(i); });
+    }
+    const std::int32_t largest = frequent_root(parent);
+    for_nodes([&](std::int32_t i) {
+        if (forest.up(i) != largest) link(i, kFirst, -1);
+    });
+    for_nodes([&](std::int32_t i) { forest.compress(i); });
     // Roots are the smallest nodes of their components and parents come first: one ascending pass numbers all.
-    for (Size i = 0; i < nodes; ++i) {
+    for (Size i = 0; i < parent.size(); ++i) {
         const bool root = parent[i] == static_cast<std::int32_t>(i);
         if (root) c.sizes.push_back(0);
         c.of_node[i] = root ? c.count++ : c.of_node[static_cast<Size>(parent[i])];
@@ -273,8 +353,9 @@ const char* name_of(LaplacianKind kind) {
 namespace {
 
 // d_i in double, each summed in the order of its row.
-std::vector<double> degrees_of(const Graph& g) {
-    std::vector<double> degrees(static_cast<Size>(g.nodes));
+RawVector<double> degrees_of(const Graph& g) {
+    RawVector<double> degrees;
+    degrees.resize(static_cast<Size>(g.nodes));
     parallel_for(threads_for(g.nodes + g.edges()), g.nodes, [&](std::int64_t row) {
         const auto i = static_cast<Size>(row);
         double sum = 0;
@@ -286,8 +367,7 @@ std::vector<double> degrees_of(const Graph& g) {
 }
 
 template <class A>
-LaplacianMatrix<A> laplacian_with(const Graph& g, const std::vector<double>& degrees,
-                                  const std::vector<double>& masses) {
+LaplacianMatrix<A> laplacian_with(const Graph& g, const RawVector<double>& degrees, std::span<const double> masses) {
     LaplacianMatrix<A> m;
     m.nodes = g.nodes;
     m.offsets.resize(static_cast<Size>(g.nodes) + 1);
@@ -328,13 +408,16 @@ LaplacianMatrix<A> laplacian_with(const Graph& g, const std::vector<double>& deg
 
 template <class A>
 LaplacianMatrix<A> laplacian_of(const Graph& g, LaplacianKind kind) {
-    const std::vector<double> degrees = degrees_of(g);
-    std::vector<double> masses(degrees.size(), 1.0);
-    for (Size i = 0; i < degrees.size(); ++i) {
-        if (kind == LaplacianKind::normalised && degrees[i] > 0) masses[i] = degrees[i];
-        if (kind == LaplacianKind::combinatorial && degrees[i] > std::numeric_limits<A>::max())
+    const RawVector<double> degrees = degrees_of(g);
+    RawVector<double> masses;
+    masses.resize(degrees.size());
+    parallel_for(threads_for(g.nodes), g.nodes, [&](std::int64_t i) {
+        const double degree = degrees[static_cast<Size>(i)];
+        masses[static_cast<Size>(i)] = kind == LaplacianKind::normalised && degree > 0 ? degree : 1;
+    });
+    for (Size i = 0; kind == LaplacianKind::combinatorial && i < degrees.size(); ++i)
+        if (degrees[i] > std::numeric_limits<A>::max())
             input_error("node {}: its weights add up to {:.4g}, beyond float; scale the weights down", i, degrees[i]);
-    }
     LaplacianMatrix<A> m = laplacian_with<A>(g, degrees, masses);
     if (kind == LaplacianKind::normalised) m.upper_bound = 2;
     return m;
@@ -351,7 +434,7 @@ template LaplacianMatrix<double> laplacian_of<double>(const Graph&, const std::v
 namespace {
 
 // Rows `order` of g with columns renumbered by `number`, sorted again.
-Graph take_rows(const Graph& g, const std::vector<std::int32_t>& order, const std::vector<std::int32_t>& number) {
+Graph take_rows(const Graph& g, const std::vector<std::int32_t>& order, std::span<const std::int32_t> number) {
     Graph out;
     out.nodes = static_cast<std::int64_t>(order.size());
     out.offsets.assign(order.size() + 1, 0);
@@ -399,17 +482,20 @@ Graph permute(const Graph& g, const std::vector<std::int32_t>& order) {
     return take_rows(g, order, number);
 }
 
+Graph keep_nodes(const Graph& g, const std::vector<std::int32_t>& kept) {
+    RawVector<std::int32_t> number;  // of those left out: not read
+    number.resize(static_cast<Size>(g.nodes));
+    for (Size i = 0; i < kept.size(); ++i) number[static_cast<Size>(kept[i])] = static_cast<std::int32_t>(i);
+    return take_rows(g, kept, number);
+}
+
 Graph largest_component(const Graph& g, const Components& c, std::vector<std::int32_t>& kept) {
     kept.clear();
     if (g.nodes == 0) return g;
     const auto largest = static_cast<std::int32_t>(std::max_element(c.sizes.begin(), c.sizes.end()) - c.sizes.begin());
-    std::vector<std::int32_t> number(static_cast<Size>(g.nodes), -1);
     for (std::int32_t i = 0; i < g.nodes; ++i)
-        if (c.of_node[static_cast<Size>(i)] == largest) {
-            number[static_cast<Size>(i)] = static_cast<std::int32_t>(kept.size());
-            kept.push_back(i);
-        }
-    return take_rows(g, kept, number);
+        if (c.of_node[static_cast<Size>(i)] == largest) kept.push_back(i);
+    return keep_nodes(g, kept);
 }
 
 }  // namespace fiedler

@@ -14,6 +14,8 @@
 #include <string>
 #include <vector>
 
+#include "engine/raw_vector.h"
+
 namespace fiedler {
 
 struct Graph {
@@ -51,7 +53,7 @@ struct Components {
     std::vector<std::int32_t> of_node;  // [nodes], numbered by their smallest node
     std::vector<std::int64_t> sizes;    // [count]
 };
-Components find_components(const Graph&);
+Components find_components(const Graph&);  // multi-threaded; the result does not depend on it
 
 struct GraphStatistics {
     std::int64_t nodes = 0, edges = 0, isolated = 0;
@@ -72,11 +74,11 @@ const char* name_of(LaplacianKind);  // "combinatorial", "normalised"
 template <class A>  // float, double
 struct LaplacianMatrix {
     std::int64_t nodes = 0;
-    std::vector<std::int64_t> offsets;
-    std::vector<std::int32_t> columns;
-    std::vector<A> values;       // computed in double, rounded once
-    std::vector<A> null_weight;  // [nodes] sqrt(m_i)
-    double upper_bound = 0;      // of the spectrum: 2 for normalised, else Gershgorin's (2 max d for combinatorial)
+    RawVector<std::int64_t> offsets;
+    RawVector<std::int32_t> columns;
+    RawVector<A> values;       // computed in double, rounded once
+    RawVector<A> null_weight;  // [nodes] sqrt(m_i)
+    double upper_bound = 0;    // of the spectrum: 2 for normalised, else Gershgorin's (2 max d for combinatorial)
 };
 template <class A>
 LaplacianMatrix<A> laplacian_of(const Graph&, LaplacianKind);
@@ -86,6 +88,8 @@ LaplacianMatrix<A> laplacian_of(const Graph&, const std::vector<double>& masses)
 
 // Node order[i] becomes node i. order: a permutation. Names follow.
 Graph permute(const Graph&, const std::vector<std::int32_t>& order);
+// Node kept[i] becomes node i; no node that is left out may have an edge to one that is kept. Names follow.
+Graph keep_nodes(const Graph&, const std::vector<std::int32_t>& kept);
 // Only the largest component (the first of equals); kept[i] is the old number of new node i.
 Graph largest_component(const Graph&, const Components&, std::vector<std::int32_t>& kept);
 

@@ -417,8 +417,8 @@ HostLaplacian feature_laplacian(const Graph& g, std::int64_t* components) {
     HostLaplacian h;
     h.dim = static_cast<std::int32_t>(g.nodes);
     h.offsets.assign(l.offsets.begin(), l.offsets.end());
-    h.columns = l.columns;
-    h.values = l.values;
+    h.columns.assign(l.columns.begin(), l.columns.end());
+    h.values.assign(l.values.begin(), l.values.end());
     h.eigenvectors.assign(dim * dim, 0);
     for (Size m = 0; m < dim; ++m) {
         const Place& from = order[m];

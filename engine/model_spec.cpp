@@ -132,8 +132,11 @@ double training_flops_per_token(const ModelSpec& s, std::int32_t length) {
     weights += 2.0 / 3 * s.spectral_columns() * s.channels;  // U Ws and its dWs; U has no gradient
     double attention = 0;
     for (const LayerSpec& l : s.layer) {
-        const double pairs =
-            attention_pairs(length, s.causal, l.window) / length;  // visible keys of a token, on average
+        double pairs = attention_pairs(length, s.causal, l.window) / length;  // visible keys of a token, on average
+        if (l.kind != LayerKind::dot && l.scalars == 1 && l.window == 0) {  // not so many are necessary: attention_tree
+            constexpr double kLeaf = 1024, kOfLevel = 32;
+            pairs = std::min(pairs, kLeaf / 2 + kOfLevel * std::log2(std::max(length / kLeaf, 2.0)));
+        }
         // Products of D-vectors per pair: P V; dO V', P' dO. With dot products also Q K'; dQ, dK.
         const double products = l.kind == LayerKind::dot ? 2 + 4 : 1 + 2;
         attention += 2 * products * pairs * s.channels;

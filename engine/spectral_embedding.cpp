@@ -76,7 +76,7 @@ ModelConstants constants_from(const ModelSpec& spec, bool path_laplacian, const 
     return c;
 }
 
-std::vector<float> spectral_table(const ModelSpec& spec, const std::vector<float>& vectors, std::int64_t columns,
+std::vector<float> spectral_table(const ModelSpec& spec, std::span<const float> vectors, std::int64_t columns,
                                   std::int64_t first, SpectralRows lengths) {
     const std::int64_t rows = spec.vocab, k = spec.spectral_dims, padded = spec.spectral_columns();
     if (static_cast<std::int64_t>(vectors.size()) != rows * columns || first + k > columns)

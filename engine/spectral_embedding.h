@@ -17,6 +17,7 @@
 #pragma once
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -48,7 +49,7 @@ ModelConstants constants_from(const ModelSpec&, bool path_laplacian, const Tenso
 
 enum class SpectralRows { raw, unit };
 // U from columns [first, first + k) of vectors [vocab, columns] with columns of unit norm: k = spec.spectral_dims.
-std::vector<float> spectral_table(const ModelSpec&, const std::vector<float>& vectors, std::int64_t columns,
+std::vector<float> spectral_table(const ModelSpec&, std::span<const float> vectors, std::int64_t columns,
                                   std::int64_t first, SpectralRows = SpectralRows::raw);
 // U from a random orthonormal matrix instead (Householder's QR of normal numbers): the control of the embedding.
 std::vector<float> random_spectral_table(const ModelSpec&, std::uint64_t seed);

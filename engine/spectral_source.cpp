@@ -156,7 +156,7 @@ Spectrum spectrum_of_file(const Config& c, std::int64_t vocab) {
 }
 
 // The first `dim` columns, side by side.
-std::vector<float> first_columns(const std::vector<float>& matrix, std::int64_t columns, std::int64_t first,
+std::vector<float> first_columns(std::span<const float> matrix, std::int64_t columns, std::int64_t first,
                                  std::int64_t dim) {
     std::vector<float> out;
     for (std::size_t row = 0; row < matrix.size(); row += static_cast<std::size_t>(columns))

@@ -59,42 +59,40 @@ std::int64_t block_for(std::int64_t wanted) {
     return (wanted + guard + 15) / 16 * 16;
 }
 
+// Columns filtered at a time. A row of 8 is a sector of memory; more of them would not fit the cache of any GPU.
+template <class Dev>
+std::int64_t panel_for(const Dev& dev, std::int64_t nodes, std::int64_t block) {
+    if constexpr (std::is_same_v<Dev, Cuda>)
+        return Size(nodes * block) * sizeof(float) <= dev.l2_bytes ? 0 : 8;
+    else
+        return 0;
+}
+
 // The graph without its isolated nodes, ordered so that components are contiguous ranges.
 struct Ordered {
-    Graph graph;
+    const Graph* given = nullptr;  // as it is; else:
+    Graph own;
     std::vector<std::int32_t> order;       // old number of each node
     std::vector<std::int64_t> components;  // [count + 1]
+    const Graph& graph() const { return given ? *given : own; }
 };
 
 Ordered order_nodes(const Graph& g, const Components& c, bool breadth_first) {
     Ordered out;
-    std::vector<std::int32_t> order;
-    if (breadth_first || c.count > 1) {
-        order = breadth_first_order(g, c);
-    } else {
-        order.resize(Size(g.nodes));
-        std::iota(order.begin(), order.end(), 0);
+    if (!breadth_first && c.count == 1) {
+        out.given = &g;
+        out.order.resize(Size(g.nodes));
+        std::iota(out.order.begin(), out.order.end(), 0);
+        out.components = {0, g.nodes};
+        return out;
     }
-    std::vector<std::int32_t> isolated;  // last, so that they can be cut off
-    for (const std::int32_t i : order)
-        (g.offsets[Size(i)] == g.offsets[Size(i) + 1] ? isolated : out.order).push_back(i);
+    out.order = breadth_first_order(g, c);
+    std::erase_if(out.order, [&](std::int32_t i) { return g.offsets[Size(i)] == g.offsets[Size(i) + 1]; });
     out.components.push_back(0);
     for (Size i = 0; i < out.order.size(); ++i)
         if (i + 1 == out.order.size() || c.of_node[Size(out.order[i])] != c.of_node[Size(out.order[i + 1])])
             out.components.push_back(std::int64_t(i) + 1);
-    const auto kept = static_cast<std::int64_t>(out.order.size());
-    if (!breadth_first && c.count == 1) {
-        out.graph = g;
-        out.graph.names.clear();
-        return out;
-    }
-    order = out.order;
-    order.insert(order.end(), isolated.begin(), isolated.end());
-    Graph bare;
-    bare.nodes = g.nodes, bare.offsets = g.offsets, bare.columns = g.columns, bare.weights = g.weights;
-    out.graph = permute(bare, order);
-    out.graph.nodes = kept;
-    out.graph.offsets.resize(Size(kept) + 1);
+    out.own = keep_nodes(g, out.order);
     return out;
 }
 
@@ -104,11 +102,10 @@ struct Problem {
     Components components;
     std::int64_t wanted = 0;  // beyond the null space
     std::int64_t zeros = 0;   // returned
-    bool cuda = false;
     double started = 0;
 };
 
-Problem check(const Graph& graph, const SpectrumOptions& o, bool cuda) {
+Problem check(const Graph& graph, const SpectrumOptions& o) {
     const double started = now_seconds();
     if (graph.nodes == 0) input_error("spectrum: the graph is empty; give one with at least one node");
     if (o.k < 1) input_error("spectrum: k is {}; ask for at least one eigenpair", o.k);
@@ -117,8 +114,8 @@ Problem check(const Graph& graph, const SpectrumOptions& o, bool cuda) {
     if (o.start_columns > 0 && std::int64_t(o.start.size()) != graph.nodes * o.start_columns)
         input_error("spectrum: the start vectors have {} values, not {} nodes times {} columns", o.start.size(),
                     graph.nodes, o.start_columns);
-    Problem p{graph, o, find_components(graph)};
-    p.cuda = cuda, p.started = started;
+    Problem p{graph, o, o.components ? *o.components : find_components(graph)};
+    p.started = started;
     const std::int64_t null = p.components.count, beyond = graph.nodes - null;
     if (o.beyond_null) {
         if (beyond == 0) input_error("spectrum: the graph has no edges: all its eigenvalues are 0");
@@ -138,29 +135,35 @@ Problem check(const Graph& graph, const SpectrumOptions& o, bool cuda) {
     return p;
 }
 
-// Vectors of the ordered nodes to the caller's numbers, behind the zeros.
-void place_vectors(const Problem& p, const std::vector<std::int32_t>& order, const std::vector<float>& vectors,
-                   Spectrum& s) {
+// Vectors of some of the ordered nodes, from node `first` on, to the caller's numbers, behind the zeros.
+void place_vectors(const Problem& p, const std::vector<std::int32_t>& order, const float* rows, std::int64_t first,
+                   std::int64_t count, Spectrum& s) {
     const auto k = static_cast<Size>(p.zeros + p.wanted), w = static_cast<Size>(p.wanted);
-    parallel_for(Cpu{p.options.threads}, std::int64_t(order.size()), [&](std::int64_t i) {
-        std::copy_n(vectors.data() + Size(i) * w, w, s.vectors.data() + Size(order[Size(i)]) * k + Size(p.zeros));
+    parallel_for(Cpu{p.options.threads}, count, [&](std::int64_t i) {
+        std::copy_n(rows + Size(i) * w, w, s.vectors.data() + Size(order[Size(first + i)]) * k + Size(p.zeros));
     });
 }
 
+// The null vectors, and zeros where the solver will write nothing: nodes without neighbours, and the others' zeros.
 void place_zeros(const Problem& p, Spectrum& s) {
     const Graph& g = p.graph;
-    std::vector<double> masses(Size(g.nodes), 1.0), totals(Size(p.components.count), 0.0);
-    for (Size i = 0; i < masses.size(); ++i) {
+    const auto k = Size(p.zeros + p.wanted);
+    const bool normalised = p.options.kind == LaplacianKind::normalised;
+    std::vector<double> masses(Size(g.nodes)), totals(Size(p.components.count), 0.0);
+    const Cpu cpu{p.options.threads};
+    parallel_for(cpu, g.nodes, [&](std::int64_t node) {
+        const auto i = Size(node);
         double degree = 0;
         for (auto e = Size(g.offsets[i]); e < Size(g.offsets[i + 1]); ++e) degree += g.weights[e];
-        if (p.options.kind == LaplacianKind::normalised && degree > 0) masses[i] = degree;
-        totals[Size(p.components.of_node[i])] += masses[i];
-    }
-    const auto k = Size(p.zeros + p.wanted);
-    for (Size i = 0; i < masses.size(); ++i) {
-        const auto c = Size(p.components.of_node[i]);
-        s.vectors[i * k + c] = static_cast<float>(std::sqrt(masses[i] / totals[c]));
-    }
+        masses[i] = normalised && degree > 0 ? degree : 1;
+        std::fill_n(s.vectors.data() + i * k, degree > 0 ? Size(p.zeros) : k, 0.f);
+    });
+    if (p.zeros == 0) return;
+    for (Size i = 0; i < masses.size(); ++i) totals[Size(p.components.of_node[i])] += masses[i];
+    parallel_for(cpu, g.nodes, [&](std::int64_t i) {
+        const auto c = Size(p.components.of_node[Size(i)]);
+        s.vectors[Size(i) * k + c] = static_cast<float>(std::sqrt(masses[Size(i)] / totals[c]));
+    });
 }
 
 // Largest-magnitude component positive, of equals the first.
@@ -191,7 +194,7 @@ void fix_signs(const Problem& p, Spectrum& s) {
 // The first `wanted` pairs beyond the zeros, by the dense solver.
 void solve_dense(const Problem& p, const Ordered& ordered, Spectrum& s) {
     s.method = SpectrumMethod::dense;
-    const LaplacianMatrix<double> matrix = laplacian_of<double>(ordered.graph, p.options.kind);
+    const LaplacianMatrix<double> matrix = laplacian_of<double>(ordered.graph(), p.options.kind);
     const double solving = now_seconds();
     s.prepare_seconds = solving - p.started;
     std::vector<double> values, vectors;
@@ -214,20 +217,20 @@ void solve_dense(const Problem& p, const Ordered& ordered, Spectrum& s) {
     s.solve_seconds = now_seconds() - solving;
     s.peak_bytes = 3 * sizeof(double) * n * n;
     s.status = SpectrumStatus::complete;
-    place_vectors(p, ordered.order, kept, s);
+    place_vectors(p, ordered.order, kept.data(), 0, matrix.nodes, s);
 }
 
 template <class A>
 std::vector<SolverLevel<A>> levels_of(const Ordered& ordered, LaplacianKind kind, bool multilevel, std::int64_t block) {
     std::vector<SolverLevel<A>> levels(1);
-    levels[0].matrix = laplacian_of<A>(ordered.graph, kind);
+    levels[0].matrix = laplacian_of<A>(ordered.graph(), kind);
     levels[0].components = ordered.components;
     if (!multilevel) return levels;
-    std::vector<double> masses(Size(ordered.graph.nodes));
+    std::vector<double> masses(Size(ordered.graph().nodes));
     for (Size i = 0; i < masses.size(); ++i)
         masses[i] = double(levels[0].matrix.null_weight[i]) * double(levels[0].matrix.null_weight[i]);
     const std::vector<CoarseGraph> coarse =
-        coarsen_all(ordered.graph, masses, 6 * block, 2 * block + std::int64_t(ordered.components.size()));
+        coarsen_all(ordered.graph(), masses, 6 * block, 2 * block + std::int64_t(ordered.components.size()));
     const std::vector<double>* finer = &masses;
     for (const CoarseGraph& c : coarse) {
         SolverLevel<A>& above = levels.back();
@@ -270,6 +273,8 @@ void solve_subspace(Dev& dev, const Problem& p, Spectrum& s, Laps& laps) {
     settings.progress = o.progress, settings.stop = o.stop;
     Ordered ordered = order_nodes(p.graph, p.components, o.method == SpectrumMethod::multilevel);
     laps.done("order");
+    if (o.start_columns == 0) settings.basis = krylov_columns(ordered.graph().nodes, p.wanted);
+    settings.panel = panel_for(dev, ordered.graph().nodes, settings.block);
     auto levels = levels_of<A>(ordered, o.kind, false, 0);
     laps.done("matrix");
     auto solver = std::make_unique<SubspaceSolver<Dev, A>>(dev, levels, settings);
@@ -277,7 +282,7 @@ void solve_subspace(Dev& dev, const Problem& p, Spectrum& s, Laps& laps) {
     const auto estimate = solver->estimate(settings.block);
     laps.done("estimate");
     const bool mesh = estimate.value < kMeshLike * estimate.upper;
-    const bool large = ordered.graph.nodes > kMultilevelNodes;
+    const bool large = ordered.graph().nodes > kMultilevelNodes;
     const bool multilevel = o.method == SpectrumMethod::multilevel ||
                             (o.method == SpectrumMethod::automatic && mesh && large && o.start_columns == 0);
     s.method = multilevel ? SpectrumMethod::multilevel : SpectrumMethod::filter;
@@ -287,6 +292,8 @@ void solve_subspace(Dev& dev, const Problem& p, Spectrum& s, Laps& laps) {
     solver->set_tolerance(settings.tolerance);
     if (multilevel) {
         solver.reset();
+        settings.basis = 0;
+        settings.panel = 0;  // in breadth-first order neighbours are near: wide panels read the matrix less often
         ordered = order_nodes(p.graph, p.components, true);
         levels = levels_of<A>(ordered, o.kind, true, settings.block);
         laps.done("coarser graphs");
@@ -297,7 +304,10 @@ void solve_subspace(Dev& dev, const Problem& p, Spectrum& s, Laps& laps) {
     const double solving = now_seconds();
     StageProfile profile(mark_clock(dev));
     profile.begin_step();
-    const SolverResult result = solver->solve(start, o.start_columns);
+    const SolverResult result =
+        solver->solve(start, o.start_columns, [&](const float* rows, std::int64_t first, std::int64_t count) {
+            place_vectors(p, ordered.order, rows, first, count, s);
+        });
     profile.end_step();
     s.solve_seconds = now_seconds() - solving;
     laps.done(profile);
@@ -308,7 +318,6 @@ void solve_subspace(Dev& dev, const Problem& p, Spectrum& s, Laps& laps) {
     s.eigenvalues.insert(s.eigenvalues.end(), result.eigenvalues.begin(), result.eigenvalues.end());
     s.residuals.insert(s.residuals.end(), result.residuals.begin(), result.residuals.end());
     for (double& value : s.eigenvalues) value = std::max(value, 0.0);
-    place_vectors(p, ordered.order, result.vectors, s);
 }
 
 }  // namespace
@@ -328,16 +337,26 @@ const char* name_of(SpectrumMethod method) {
 }
 
 Spectrum solve_spectrum(const Graph& graph, const SpectrumOptions& options, bool cuda) {
-    const Problem p = check(graph, options, cuda);
     Spectrum s;
+#if FIEDLER_CUDA
+    // Before the clock starts: the context is made once a process, whoever asks first.
+    std::unique_ptr<Cuda> gpu;
+    if (cuda && graph.nodes > kDenseNodes && options.method != SpectrumMethod::dense) {
+        const double making = now_seconds();
+        gpu = std::make_unique<Cuda>(0);
+        s.device_seconds = now_seconds() - making;
+    }
+#endif
+    const Problem p = check(graph, options);
     s.kind = options.kind, s.nodes = graph.nodes, s.edges = graph.edges(), s.zeros = p.components.count;
     s.tolerance = options.tolerance;
     s.eigenvalues.assign(Size(p.zeros), 0.0);
     s.residuals.assign(Size(p.zeros), 0.0);
-    s.vectors.assign(Size(graph.nodes) * Size(p.zeros + p.wanted), 0.f);
-    if (p.zeros > 0) place_zeros(p, s);
     Laps laps(s.stages, p.started);
     laps.done("components");
+    s.vectors.resize(Size(graph.nodes) * Size(p.zeros + p.wanted));
+    place_zeros(p, s);
+    laps.done("zeros");
     std::int64_t connected = 0;  // nodes with a neighbour
     for (Size i = 0; i < Size(graph.nodes); ++i) connected += graph.offsets[i + 1] > graph.offsets[i];
     const bool small = connected <= kDenseNodes || connected < 2 * block_for(p.wanted);
@@ -356,10 +375,8 @@ Spectrum solve_spectrum(const Graph& graph, const SpectrumOptions& options, bool
         input_error("spectrum: {} pairs beyond the zeros; ask for at most {}", p.wanted, kMostPairs);
     } else if (cuda) {
 #if FIEDLER_CUDA
-        Cuda dev(0);
         s.device = cuda_device_info(0).name;
-        laps.done("device");
-        solve_subspace<Cuda, float>(dev, p, s, laps);
+        solve_subspace<Cuda, float>(*gpu, p, s, laps);
 #endif
     } else {
         Cpu dev{options.threads};

@@ -3,7 +3,7 @@
 //   components     the null space is written down (one vector per component: graph.h), deflated, never iterated for
 //   dense          few nodes, or k near the number of nodes: all pairs by a dense solver, in double
 //   filter         Chebyshev-filtered block subspace iteration with guard columns (Zhou, Saad et al. 2006), locking what
-//                  has converged: expander-like graphs
+//                  has converged, from the Ritz vectors of a filtered block Krylov space: expander-like graphs
 //   multilevel     the same, started from the eigenvectors of ever smaller aggregated graphs: mesh-like graphs, whose
 //                  lambda_2 is near 1 / n
 //
@@ -44,8 +44,9 @@ struct SpectrumOptions {
     std::uint64_t seed = 1;
     int threads = 0;                // CPU
     std::size_t memory_budget = 0;  // bytes of device memory; 0: no limit but the device's
-    std::vector<float> start;       // warm start: [nodes, start_columns], row-major; empty: none
+    RawVector<float> start;         // warm start: [nodes, start_columns], row-major; empty: none
     std::int64_t start_columns = 0;
+    const Components* components = nullptr;                 // of the graph, if the caller knows them
     std::function<void(const SpectrumProgress&)> progress;  // called now and then; may be empty
     std::function<bool()> stop;                             // asked now and then: true ends with a partial result
 };
@@ -66,6 +67,7 @@ struct Spectrum {
     std::int64_t iterations = 0;        // outer iterations on the full graph
     std::int64_t products = 0;          // columns multiplied by L on the full graph
     double tolerance = 0;               // as used
+    double device_seconds = 0;          // making the device's context, once a process: not among these:
     double seconds = 0;                 // in all, among them:
     double prepare_seconds = 0;         // components, node order, Laplacians, coarser graphs, upload, first estimate
     double solve_seconds = 0;           // the iterations
@@ -74,7 +76,7 @@ struct Spectrum {
     std::string device;
     std::vector<double> eigenvalues;  // [k] ascending
     std::vector<double> residuals;    // [k] of the returned (rounded) vectors
-    std::vector<float> vectors;       // [nodes, k] row-major, column j belongs to eigenvalues[j]
+    RawVector<float> vectors;         // [nodes, k] row-major, column j belongs to eigenvalues[j]
     std::int64_t count() const { return static_cast<std::int64_t>(eigenvalues.size()); }
 };
 

@@ -40,15 +40,16 @@ constexpr const char* type_name<char>() {
     return "u8";
 }
 
-template <class T>
+template <class Values>
 void add_tensor(std::vector<WeightTensor>& tensors, const char* name, std::vector<std::int64_t> shape,
-                const std::vector<T>& values) {
+                const Values& values) {
+    using T = typename Values::value_type;
     if (!values.empty()) tensors.push_back({name, type_name<T>(), std::move(shape), values.data()});
 }
 
 // The named tensor; empty where the shape has no elements and the file no tensor.
-template <class T>
-std::vector<T> read_tensor(const WeightsFile& file, const char* name, const std::vector<std::int64_t>& shape) {
+template <class T, class Values = std::vector<T>>
+Values read_tensor(const WeightsFile& file, const char* name, const std::vector<std::int64_t>& shape) {
     std::int64_t elements = 1;
     for (const std::int64_t d : shape)
         if (d < 0 || __builtin_mul_overflow(elements, d, &elements)) corrupt(file.path(), "its sizes are impossible");
@@ -251,7 +252,7 @@ Spectrum read_spectrum(const std::string& path, bool allow_partial) {
     const std::int64_t k = count_field(file, "k", s.nodes);
     s.eigenvalues = read_tensor<double>(file, "eigenvalues", {k});
     s.residuals = read_tensor<double>(file, "residuals", {k});
-    s.vectors = read_tensor<float>(file, "vectors", {s.nodes, k});
+    s.vectors = read_tensor<float, RawVector<float>>(file, "vectors", {s.nodes, k});
     check_spectrum(path, s);
     return s;
 }

@@ -10,7 +10,8 @@ namespace {
 
 using Size = std::size_t;
 constexpr std::int64_t kRuns = 4, kSteps = 30;  // of Lanczos; runs are columns of a block, so a multiple of 4
-constexpr std::int64_t kPanel = 32;             // columns: narrow panels of X stay in a GPU's cache between the rows
+// Columns at a time: narrow panels of X stay in a GPU's cache between the rows.
+constexpr std::int64_t kPanel = 32, kNarrowPanel = 8;
 
 std::vector<double> diagonal(const std::vector<double>& values) {
     std::vector<double> q(values.size() * values.size(), 0.0);
@@ -82,13 +83,14 @@ void SubspaceSolver<Dev, A>::lay_out(Arena& arena) {
         d.group = arena.vec<std::int32_t>(name("group"), grouped, persistent);
         d.group_scale = arena.vec<A>(name("group scale"), grouped, persistent);
         deflation = std::max(deflation, eigen_deflate_scratch(a.nodes, m, components));
-        grams = std::max(grams, eigen_scratch_bound(a.nodes, m));
+        grams = std::max(grams, eigen_scratch_bound(a.nodes, std::max(m, set_.basis)));
     }
     const std::int64_t n = device_[0].nodes;
     v_ = arena.vec<A>("V", n * m, persistent);
     p_ = arena.vec<A>("P", n * m, persistent);
     q_ = arena.vec<A>("Q", n * m, persistent);
-    small_ = arena.vec<double>("small matrix", m * m, persistent);
+    basis_ = arena.vec<A>("basis", n * set_.basis, persistent);
+    small_ = arena.vec<double>("small matrix", m * std::max(m, set_.basis), persistent);
     norms_ = arena.vec<double>("norms", m, persistent);
     theta_device_ = arena.vec<double>("theta", m, persistent);
     scratch_ = arena.vec<double>("sums", cuda ? std::max(deflation, grams) : 0, scratch);
@@ -114,7 +116,7 @@ void SubspaceSolver<Dev, A>::upload() {
             put(d.matrix.long_rows.begin, rows.begin);
             put(d.matrix.long_rows.end, rows.end);
         }
-        std::vector<A> null = level.matrix.null_weight;
+        RawVector<A> null = level.matrix.null_weight;
         for (Size c = 0; c + 1 < level.components.size(); ++c) {
             const auto first = static_cast<Size>(level.components[c]),
                        last = static_cast<Size>(level.components[c + 1]);
@@ -152,7 +154,7 @@ void SubspaceSolver<Dev, A>::product(Mat<A> y, Mat<const A> x, Mat<const A> z, d
     call.matrix = device_[level_].matrix;
     call.alpha = static_cast<A>(alpha), call.beta = static_cast<A>(beta), call.gamma = static_cast<A>(gamma);
     call.scratch = apply_scratch_;
-    call.panel = kPanel;
+    call.panel = x.ld <= kNarrowPanel ? kNarrowPanel : kPanel;
     laplacian_apply(dev_, call);
     if (level_ == 0) products_ += x.cols;
 }
@@ -230,10 +232,12 @@ void SubspaceSolver<Dev, A>::fill_random(Mat<A> x) {
 }
 
 // Independent runs side by side, without re-orthogonalisation: the outermost Ritz values and the density are what is
-// asked for, and copies of converged ones do no harm to either. Uses columns of v_ and q_.
+// asked for, and copies of converged ones do no harm to either. The three blocks lie side by side at the beginning of v_:
+// vectors without gaps stay in a GPU's cache.
 template <class Dev, class A>
 typename SubspaceSolver<Dev, A>::Lanczos SubspaceSolver<Dev, A>::lanczos() {
-    Mat<A> before = panel(v_, 0, kRuns), now = panel(v_, kRuns, kRuns), next = panel(q_, 0, kRuns);
+    const auto block = [&](std::int64_t k) { return Mat<A>(v_.data + k * n_ * kRuns, n_, kRuns); };
+    Mat<A> before = block(0), now = block(1), next = block(2);
     fill_random(next);
     deflate(next);
     const auto reciprocal = [](std::vector<double> values) {
@@ -293,6 +297,7 @@ typename SubspaceSolver<Dev, A>::Estimate SubspaceSolver<Dev, A>::estimate(std::
         result.value = runs.values[i];
         if (below >= double(count)) break;
     }
+    estimated_ = result.value;
     return result;
 }
 

@@ -16,7 +16,7 @@ using Size = std::size_t;
 
 // How far rounding errors may grow before they are projected out, and the range of growth within the block.
 template <class A>
-constexpr double kGrowth = sizeof(A) == 4 ? 1e3 : 1e8;
+constexpr double kGrowth = sizeof(A) == 4 ? 1e5 : 1e8;
 template <class A>
 constexpr double kRange = sizeof(A) == 4 ? 3e4 : 1e7;
 // How far the filter may raise an eigenvalue that the block has not seen: Gram matrices square it, and must not overflow.
@@ -39,7 +39,8 @@ constexpr std::int64_t kLevelIterations = 4;
 constexpr double kSmoothing = 10;  // interpolation errs in high eigenvectors most of all: a short first filter suffices
 constexpr double kPolishCut = 0.1;  // of the upper bound: a short filter that removes noise from high eigenvectors
 constexpr std::int64_t kPolishDegree = 15, kProbes = 8;
-constexpr int kRounds = 8;  // of checks for overlooked pairs
+constexpr std::int64_t kDownloadBytes = std::int64_t(4) << 20;  // of vectors at a time
+constexpr int kRounds = 8;                                       // of checks for overlooked pairs
 
 double now_seconds() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -58,29 +59,51 @@ struct Interval {
 }  // namespace
 
 // Filter of Zhou et al., scaled to 1 at `lowest`; v_ holds the columns, the result is in p_ (the degree is odd).
+// q_ is spent where narrow panels are asked for.
 template <class Dev, class A>
 void SubspaceSolver<Dev, A>::filter(std::int64_t first, double cut, std::int64_t degree, double lowest) {
+    const std::int64_t columns = first_active() + active_ - first;
+    if (set_.panel == 0 || 2 * set_.panel > set_.block) {
+        filter_panel(panel(v_, first, columns), panel(p_, first, columns), cut, degree, lowest);
+        return;
+    }
+    const Size pitch = Size(set_.block) * sizeof(A), narrow = Size(set_.panel) * sizeof(A);
+    for (std::int64_t done = 0; done < columns; done += set_.panel) {
+        const std::int64_t width = std::min(set_.panel, columns - done);
+        Mat<A> from{q_.data, n_, width, set_.panel}, to{q_.data + n_ * set_.panel, n_, width, set_.panel};
+        const Size bytes = Size(width) * sizeof(A);
+        copy_rows_on_device(dev_, from.data, narrow, v_.data + first + done, pitch, bytes, Size(n_));
+        filter_panel(from, to, cut, degree, lowest);
+        copy_rows_on_device(dev_, p_.data + first + done, pitch, to.data, narrow, bytes, Size(n_));
+    }
+}
+
+// Rounding errors in the null space grow faster than those along the locked pairs, which are dear to project out.
+template <class Dev, class A>
+void SubspaceSolver<Dev, A>::filter_panel(Mat<A> old, Mat<A> now, double cut, std::int64_t degree, double lowest) {
     const Interval interval(cut, device_[level_].upper);
     const double c = interval.centre, e = interval.half;
     const double below = locked_theta_.empty() ? 0 : *std::min_element(locked_theta_.begin(), locked_theta_.end());
-    const double null_rate = interval.rate(0) - interval.rate(lowest);
-    const double locked_rate = locked_ > 0 ? interval.rate(below) - interval.rate(lowest) : 0;
-    const double rate = std::max(null_rate, locked_rate);
-    const auto every = rate > 0 ? std::max<std::int64_t>(2, std::int64_t(std::log(kGrowth<A>) / rate)) : kMostDegree<A>;
-    const std::int64_t columns = first_active() + active_ - first;
-    Mat<A> old = panel(v_, first, columns), now = panel(p_, first, columns);
+    const auto steps = [&](double value) {
+        const double rate = interval.rate(value) - interval.rate(lowest);
+        return rate > 0 ? std::max<std::int64_t>(2, std::int64_t(std::log(kGrowth<A>) / rate)) : kMostDegree<A>;
+    };
+    const std::int64_t every = steps(0), every_locked = locked_ > 0 ? steps(below) : kMostDegree<A>;
     const double sigma1 = e / (lowest - c);
     double sigma = sigma1;
     product(now, old, {}, sigma1 / e, -c * sigma1 / e, 0);
     for (std::int64_t j = 2; j <= degree; ++j) {
-        if (j % every == 0) project(now, 1), project(old, 1);
+        if (j % every_locked == 0)
+            project(now, 1), project(old, 1);
+        else if (j % every == 0)
+            deflate(now), deflate(old);
         const double next = 1 / (2 / sigma1 - sigma);
         product(old, now, old, 2 * next / e, -2 * c * next / e, -sigma * next);
         std::swap(old, now);
         sigma = next;
-        if (j % kCheckEvery == 1 && set_.stop && set_.stop()) {
+        if (j % kCheckEvery == 1 && (stopped_ || (set_.stop && set_.stop()))) {
             stopped_ = true;
-            break;  // j is odd: the result is in p_
+            break;  // j is odd: the result is where it was asked for
         }
     }
 }
@@ -285,7 +308,8 @@ void SubspaceSolver<Dev, A>::start_level(std::size_t level) {
 }
 
 template <class Dev, class A>
-SolverResult SubspaceSolver<Dev, A>::solve(const std::vector<float>& start, std::int64_t start_columns) {
+SolverResult SubspaceSolver<Dev, A>::solve(const std::vector<float>& start, std::int64_t start_columns,
+                                           const VectorSink& sink) {
     started_ = now_seconds();
     for (Size level = levels_.size(); level-- > 0;) {
         if (level == 0 && start_columns > 0) {
@@ -300,13 +324,15 @@ SolverResult SubspaceSolver<Dev, A>::solve(const std::vector<float>& start, std:
             copy_rows_on_device(dev_, p_.data, Size(set_.block) * sizeof(A), q_.data, Size(columns) * sizeof(A),
                                 Size(columns) * sizeof(A), Size(n_));
             rayleigh_ritz();
+        } else if (level == 0 && levels_.size() == 1 && set_.basis > set_.block && estimated_ > 0) {
+            krylov();
         } else {
             start_level(level);
         }
         if (level > 0) iterate(0, kLevelIterations, fmt::format("level {} ({} nodes)", level, n_), false);
     }
     SolverResult result;
-    result.complete = iterate(set_.tolerance, set_.max_iterations, "filter", true);
+    result.complete = iterate(set_.tolerance, set_.max_iterations - iterations_, "filter", true);
     for (int round = 0; result.complete; ++round) {
         const bool whole = probe(set_.tolerance);
         join();
@@ -320,7 +346,7 @@ SolverResult SubspaceSolver<Dev, A>::solve(const std::vector<float>& start, std:
                          : fmt::format("not converged after {} iterations", iterations_);
         join();
     }
-    download(result);
+    download(result, sink);
     return result;
 }
 
@@ -335,23 +361,52 @@ void SubspaceSolver<Dev, A>::join() {
     rayleigh_ritz();
 }
 
-// The wanted pairs, the first of the joined block, to the host.
+namespace {
+
+template <class Dev>
+struct Staging {  // two pinned buffers, so that one is filled while the other is emptied
+    const Dev& dev;
+    char* memory;
+    Size bytes;  // of each
+    Staging(const Dev& d, Size n) : dev(d), memory(static_cast<char*>(host_alloc(d, 2 * n))), bytes(n) {}
+    ~Staging() { host_free(dev, memory); }
+    Staging(const Staging&) = delete;
+    Staging& operator=(const Staging&) = delete;
+    void* half(std::int64_t k) const { return memory + Size(k % 2) * bytes; }
+};
+
+}  // namespace
+
+// The wanted pairs, the first of the joined block, to the host. p_ and q_ are free by now.
 template <class Dev, class A>
-void SubspaceSolver<Dev, A>::download(SolverResult& result) {
+void SubspaceSolver<Dev, A>::download(SolverResult& result, const VectorSink& sink) {
     Range range("download");
-    const std::int64_t k = set_.wanted;
+    const std::int64_t k = set_.wanted,
+                       rows = std::clamp<std::int64_t>(kDownloadBytes / (k * std::int64_t(sizeof(A))), 1, n_);
     result.eigenvalues.assign(theta_.begin(), theta_.begin() + k);
     result.residuals.assign(residual_.begin(), residual_.begin() + k);
     result.iterations = iterations_, result.products = products_, result.peak_bytes = arena_.peak();
     copy_rows_on_device(dev_, q_.data, Size(k) * sizeof(A), v_.data, Size(set_.block) * sizeof(A), Size(k) * sizeof(A),
                         Size(n_));
-    result.vectors.resize(Size(n_ * k));
-    if constexpr (std::is_same_v<A, float>) {
-        copy_to_host(dev_, result.vectors.data(), q_.data, result.vectors.size() * sizeof(float));
-    } else {
-        std::vector<A> values(result.vectors.size());
-        copy_to_host(dev_, values.data(), q_.data, values.size() * sizeof(A));
-        std::transform(values.begin(), values.end(), result.vectors.begin(), [](A x) { return static_cast<float>(x); });
+    const Staging<Dev> staging(dev_, Size(rows * k) * sizeof(A));
+    const std::int64_t pieces = (n_ + rows - 1) / rows;
+    const auto count = [&](std::int64_t piece) { return std::min(rows, n_ - piece * rows); };
+    const auto ask = [&](std::int64_t piece) {
+        fetch(dev_, staging.half(piece), q_.data + piece * rows * k, Size(count(piece) * k) * sizeof(A));
+        set_mark(dev_, int(piece % 2));
+    };
+    ask(0);
+    std::vector<float> rounded;
+    for (std::int64_t piece = 0; piece < pieces; ++piece) {
+        wait_for_mark(dev_, int(piece % 2));
+        if (piece + 1 < pieces) ask(piece + 1);
+        const A* values = static_cast<const A*>(staging.half(piece));
+        if constexpr (std::is_same_v<A, float>) {
+            sink(values, piece * rows, count(piece));
+        } else {
+            rounded.assign(values, values + count(piece) * k);
+            sink(rounded.data(), piece * rows, count(piece));
+        }
     }
 }
 

@@ -9,9 +9,17 @@
 // subspace iteration", J. Comput. Phys. 219 (2006), scaled filter; Stathopoulos & Wu (2002), whitening by the Gram
 // matrix's eigenvectors.
 //
+// Krylov start. On one graph without start vectors, the first block comes from a Krylov space of the filter: a narrow
+// random block is filtered again and again, and what each filter adds to what is there already is kept, up to `basis`
+// columns, of which the Ritz vectors are taken. Subspace iteration forgets all but the last filter; at the dense edge of
+// a bulk, where filters of one block tell eigenvalues apart slowly, this halves the products.
+//
 // Rounding. The filter multiplies whatever lies below the wanted eigenvalues, first of all the null space, by more than
 // the wanted ones, so rounding errors there would drown the block: both vectors of the recurrence, which is linear, are
 // projected whenever that growth reaches kGrowth. The columns' own range of growth is held below kRange.
+//
+// Panels. The products of a filter gather rows of the block, and on graphs without locality the bound is where from. A
+// few columns that are filtered on their own, from beginning to end, fit a GPU's L2 cache (SolverSettings::panel).
 //
 // The result is checked for overlooked pairs: random columns, filtered in the complement of what was found, must not
 // come out with a Ritz value below the largest wanted one.
@@ -46,6 +54,8 @@ struct SolverLevel {
 struct SolverSettings {
     std::int64_t wanted = 0;  // pairs beyond the null space
     std::int64_t block = 0;   // columns, a multiple of 4, more than wanted
+    std::int64_t basis = 0;   // krylov_columns(), more than block; 0: start from random vectors
+    std::int64_t panel = 0;   // columns filtered at a time, apart from the block and side by side; 0: all, in the block
     double tolerance = 0;     // of residual norms
     std::int64_t max_iterations = 500;
     std::uint64_t seed = 1;
@@ -54,14 +64,19 @@ struct SolverSettings {
     std::function<bool()> stop;
 };
 
+// Columns of the basis of a Krylov start; 0: not worth it.
+std::int64_t krylov_columns(std::int64_t nodes, std::int64_t wanted);
+
 struct SolverResult {
     bool complete = false;
     std::string why;  // not complete: why
     std::int64_t iterations = 0, products = 0;
     std::vector<double> eigenvalues, residuals;  // [wanted]
-    std::vector<float> vectors;                  // [nodes of level 0, wanted]
     std::size_t peak_bytes = 0;
 };
+
+// Takes rows first to first + count of the vectors: rows[i * wanted + j] is of node first + i, pair j.
+using VectorSink = std::function<void(const float* rows, std::int64_t first, std::int64_t count)>;
 
 template <class Dev, class A>
 class SubspaceSolver {
@@ -69,7 +84,8 @@ class SubspaceSolver {
     // levels[0] is the graph itself. start: [nodes, start_columns] in the order of its nodes, or empty.
     SubspaceSolver(Dev&, const std::vector<SolverLevel<A>>& levels, const SolverSettings&);
     void set_tolerance(double tolerance) { set_.tolerance = tolerance; }
-    SolverResult solve(const std::vector<float>& start, std::int64_t start_columns);
+    // The vectors, complete or not, go to the sink piece by piece, in the order of the nodes.
+    SolverResult solve(const std::vector<float>& start, std::int64_t start_columns, const VectorSink& sink);
 
     // From a few short Lanczos runs: about where eigenvalue number `count` of level 0 lies, and an upper bound of all.
     struct Estimate {
@@ -105,10 +121,15 @@ class SubspaceSolver {
     void fill_random(Mat<A> x);
     Lanczos lanczos();
 
+    void krylov();
+    void extend_basis(std::int64_t before, std::int64_t columns);
+    void report_basis(std::int64_t m);
+    double basis_residual(const RitzResult&, std::int64_t m);
     RitzResult ritz_of(std::int64_t first, std::int64_t columns);
     void rayleigh_ritz();  // of the active columns of p_; leaves Ritz vectors in v_, spends p_ and q_
     // From column `first` of v_ on; the result is in p_.
     void filter(std::int64_t first, double cut, std::int64_t degree, double lowest);
+    void filter_panel(Mat<A> from, Mat<A> to, double cut, std::int64_t degree, double lowest);  // spends `from`
     std::int64_t choose_degree(double cut, double tolerance, double most_ratio) const;
     std::int64_t needed() const;
     double tolerance_now(double tolerance) const;
@@ -118,7 +139,7 @@ class SubspaceSolver {
     bool probe(double tolerance);
     void start_level(std::size_t level);
     void join();
-    void download(SolverResult&);
+    void download(SolverResult&, const VectorSink&);
     void report(const std::string& stage, double tolerance);
 
     Dev& dev_;
@@ -126,12 +147,13 @@ class SubspaceSolver {
     SolverSettings set_;
     Arena arena_;
     std::vector<DeviceLevel> device_;
-    Vec<A> v_, p_, q_, apply_scratch_;
+    Vec<A> v_, p_, q_, basis_, apply_scratch_;
     Vec<double> small_, norms_, theta_device_, scratch_;
     std::size_t level_ = 0;
     std::int64_t n_ = 0, locked_ = 0, active_ = 0;  // columns: locked ones from 0 on, active ones from first_active()
     std::int64_t iterations_ = 0, products_ = 0, random_columns_ = 0;
     std::vector<double> locked_theta_, theta_, residual_;  // theta_, residual_: of the active columns
+    double estimated_ = 0;  // by estimate(): about where the eigenvalue lies that it was asked for
     double started_ = 0, last_worst_ = 0, last_seconds_ = 0;
     bool stopped_ = false;
 };

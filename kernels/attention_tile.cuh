@@ -26,12 +26,11 @@ __device__ inline float half_step(float x) {
     asm("fma.rn.sat.f32 %0, %1, 0f7F000000, 0f3F000000;" : "=f"(y) : "f"(x));
     return y;
 }
-// x y + z, 0 where that is subnormal: what twice a sum of halves leaves of the sum where a half was subnormal, and so
-// not exact.
+// x y + z, 0 where that is hardly more than subnormal: twice a sum of halves leaves so much of the sum where a half was
+// subnormal, and so not exact.
 __device__ inline float fma_flushed(float x, float y, float z) {
-    float r;
-    asm("fma.rn.ftz.f32 %0, %1, %2, %3;" : "=f"(r) : "f"(x), "f"(y), "f"(z));
-    return r;
+    const float r = fmaf(x, y, z);
+    return fabsf(r) < 0x1p-120f ? 0.f : r;
 }
 // 4 bytes global -> shared without registers; zero when !valid (then src is not read).
 __device__ inline void cp_async4(void* dst, const void* src, bool valid) {

@@ -4,6 +4,10 @@
 // row's entries together, a lane each, and hands them round by shuffles, so that kUnroll gathers of X are in flight; the
 // entries of the next row are on their way meanwhile. Gathers through the L2 cache are the bound; what is used once
 // (entries, Z, Y) is marked so, to leave the cache to X.
+//
+// A panel of 8 columns is a sector of memory: two lanes for a row of X leave no work for a group but more entries of the
+// same row, so there a group takes several at once, and adds up its lanes' sums at the end of the row. Rows of different
+// lengths then cost a warp less, too.
 #include "kernels/common.cuh"
 #include "kernels/laplacian.h"
 
@@ -177,6 +181,81 @@ __global__ void __launch_bounds__(kSummers* kLanes) laplacian_totals_kernel(cons
     finish_row(a, p.rows[blockIdx.x], column, sum);
 }
 
+// ---- panels of 8 columns ---------------------------------------------------------------------------------------------
+
+constexpr int kNarrow = 2;                            // lanes for the columns
+constexpr int kSlots = 4, kGroup = kNarrow * kSlots;  // entries of a row at once, and its lanes
+constexpr int kPieceSlots = kWarp / kNarrow;          // the same for pieces of long rows, a warp each
+constexpr int kNarrowRun = kUnroll / 2;  // of a lane: the gathers in flight, and what is summed before it is added
+
+// The sum over entries [begin, begin + count) of columns x .. x + 3, in every slot of the group.
+template <int kAtOnce>
+__device__ inline float4 sum_narrow(const Args& a, const float* x, std::int64_t begin, int count) {
+    const int slot = int(threadIdx.x) / kNarrow % kAtOnce;
+    const std::int32_t* columns = a.columns + begin;
+    const float* values = a.values + begin;
+    float4 sum = zero4();
+#pragma unroll 1
+    for (int first = slot; first < count; first += kAtOnce * kNarrowRun) {
+        int column[kNarrowRun];
+        float value[kNarrowRun];
+#pragma unroll
+        for (int u = 0; u < kNarrowRun; ++u) {
+            const int e = first + u * kAtOnce;
+            column[u] = e < count ? __ldcs(columns + e) : 0;
+            value[u] = e < count ? __ldcs(values + e) : 0.f;
+        }
+        float4 row[kNarrowRun], run = zero4();
+#pragma unroll
+        for (int u = 0; u < kNarrowRun; ++u) row[u] = load4_if_less(first + u * kAtOnce, count, x + column[u] * a.ld_x);
+#pragma unroll
+        for (int u = 0; u < kNarrowRun; ++u) add4(run, value[u], row[u]);
+        add4(sum, 1.f, run);
+    }
+#pragma unroll
+    for (int step = kNarrow; step < kNarrow * kAtOnce; step *= 2) {
+        sum.x += __shfl_xor_sync(kAll, sum.x, step);
+        sum.y += __shfl_xor_sync(kAll, sum.y, step);
+        sum.z += __shfl_xor_sync(kAll, sum.z, step);
+        sum.w += __shfl_xor_sync(kAll, sum.w, step);
+    }
+    return sum;
+}
+__device__ inline int narrow_column() { return (int(blockIdx.y) * kNarrow + int(threadIdx.x % kNarrow)) * 4; }
+
+__global__ void __launch_bounds__(kThreads, 10) laplacian_narrow_kernel(const Args a) {
+    const std::int64_t row = (std::int64_t(blockIdx.x) * kThreads + threadIdx.x) / kGroup;
+    const int column = narrow_column();
+    const bool inside = row < a.rows;
+    const std::int64_t begin = inside ? a.offsets[row] : 0, length = inside ? a.offsets[row + 1] - begin : 0;
+    const bool left_out = a.skip_long && length > kLaplacianPiece;
+    const float* x = a.x + min(column, (a.width - 1) / 4 * 4);  // lanes without columns read along, and write nothing
+    const float4 sum = sum_narrow<kSlots>(a, x, begin, left_out ? 0 : int(length));
+    if (inside && !left_out && column < a.width && threadIdx.x % kGroup < kNarrow) finish_row(a, row, column, sum);
+}
+
+__global__ void __launch_bounds__(kThreads, 10) laplacian_narrow_pieces_kernel(const Args a, const Pieces p) {
+    const int piece = int((blockIdx.x * kThreads + threadIdx.x) / kWarp), column = narrow_column();
+    if (piece >= p.count) return;  // whole warps
+    const float* x = a.x + min(column, (a.width - 1) / 4 * 4);
+    const float4 sum = sum_narrow<kPieceSlots>(a, x, p.begin[piece], int(p.end[piece] - p.begin[piece]));
+    if (column < a.width && threadIdx.x % kWarp < kNarrow)
+        *reinterpret_cast<float4*>(p.sums + piece * p.ld + column) = sum;
+}
+
+void launch_narrow(cudaStream_t stream, const Args& a, const Pieces& p) {
+    const unsigned panels = unsigned(ceil_div(a.width, 4 * kNarrow));
+    const auto blocks = ceil_div(a.rows, std::int64_t(kThreads / kGroup));
+    laplacian_narrow_kernel<<<dim3(unsigned(blocks), panels), kThreads, 0, stream>>>(a);
+    LAUNCH_CHECK("laplacian_narrow");
+    if (!a.skip_long) return;
+    const dim3 grid(unsigned(ceil_div(p.count, kThreads / kWarp)), panels);
+    laplacian_narrow_pieces_kernel<<<grid, kThreads, 0, stream>>>(a, p);
+    LAUNCH_CHECK("laplacian_narrow_pieces");
+}
+
+// ---- launches --------------------------------------------------------------------------------------------------------
+
 template <int kLanes>
 void launch(cudaStream_t stream, const Args& a, const Pieces& p) {
     const unsigned panels = unsigned(ceil_div(a.width, 4 * kLanes));
@@ -199,13 +278,18 @@ void launch_totals(cudaStream_t stream, const Args& a, const Pieces& p, unsigned
 // The smallest group that covers the columns.
 int lanes_for(int columns) { return columns <= 16 ? 4 : columns <= 32 ? 8 : columns <= 64 ? 16 : 32; }
 
-// All columns of a, in panels of 4 lanes columns.
+// All columns of a, in panels of 4 `lanes` columns.
 void apply_panels(cudaStream_t stream, int lanes, const Args& a, const Pieces& p, unsigned long_rows) {
     const auto run = [&](auto width) {
         constexpr int kLanes = decltype(width)::value;
         launch<kLanes>(stream, a, p);
         if (a.skip_long) launch_totals<kLanes>(stream, a, p, long_rows);
     };
+    if (lanes == kNarrow) {
+        launch_narrow(stream, a, p);
+        if (a.skip_long) launch_totals<4>(stream, a, p, long_rows);  // its totals do not depend on the panel
+        return;
+    }
     if (lanes == 4) return run(std::integral_constant<int, 4>{});
     if (lanes == 8) return run(std::integral_constant<int, 8>{});
     if (lanes == 16) return run(std::integral_constant<int, 16>{});
@@ -219,7 +303,7 @@ void laplacian_apply(const Cuda& d, const LaplacianApply<float>& p) {
     const SparseMatrix<float>& l = p.matrix;
     const std::int64_t long_rows = l.long_rows.rows.size, pieces = l.long_rows.begin.size, m = p.x.cols;
     FIEDLER_REQUIRE("laplacian", is_aligned16(p.x) && is_aligned16(p.y) && (p.gamma == 0 || is_aligned16(p.z)));
-    FIEDLER_REQUIRE("laplacian", p.panel == 0 || (p.panel >= 16 && p.panel <= 128 && 128 % p.panel == 0));
+    FIEDLER_REQUIRE("laplacian", p.panel == 0 || (p.panel >= 8 && p.panel <= 128 && 128 % p.panel == 0));
     FIEDLER_REQUIRE("laplacian", long_rows == 0 || is_shape(l.long_rows.first, long_rows + 1));
     FIEDLER_REQUIRE("laplacian", long_rows == 0 || is_shape(l.long_rows.end, pieces));
     FIEDLER_REQUIRE("laplacian",
@@ -229,6 +313,11 @@ void laplacian_apply(const Cuda& d, const LaplacianApply<float>& p) {
            p.z.ld,         l.rows,         int(m),        p.alpha,  p.beta,   p.gamma,  long_rows > 0};
     const Pieces q{l.long_rows.rows.data, l.long_rows.first.data, l.long_rows.begin.data, l.long_rows.end.data,
                    int(pieces),           p.scratch.data,         (m + 3) / 4 * 4};
+    if (p.panel == 4 * kNarrow) {
+        a.width = int(m);
+        apply_panels(stream_of(d), kNarrow, a, q, unsigned(long_rows));
+        return;
+    }
     // Whole panels, then what is left in a narrower one.
     const int panel = p.panel == 0 ? 128 : int(p.panel), rest = int(m) % panel;
     const bool same = rest == 0 || lanes_for(rest) == lanes_for(panel);

@@ -15,9 +15,11 @@
 // Numerics   f32: sums in CSR order over runs of kLaplacianRun entries, then over the runs (else many small entries, each
 //            rounded away beside a large one, would leave an error of a few 1e-6, and nearly equal eigenvalues apart);
 //            Cuda: so within a piece of at most kLaplacianPiece entries, pieces added in a fixed order. Cpu in double: in
-//            CSR order. Bit-equal from run to run, on any number of threads and at any panel.
+//            CSR order. Bit-equal from run to run, on any number of threads and at any panel but that of 8 columns, which
+//            sums every fourth entry (of a piece: every 16th) in runs of 4, then these sums.
 // Panels     Cuda works through the columns a panel at a time, reading the matrix once a panel: 128 columns, or fewer if
-//            asked. Narrow panels pay for graphs without locality when a panel of X fits in the L2 cache and X does not.
+//            asked. Narrow panels pay for graphs without locality when a panel of X fits in the L2 cache and X does not;
+//            8 columns best of all where X has no others (ld = 8).
 // Long rows  Hubs of power-law graphs are cut into pieces, so that one row does not hold up the card: LongRows, made once
 //            per matrix on the host, uploaded by the caller. Cuda needs scratch for their partial sums.
 #pragma once
@@ -63,7 +65,7 @@ struct LaplacianApply {
     SparseMatrix<A> matrix;
     A alpha = 1, beta = 0, gamma = 0;
     Vec<A> scratch;          // Cuda, with long rows: laplacian_scratch_elements(); 16-byte aligned
-    std::int64_t panel = 0;  // Cuda: columns of a panel: 16, 32, 64 or 128; 0: 128
+    std::int64_t panel = 0;  // Cuda: columns of a panel: 8, 16, 32, 64 or 128; 0: 128
 };
 inline std::int64_t laplacian_scratch_elements(std::int64_t pieces, std::int64_t columns) {
     return pieces * ((columns + 3) / 4 * 4);

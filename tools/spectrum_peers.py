@@ -333,7 +333,7 @@ def run_ours(options, graph, judge, folder):
     best["reached"] = best["status"] == "complete" and best["worst_residual"] <= RESIDUAL
     keys = ("seconds", "total_seconds", "peak_bytes", "worst_residual", "orthogonality", "ritz", "reached", "method",
             "iterations", "products", "zeros")
-    times = {key: best[key] for key in ("read_seconds", "prepare_seconds", "solve_seconds") if key in best}
+    times = {key: best[key] for key in ("device_seconds", "read_seconds", "prepare_seconds", "solve_seconds") if key in best}
     note = f"{best['why']}; " + "".join(f"{key.split('_', maxsplit=1)[0]} {value:.2f} s, " for key, value in times.items())
     stages = {}
     for stage in best.get("stages", []):

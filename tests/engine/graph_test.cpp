@@ -241,6 +241,36 @@ TEST(Graph, ComponentsOfALongPathInAnyOrder) {
     EXPECT_EQ(two.sizes, (std::vector<std::int64_t>{5000, 15000}));
 }
 
+// Many small ones beside a large one, against a plain search, and with all threads.
+TEST(Graph, ComponentsOfManySizes) {
+    constexpr std::int32_t kNodes = 60000;
+    std::vector<Edge> edges;
+    for (std::int32_t i = 0; i < kNodes / 2; ++i) edges.push_back({i, (i * 7 + 1) % (kNodes / 2), 1});
+    for (std::int32_t i = kNodes / 2; i + 1 < kNodes; ++i)
+        if (i % 10 < i % 7 + 2) edges.push_back({kNodes - 1 - i % 10000, i, 1});
+    const Graph g = build_graph(kNodes, edges);
+    std::vector<std::int32_t> expected(kNodes, -1);
+    std::int32_t count = 0;
+    for (std::int32_t start = 0; start < kNodes; ++start) {
+        if (expected[Size(start)] >= 0) continue;
+        std::vector<std::int32_t> open{start};
+        expected[Size(start)] = count;
+        while (!open.empty()) {
+            const auto i = Size(open.back());
+            open.pop_back();
+            for (auto k = Size(g.offsets[i]); k < Size(g.offsets[i + 1]); ++k)
+                if (expected[Size(g.columns[k])] < 0) {
+                    expected[Size(g.columns[k])] = count;
+                    open.push_back(g.columns[k]);
+                }
+        }
+        ++count;
+    }
+    const Components c = find_components(g);
+    EXPECT_EQ(c.count, count);
+    EXPECT_EQ(c.of_node, expected);
+}
+
 TEST(Graph, Statistics) {
     const Graph g = build_graph(6, {{0, 1, 2}, {0, 2, 1}, {0, 4, 0.5f}});  // a star, and nodes 3 and 5 alone
     const GraphStatistics s = statistics_of(g, find_components(g));

@@ -352,6 +352,15 @@ TEST_F(SpectrumGpu, ClosedForms) { expect_closed_forms(true, 1e-6); }
 TEST_F(SpectrumGpu, UnionsAndIsolatedNodes) { expect_union(true, 1e-6); }
 TEST_F(SpectrumGpu, AgreesWithDense) { expect_agrees_with_dense(true, 1e-6); }
 TEST_F(SpectrumGpu, OverlookedPairIsFound) { expect_overlooked_pair_found(true); }
+// More than a cache holds: filtered in narrow panels, from a Krylov space.
+TEST_F(SpectrumGpu, ManyNodesWithoutLocality) {
+    const Graph g = random_graph(500000, 8, 5);
+    SpectrumOptions o = options(30, LaplacianKind::normalised, SpectrumMethod::filter);
+    o.tolerance = 1e-4;
+    const Spectrum s = solve_spectrum(g, o, true);
+    expect_spectrum(g, s, s.eigenvalues, 1);
+    EXPECT_EQ(solve_spectrum(g, o, true).vectors, s.vectors);
+}
 TEST_F(SpectrumGpu, RepetitionChangesNothing) {
     const Graph g = grid(60, 50);
     for (const auto method : {SpectrumMethod::filter, SpectrumMethod::multilevel}) {

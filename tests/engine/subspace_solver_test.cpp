@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numbers>
+#include <random>
 
 #include "engine/dense_eigen.h"
 
@@ -24,7 +25,7 @@ SolverResult solve_in_f32(const Graph& g, LaplacianKind kind, std::int64_t wante
     const auto estimate = solver.estimate(block);
     solver.set_tolerance(
         std::max(1e-6 * std::min(estimate.upper, 2.0), rounding_floor(levels[0].matrix, estimate.upper)));
-    return solver.solve({}, 0);
+    return solver.solve({}, 0, [](const float*, std::int64_t, std::int64_t) {});
 }
 void expect_values(const SolverResult& r, const std::vector<double>& expected, double accuracy) {
     ASSERT_TRUE(r.complete) << r.why;
@@ -85,6 +86,45 @@ TEST(SubspaceSolverF32, ResolvesTheSmallEigenvaluesOfAPath) {
     for (std::size_t j = 0; j < 12; ++j) {
         const double exact = 2 - 2 * std::cos(std::numbers::pi * double(j + 1) / 4000);
         EXPECT_NEAR(r.eigenvalues[j], exact, 0.02 * exact) << "pair " << j;
+    }
+}
+
+// The edge of a bulk: a Krylov start saves products, and narrow panels change nothing but rounding.
+TEST(SubspaceSolverF32, KrylovStartAtTheEdgeOfABulk) {
+    std::mt19937 random(3);
+    std::vector<Edge> edges;
+    for (std::int32_t i = 1; i < 6000; ++i)
+        for (int k = 0; k < 5; ++k) edges.push_back({i, std::int32_t(random() % unsigned(i)), 1});
+    const Graph g = build_graph(6000, edges);
+    std::vector<SolverLevel<float>> levels(1);
+    levels[0].matrix = laplacian_of<float>(g, LaplacianKind::normalised);
+    levels[0].components = {0, g.nodes};
+    std::vector<float> vectors;
+    const auto solve = [&](std::int64_t basis, std::int64_t panel) {
+        SolverSettings settings;
+        settings.wanted = 40, settings.block = 64, settings.tolerance = 1e-4;
+        settings.basis = basis, settings.panel = panel;
+        Cpu cpu;
+        SubspaceSolver<Cpu, float> solver(cpu, levels, settings);
+        (void)solver.estimate(settings.block);
+        vectors.clear();
+        return solver.solve({}, 0, [&](const float* rows, std::int64_t first, std::int64_t count) {
+            EXPECT_EQ(std::int64_t(vectors.size()), first * 40);
+            vectors.insert(vectors.end(), rows, rows + count * 40);
+        });
+    };
+    const SolverResult plain = solve(0, 0);
+    const std::int64_t columns = krylov_columns(g.nodes, 40);
+    EXPECT_GT(columns, 64);
+    for (const std::int64_t panel : {0, 8}) {
+        SCOPED_TRACE(panel);
+        const SolverResult r = solve(columns, panel);
+        expect_values(r, plain.eigenvalues, 1e-6);
+        EXPECT_LT(double(r.products), 0.8 * double(plain.products));
+        for (const double residual : r.residuals) EXPECT_LE(residual, 1e-4);
+        const std::vector<float> before = vectors;
+        (void)solve(columns, panel);
+        EXPECT_EQ(vectors, before);
     }
 }
 

@@ -717,14 +717,16 @@ TEST(Attention, GpuBackwardMatchesReferenceOnEveryPath) {
                                         .gate = causal,
                                         .slabs = slabs}));
         for (const Points points : {Points::kTied, Points::kFar})
-            for (const bool causal : {true, false})
-                check_gpu_paths(Inputs({.lengths = {256},
-                                        .heads = 2,
-                                        .scalars = scalars,
-                                        .width = 64,
-                                        .causal = causal,
-                                        .gate = causal,
-                                        .points = points}));
+            for (const bool causal : {true, false}) {
+                const Inputs in({.lengths = {256},
+                                 .heads = 2,
+                                 .scalars = scalars,
+                                 .width = 64,
+                                 .causal = causal,
+                                 .gate = causal,
+                                 .points = points});
+                if (sm90_takes(in.c)) check_gpu(in, AttentionPath::sm90);  // the general one: see the tests above
+            }
     }
     check_gpu_paths(Inputs({.lengths = {1024}, .heads = 2, .scalars = 1, .width = 64, .gate = true}));
     check_gpu_paths(Inputs({.lengths = {1024}, .heads = 2, .scalars = 4, .width = 64, .gate = true}));

@@ -150,7 +150,7 @@ void check_path(const Dev& d, double tolerance) {
 // Entries of 0.4 units in the last place of the sum: added one by one, all of them are lost; a run's sum loses at most half
 // a unit (and a pair of pieces, added, another half).
 template <class Dev>
-void check_small_entries(const Dev& d) {
+void check_small_entries(const Dev& d, std::int64_t panel = 0) {
     constexpr int kSmall = 900;
     constexpr double kUnit = 0x1p-24;
     Csr l;
@@ -161,7 +161,7 @@ void check_small_entries(const Dev& d) {
     l.values = round_to<float>(l.values);
     Problem p(l, 20);
     p.x.assign(p.x.size(), 1);
-    const Values got = run<float>(d, p);
+    const Values got = run<float>(d, p, {true, false, panel});
     for (std::size_t j = 0; j < 20; ++j)
         EXPECT_NEAR(got[j], 0.75 + kSmall * 0.4 * kUnit, (kSmall / double(kLaplacianRun) + 2) * kUnit / 2) << j;
 }
@@ -228,6 +228,22 @@ TEST(Laplacian, GpuPanelsAndRunsAreBitEqual) {
         for (const std::int64_t panel : {0, 16, 32, 64, 128})
             for (const bool apart : {false, true})
                 EXPECT_EQ(run<float>(gpu(), p, {apart, false, panel}), got) << m << ", panel " << panel;
+    }
+}
+TEST(Laplacian, GpuNarrowPanels) {
+    FIEDLER_GPU_OR_SKIP();
+    check_small_entries(gpu(), 8);
+    std::vector<Problem> problems;
+    for (const std::int64_t n : kRows)
+        for (const std::int64_t m : {1, 3, 4, 5, 7, 8, 9, 12, 16, 35})
+            problems.push_back(Problem(random_csr(n, n < 64 ? 9 : 40, {}, std::uint64_t(n)), m).filter());
+    for (const std::int64_t m : {1, 6, 8, 20}) problems.push_back(power_law(m));
+    for (const Problem& p : problems) {
+        SCOPED_TRACE(testing::Message() << p.matrix.rows() << " x " << p.m);
+        const Values got = run<float>(gpu(), p, {true, false, 8});
+        EXPECT_TRUE(close(got, naive<double>(p), naive<float>(p), 1.2e-7));
+        EXPECT_EQ(run<float>(gpu(), p, {true, true, 8}), got);
+        EXPECT_EQ(run<float>(gpu(), p, {false, false, 8}), got);
     }
 }
 TEST(Laplacian, GpuBrokenContractThrows) {
