@@ -40,7 +40,7 @@ constexpr double kSmoothing = 10;  // interpolation errs in high eigenvectors mo
 constexpr double kPolishCut = 0.1;  // of the upper bound: a short filter that removes noise from high eigenvectors
 constexpr std::int64_t kPolishDegree = 15, kProbes = 8;
 constexpr std::int64_t kDownloadBytes = std::int64_t(4) << 20;  // of vectors at a time
-constexpr int kRounds = 8;                                       // of checks for overlooked pairs
+constexpr int kRounds = 8;                                      // of checks for overlooked pairs
 
 double now_seconds() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
