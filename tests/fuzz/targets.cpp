@@ -118,14 +118,15 @@ void shard(const std::uint8_t* data, std::size_t size) {
 
 // A folder of this process that a manifest is put into.
 const std::string& scratch_folder() {
-    static const std::string folder = [] {
+    // Never destroyed: exit handlers run after destructors of what was made later than they were registered.
+    static const std::string& folder = *new const std::string([] {
         const bool memory = std::filesystem::exists("/dev/shm");
         const std::string path =
             (memory ? "/dev/shm/fiedler-fuzz-" : "/tmp/fiedler-fuzz-") + std::to_string(::getpid());
         std::filesystem::create_directories(path);
         std::atexit([] { std::filesystem::remove_all(scratch_folder()); });
         return path;
-    }();
+    }());
     return folder;
 }
 void put(const std::string& name, const std::string& bytes) {
