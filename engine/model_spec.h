@@ -65,7 +65,8 @@ std::vector<PatternItem> parse_pattern(const std::string& pattern, std::int32_t 
 ModelSpec model_spec(const Config&);
 
 // Floating-point operations of one training token (forward and backward, no recomputation): 6 per weight of every
-// matrix product, plus the attention's products of D-vectors per visible pair. "Share of peak" counts by this.
+// matrix product, plus the attention's products of D-vectors per visible pair, or, for long sequences and one
+// scalar a head, what attention_tree needs of them at least. "Share of peak" counts by this.
 double training_flops_per_token(const ModelSpec&, std::int32_t sequence_length);
 
 }  // namespace fiedler

@@ -74,9 +74,11 @@ constexpr bool sums_on_tensor_cores(int arch, int scalars) {
 // each of its 256 threads that multiply keeps half as many sums in registers.
 constexpr int panel_columns(long long depth) { return depth <= 384 ? 192 : depth <= 576 ? 128 : 96; }
 
-// Sequences from this length on: attention_tree is faster than attention with one scalar (`fiedler bench attention_tree`).
+// Sequences from this length on go through attention_tree. On an H100 it is the faster one from 8,192 on already
+// (`fiedler bench attention_tree`); where they meet on a CPU has not been measured.
 constexpr long long attention_tree_from(bool cuda) { return cuda ? 16384 : 4096; }
-// Keys from which on a query of attention_runs is faster than one of attention_decode on the CPU.
+// Decoders from this length on keep attention_runs on the CPU. At 1,048,576 keys a query is thousands of times faster so;
+// where they meet has not been measured.
 constexpr long long kAttentionRunsFrom = 1024;
 
 }  // namespace fiedler::tuning
