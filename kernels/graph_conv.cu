@@ -1,0 +1,1 @@
+// kernels/graph_conv.cu: the GPU's side of graph_conv.h, which is not written yet.

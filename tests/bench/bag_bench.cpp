@@ -1,0 +1,1 @@
+// Names: the cases of bag, which are not written yet.

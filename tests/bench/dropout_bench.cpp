@@ -1,0 +1,1 @@
+// Names: the cases of dropout, which are not written yet.

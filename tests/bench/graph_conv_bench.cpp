@@ -1,0 +1,1 @@
+// Names: the cases of graph_conv, which are not written yet.

@@ -1,0 +1,1 @@
+// Names: the cases of objective, which are not written yet.

@@ -1,0 +1,1 @@
+// Names: the cases of pool, which are not written yet.
