@@ -36,20 +36,13 @@ Graph network(std::int32_t nodes) {
     return g;
 }
 
-template <class V>
-Vec<const V> place(Suite& suite, const std::vector<V>& v) {
-    V* memory = reinterpret_cast<V*>(suite.zeros<std::byte>(std::int64_t(v.size() * sizeof(V))));
-    copy_to_device(suite.device, memory, v.data(), v.size() * sizeof(V));
-    return {memory, std::int64_t(v.size())};
-}
-
 template <class T>
 void add(Suite& suite, const std::string& name, const Graph& g, std::int64_t types, std::int64_t channels) {
     const std::int64_t nodes = g.nodes(), n = nodes * channels,
                        scratch = graph_conv_scratch_elements(nodes, types, channels);
-    const Adjacency graph{place(suite, g.offsets),
-                          place(suite, g.columns),
-                          g.types.empty() ? Vec<const std::uint8_t>() : place(suite, g.types),
+    const Adjacency graph{suite.copy_of(g.offsets),
+                          suite.copy_of(g.columns),
+                          g.types.empty() ? Vec<const std::uint8_t>() : suite.copy_of(g.types),
                           {}};
     const auto input = [&] { return Mat<const T>(suite.random<T>(n), nodes, channels); };
     const Mat<const Accum> w(suite.random<Accum>((types + 1) * channels), types + 1, channels);
