@@ -126,9 +126,12 @@ ModelSpec common_spec(const Config& c) {
 PoolOf pool_of(const Config& c, const SampleShape& shape) {
     if (shape.level == TargetLevel::node) return PoolOf::none;
     if (c.pool == PoolChoice::flatten && shape.nodes_per_sample == 0)
-        throw InputError("pool: flatten is for samples with equal numbers of nodes; these differ: choose mean or "
-                         "attention");
-    return c.pool == PoolChoice::mean ? PoolOf::mean : c.pool == PoolChoice::attention ? PoolOf::attention : PoolOf::flatten;
+        throw InputError(
+            "pool: flatten is for samples with equal numbers of nodes; these differ: choose mean or "
+            "attention");
+    return c.pool == PoolChoice::mean        ? PoolOf::mean
+           : c.pool == PoolChoice::attention ? PoolOf::attention
+                                             : PoolOf::flatten;
 }
 
 }  // namespace
@@ -150,8 +153,7 @@ ModelSpec model_spec(const Config& c, const SampleShape& shape, std::int64_t lon
     if (longest > std::numeric_limits<std::int32_t>::max() || shape.features > std::numeric_limits<std::int32_t>::max())
         input_error("samples: {} nodes in one, {} features: more than 2^31 - 1", longest, shape.features);
     for (const LayerSpec& l : s.layer)
-        if (l.window > 0)
-            input_error("pattern: a window (\":{}\") is for text; nodes have no order", l.window);
+        if (l.window > 0) input_error("pattern: a window (\":{}\") is for text; nodes have no order", l.window);
     s.causal = s.gate = false;
     s.rotary = Rotary::none;
     s.tied = false;
