@@ -29,6 +29,7 @@ struct DeviceSamples {
     Mat<const float> targets;
     Vec<const float> row_shift, row_scale;
     Vec<const std::uint64_t> seed;  // of this step's dropout; absent: none
+    Vec<std::int64_t> count;        // [1], 0: known targets are counted here
 };
 
 // One micro-batch in device memory. Targets may be absent when no loss is asked for.
