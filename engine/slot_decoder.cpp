@@ -255,13 +255,15 @@ void SlotDecoder<Dev, T>::prefill(const Pass& pass) {
         add_sequence(first + n, own_end);  // to the end of the prompt's tiles, alike whoever comes next
         for (std::int64_t at = own_end; at < next; at += kPackAlign) add_sequence(at, std::min(at + kPackAlign, next));
     }
-    host.offsets()[sequences] = static_cast<std::int32_t>(pass_rows_);
+    // Empty ones bring them to the most that there may be: kernels cut their work by the mean length.
+    const auto most = static_cast<std::int32_t>(2 * (round_up(prefill_tokens_, kPackAlign) / kPackAlign));
+    std::fill(host.offsets() + sequences, host.offsets() + most + 1, static_cast<std::int32_t>(pass_rows_));
     copy_to_device(dev_, on_device.data, staged_.data(), staged_.size() * sizeof(std::int32_t));
     DeviceBatch batch;
     batch.inputs = {on_device.inputs(), pass_rows_};
     batch.seq = Packed::uniform(1, static_cast<std::int32_t>(pass_rows_));
     if (packs_) {
-        batch.seq.length = 0, batch.seq.count = sequences;
+        batch.seq.length = 0, batch.seq.count = most;
         batch.seq.offsets = on_device.offsets(), batch.seq.begin = on_device.begin(), batch.seq.end = on_device.end();
     }
     model_.forward(batch, [&](int l) { copy_layer(l); });
