@@ -15,8 +15,7 @@ namespace fiedler {
 
 namespace {
 
-constexpr std::int64_t kPackAlign =
-    128;  // rows: as tiles of attention are cut, so that a prompt's place does not matter
+constexpr std::int64_t kPackAlign = 256;  // rows: no tile of attention has those of two prompts, wherever they lie
 
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
