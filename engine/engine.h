@@ -57,6 +57,10 @@ class Decoder {
     virtual std::size_t cache_bytes_per_token() const = 0;
 };
 
+// Many sequences decoded at once: engine/batch_decoder.h.
+class BatchDecoder;
+struct BatchDecoderOptions;
+
 class Engine {
   public:
     virtual ~Engine() = default;
@@ -86,6 +90,8 @@ class Engine {
     virtual void read(Block, float* out) = 0;
     virtual void write(Block, const float* in) = 0;
     virtual std::unique_ptr<Decoder> decoder(std::int64_t capacity) = 0;
+    // InputError when not even one slot fits the memory.
+    virtual std::unique_ptr<BatchDecoder> batch_decoder(const BatchDecoderOptions&) = 0;
 };
 
 enum class DeviceKind { cpu, cuda };
