@@ -95,6 +95,7 @@ struct Config {
     RecomputeChoice recompute = RecomputeChoice::automatic;
     GraphChoice cuda_graph = GraphChoice::automatic;
     AttentionChoice attention = AttentionChoice::automatic;
+    bool attention_skip = true;
     std::int64_t memory_budget = 0;
     std::int64_t val_every = 100, val_tokens = 65536;
     std::int64_t sample_every = 100, sample_tokens = 64;

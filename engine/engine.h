@@ -40,6 +40,7 @@ struct RunPlan {
     bool document_mask = false;
     bool cuda_graph = true;  // CUDA only: a step that is like the one before is recorded, and replayed from then on
     AttentionChoice attention = AttentionChoice::automatic;
+    bool attention_skip = true;    // AttentionForward::skip
     std::int64_t hidden_rows = 0;  // ActivationPlan::mlp_rows; 0: chosen
     std::int64_t tokens = 0;       // of a micro-batch
     std::size_t bytes = 0;         // the arena's peak
@@ -109,6 +110,7 @@ struct EngineOptions {
     bool document_mask = false;
     GraphChoice cuda_graph = GraphChoice::automatic;
     AttentionChoice attention = AttentionChoice::automatic;
+    bool attention_skip = true;  // AttentionForward::skip
 };
 
 // Chooses micro-batch and recomputation so that the arena's peak fits the budget, without touching a device. InputError

@@ -320,6 +320,10 @@ std::vector<Knob> run_knobs() {
          "auto "
          "takes the tree where sequences are long enough for it to be the faster",
          {.choices = {"auto", "dense", "tree"}}},
+        {"attention-skip", &C::attention_skip, kShape | kEval | kGenerate,
+         "leave out blocks of keys that the gate has put under the rounding of what a query has (exact in f32); "
+         "without: "
+         "computes them all"},
         {"memory-budget",
          &C::memory_budget,
          kShape | kEval | kGenerate | kSpectrum | kPredict,

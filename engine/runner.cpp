@@ -136,6 +136,7 @@ ActivationPlan activation_plan(const ModelSpec& spec, const RunPlan& run, bool c
     };
     p.tree_from = from(tuning::attention_tree_from(cuda));
     p.runs_from = from(tuning::kAttentionRunsFrom);
+    p.attention_skip = run.attention_skip;
     return p;
 }
 
