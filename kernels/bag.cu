@@ -104,7 +104,7 @@ template <int kLanes>
 __global__ __launch_bounds__(kThreads) void piece_kernel(Backward a) {
     constexpr int kGroups = kThreads / kLanes, kOwn = kPiece / kGroups, kChannels = kLanes * kPackSize;
     __shared__ int features[kPiece];
-    __shared__ alignas(16) float heads[kGroups][kChannels], tails[kGroups][kChannels];
+    __shared__ __align__(16) float heads[kGroups][kChannels], tails[kGroups][kChannels];
     const int thread = int(threadIdx.y) * kLanes + int(threadIdx.x), base = int(blockIdx.x) * kPiece;
     const std::int32_t* offsets = a.matrix.offsets;
     const int count = min(kPiece, offsets[a.features] - base);
