@@ -158,7 +158,7 @@ __global__ __launch_bounds__(kThreads) void piece_kernel(Backward a) {
 
 // The features that lie in several pieces: the second scratch row of the piece where one begins, then the first ones of
 // those that it goes on in.
-__global__ __launch_bounds__(kColumns* kRows) void finish_kernel(Backward a) {
+__global__ __launch_bounds__(kColumns* kRows, 1) void finish_kernel(Backward a) {
     __shared__ float shared[kRows][kColumns];
     const int column = int(blockIdx.y) * kColumns + int(threadIdx.x);
     for (int piece = int(blockIdx.x); piece < a.pieces; piece += int(gridDim.x)) {
