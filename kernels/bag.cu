@@ -104,7 +104,7 @@ template <int kLanes>
 __global__ __launch_bounds__(kThreads) void piece_kernel(Backward a) {
     constexpr int kGroups = kThreads / kLanes, kOwn = kPiece / kGroups, kChannels = kLanes * kPackSize;
     __shared__ int features[kPiece];
-    __shared__ alignas(16) float heads[kGroups][kChannels], tails[kGroups][kChannels];
+    __shared__ __align__(16) float heads[kGroups][kChannels], tails[kGroups][kChannels];
     const int thread = int(threadIdx.y) * kLanes + int(threadIdx.x), base = int(blockIdx.x) * kPiece;
     const std::int32_t* offsets = a.matrix.offsets;
     const int count = min(kPiece, offsets[a.features] - base);
@@ -158,7 +158,7 @@ __global__ __launch_bounds__(kThreads) void piece_kernel(Backward a) {
 
 // The features that lie in several pieces: the second scratch row of the piece where one begins, then the first ones of
 // those that it goes on in.
-__global__ __launch_bounds__(kColumns* kRows) void finish_kernel(Backward a) {
+__global__ __launch_bounds__(kColumns* kRows, 1) void finish_kernel(Backward a) {
     __shared__ float shared[kRows][kColumns];
     const int column = int(blockIdx.y) * kColumns + int(threadIdx.x);
     for (int piece = int(blockIdx.x); piece < a.pieces; piece += int(gridDim.x)) {

@@ -140,8 +140,8 @@ __global__ __launch_bounds__(kThreads, kBackwardBlocks) void backward_kernel(Bac
 }
 
 // dw += sum over blocks of partial[block]
-__global__ __launch_bounds__(kColumns* kRows) void finish_kernel(float* dw, std::int64_t ld, const float* partial,
-                                                                 std::int64_t blocks, std::int64_t n, int channels) {
+__global__ __launch_bounds__(kColumns* kRows, 1) void finish_kernel(float* dw, std::int64_t ld, const float* partial,
+                                                                    std::int64_t blocks, std::int64_t n, int channels) {
     __shared__ float shared[kRows][kColumns];
     const std::int64_t column = std::int64_t(blockIdx.x) * kColumns + threadIdx.x;
     const float sum =

@@ -168,7 +168,7 @@ __device__ int sequence_of(const Packed& seq, int token) {
 
 // y and lse of the long sequence that begins in this block's tile, if one does, from the sums of its chunks.
 template <bool kAttention>
-__global__ __launch_bounds__(kColumns* kRows) void long_kernel(Forward a) {
+__global__ __launch_bounds__(kColumns* kRows, 1) void long_kernel(Forward a) {
     __shared__ int starts[2];
     __shared__ float shared[kRows][kColumns];
     find_chunks(starts, a.seq, int(threadIdx.y) * kColumns + int(threadIdx.x), kColumns * kRows);
@@ -190,10 +190,10 @@ __global__ __launch_bounds__(kColumns* kRows) void long_kernel(Forward a) {
         __syncthreads();
         for (int row = 0; row < kRows; ++row) top = fmaxf(top, shared[row][threadIdx.x]);
         __syncthreads();
-        weight = sum_partials(inside ? chunks : 0, shared,
-                              [&](std::int64_t k) { return expf(top_of(k) - top) * sums_of(k)[a.channels + head]; });
+        weight = sum_partials<4>(inside ? chunks : 0, shared,
+                                 [&](std::int64_t k) { return expf(top_of(k) - top) * sums_of(k)[a.channels + head]; });
     }
-    const float sum = sum_partials(inside ? chunks : 0, shared, [&](std::int64_t k) {
+    const float sum = sum_partials<4>(inside ? chunks : 0, shared, [&](std::int64_t k) {
         const float factor = kAttention ? expf(sums_of(k)[a.channels + a.heads + head] - top) : 1.f;
         return factor * sums_of(k)[channel];
     });

@@ -166,12 +166,12 @@ __device__ inline void for_sparse_rows(const Sparse& m, const T* in, std::int64_
 }
 
 // Sums of many partial results, in a block of kColumns x kRows threads: of value(k) for k = 0 .. count - 1, complete in
-// threads of row 0. All threads take part; the order is fixed.
-constexpr int kColumns = 32, kRows = 16;
-template <class Value>
+// threads of row 0. All threads take part; the order is fixed. kUnroll: loads that a thread has on their way.
+constexpr int kColumns = 32, kRows = 32;
+template <int kUnroll = 8, class Value>
 __device__ inline float sum_partials(std::int64_t count, float (&shared)[kRows][kColumns], Value&& value) {
     float sum = 0;
-#pragma unroll 4
+#pragma unroll kUnroll
     for (std::int64_t k = threadIdx.y; k < count; k += kRows) sum += value(k);
     shared[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();

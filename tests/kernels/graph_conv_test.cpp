@@ -381,7 +381,7 @@ TEST(GraphConv, GpuBackwardOfScalarsMatchesReference) {
 
 TEST(GraphConv, GpuManyBlocks) {  // more nodes to a block than kGraphConvBlockNodes
     FIEDLER_GPU_OR_SKIP();
-    const Problem q = Problem(Shape{100000, 8, 2, 2, 3000}).round<bf16>();
+    const Problem q = Problem(Shape{150000, 8, 2, 2, 3000}).round<bf16>();
     const Gradients ref = backward<double>(Cpu{}, q), low = backward<float>(Cpu{}, q), got = backward<bf16>(gpu(), q);
     EXPECT_TRUE(close(got.dx, ref.dx, round_to<bf16>(low.dx)));
     EXPECT_TRUE(close(got.dw, ref.dw, low.dw));
