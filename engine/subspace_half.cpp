@@ -16,13 +16,23 @@ constexpr std::int64_t kHalfDegree = 25;  // a shorter filter is done in f32 bef
 // The polishing filter damps all but the lowest tenth of the spectrum, or what lies well above the wanted eigenvalues.
 constexpr double kNoiseCut = 0.1, kNoiseFactor = 2, kBulk = 0.35;
 constexpr double kNoiseDamping = 1e4;
-constexpr std::int64_t kPolishLeast = 7, kPolishMost = 25;  // degrees
+constexpr double kPolishRange = 1e4;  // of its growth at the lowest pair, which would drown the others
+constexpr std::int64_t kPolishLeast = 3, kPolishMost = 25;  // degrees
+
+double noise_cut(double last, double upper) {
+    return last > kBulk * upper ? (last + upper) / 2 : std::max(kNoiseCut * upper, kNoiseFactor * last);
+}
+double polish_degree(double lowest, double last, double upper) {
+    const FilterInterval interval(noise_cut(last, upper), upper);
+    const double rate = interval.rate(last), range = interval.rate(lowest) - rate;
+    return std::min(std::acosh(kNoiseDamping) / rate, range > 0 ? std::log(kPolishRange) / range : 1e9);
+}
 
 }  // namespace
 
 template <class Dev, class A>
-bool SubspaceSolver<Dev, A>::worth_half(std::int64_t degree) const {
-    return set_.half > 0 && level_ == 0 && degree >= kHalfDegree;
+bool SubspaceSolver<Dev, A>::can_polish(double lowest, double last) const {
+    return polish_degree(lowest, last, device_[level_].upper) >= double(kPolishLeast);
 }
 
 template <class Dev, class A>
@@ -56,7 +66,7 @@ void SubspaceSolver<Dev, A>::filter_half_panel(Mat<A> from, Mat<A> to, double cu
         const auto product = [&](Mat<f16> y, Mat<f16> x, Mat<f16> z, double alpha, double beta, double gamma) {
             Range range("laplacian in half");
             half_apply(dev_, HalfApply{y, x, z, level.matrix, float(alpha), float(beta), float(gamma), apply_scratch_});
-            products_ += from.cols;
+            products_ += from.cols, half_products_ += from.cols;
         };
         const auto project_half = [&](Mat<f16> x, bool locked) {
             if (!locked) {
@@ -76,9 +86,8 @@ void SubspaceSolver<Dev, A>::filter_half_panel(Mat<A> from, Mat<A> to, double cu
 
 template <class Dev, class A>
 void SubspaceSolver<Dev, A>::polish(std::int64_t first, std::int64_t columns, double lowest, double last) {
-    const double upper = device_[level_].upper;
-    const double cut = last > kBulk * upper ? (last + upper) / 2 : std::max(kNoiseCut * upper, kNoiseFactor * last);
-    const double degree = std::acosh(kNoiseDamping) / FilterInterval(cut, upper).rate(last);
+    const double upper = device_[level_].upper, degree = polish_degree(lowest, last, upper);
+    const double cut = noise_cut(last, upper);
     filter_columns(first, columns, cut, std::int64_t(std::clamp(degree, double(kPolishLeast), double(kPolishMost))) | 1,
                    std::min(lowest, cut));
 }
@@ -86,7 +95,8 @@ void SubspaceSolver<Dev, A>::polish(std::int64_t first, std::int64_t columns, do
 template <class Dev, class A>
 bool SubspaceSolver<Dev, A>::filter_long(std::int64_t first, std::int64_t columns, double cut, std::int64_t degree,
                                          double lowest, double last) {
-    if (!worth_half(degree) || !filter_half(first, columns, cut, degree, lowest)) {
+    const bool worth = set_.half > 0 && level_ == 0 && degree >= kHalfDegree && can_polish(lowest, last);
+    if (!worth || !filter_half(first, columns, cut, degree, lowest)) {
         filter_columns(first, columns, cut, degree, lowest);
         return false;
     }

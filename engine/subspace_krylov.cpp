@@ -77,7 +77,7 @@ double SubspaceSolver<Dev, A>::basis_residual(const RitzResult& ritz, std::int64
     rotate(x, Mat<const A>(basis_.data, n_, m, set_.basis), some_columns(ritz.q, m, first, columns), 1, 0);
     std::vector<double> theta(ritz.theta.begin() + first, ritz.theta.begin() + first + columns);
     if (set_.half > 0) {
-        polish(at, columns, theta.front(), theta.back());
+        polish(at, columns, ritz.theta[0], theta.back());
         const RitzResult polished = ritz_of(at, columns);
         theta = polished.theta;
         rotate(x, image, polished.q, 1, 0);
@@ -102,7 +102,7 @@ void SubspaceSolver<Dev, A>::report_basis(std::int64_t m) {
 // Leaves a block of Ritz vectors in v_. Counts each filter as an iteration.
 template <class Dev, class A>
 void SubspaceSolver<Dev, A>::krylov() {
-    const std::int64_t width = set_.half > 0 ? kHalfWidth : kWidth;
+    std::int64_t width = set_.half > 0 ? kHalfWidth : kWidth;
     const double upper = device_[0].upper;
     level_ = 0, n_ = device_[0].nodes, locked_ = 0, active_ = width;
     locked_theta_.clear();
@@ -122,6 +122,7 @@ void SubspaceSolver<Dev, A>::krylov() {
         rayleigh_ritz();
     }
     lowest = std::min(theta_[0], cut);
+    const double first_cut = cut, first_lowest = lowest;
     std::vector<double> h(Size(set_.basis * set_.basis), 0.0);  // V'LV
     RitzResult ritz;
     std::int64_t m = 0;
@@ -159,6 +160,13 @@ void SubspaceSolver<Dev, A>::krylov() {
         if (m >= set_.wanted / 4 + width)
             cut = std::min(
                 {lowest + kCutFactor * (quarter - lowest), lowest + kCutMost * (estimated_ - lowest), 0.7 * upper});
+        if (check && set_.half > 0 && !can_polish(lowest, ritz.theta[Size(set_.wanted - 1)])) {
+            set_.half = 0, m = 0, ritz = {}, active_ = width = kWidth;  // the noise would stay: once more, in f32
+            cut = first_cut, lowest = first_lowest;
+            fill_random(panel(v_, 0, width));
+            deflate(panel(v_, 0, width));
+            continue;
+        }
         if (check && basis_residual(ritz, m) <= std::max(set_.tolerance, rounding_floor(levels_[0].matrix, upper)))
             break;
     }
@@ -166,11 +174,11 @@ void SubspaceSolver<Dev, A>::krylov() {
     const std::int64_t columns = finite ? std::min(std::int64_t(ritz.theta.size()), set_.block) : 0;
     if (columns < set_.block) fill_random(panel(p_, 0, set_.block));
     const auto rows = std::int64_t(ritz.theta.size());
-    const bool noisy = set_.half > 0 && columns == set_.block;
+    const bool noisy = set_.half > 0 && columns == set_.block && can_polish(lowest, ritz.theta[Size(set_.block - 1)]);
     if (columns > 0)
         rotate(panel(noisy ? v_ : p_, 0, columns), Mat<const A>(basis_.data, n_, rows, set_.basis),
                some_columns(ritz.q, rows, 0, columns), 1, 0);
-    if (noisy) polish(0, columns, ritz.theta.front(), ritz.theta[Size(columns - 1)]);
+    if (noisy) polish(0, columns, lowest, ritz.theta[Size(columns - 1)]);
     active_ = set_.block;
     rayleigh_ritz();
 }

@@ -355,7 +355,8 @@ void SubspaceSolver<Dev, A>::download(SolverResult& result, const VectorSink& si
                        rows = std::clamp<std::int64_t>(kDownloadBytes / (k * std::int64_t(sizeof(A))), 1, n_);
     result.eigenvalues.assign(theta_.begin(), theta_.begin() + k);
     result.residuals.assign(residual_.begin(), residual_.begin() + k);
-    result.iterations = iterations_, result.products = products_, result.peak_bytes = arena_.peak();
+    result.iterations = iterations_, result.products = products_, result.half_products = half_products_;
+    result.peak_bytes = arena_.peak();
     copy_rows_on_device(dev_, q_.data, Size(k) * sizeof(A), v_.data, Size(set_.block) * sizeof(A), Size(k) * sizeof(A),
                         Size(n_));
     const Staging<Dev> staging(dev_, Size(rows * k) * sizeof(A));

@@ -89,9 +89,9 @@ struct FilterInterval {
 
 struct SolverResult {
     bool complete = false;
-    std::string why;  // not complete: why
-    std::int64_t iterations = 0, products = 0;
-    std::vector<double> eigenvalues, residuals;  // [wanted]
+    std::string why;                                               // not complete: why
+    std::int64_t iterations = 0, products = 0, half_products = 0;  // half_products: those of them in half precision
+    std::vector<double> eigenvalues, residuals;                    // [wanted]
     std::size_t peak_bytes = 0;
 };
 
@@ -157,8 +157,9 @@ class SubspaceSolver {
     // filter_columns in f16: false if it left that range. Columns of v_ stay as they are.
     bool filter_half(std::int64_t first, std::int64_t columns, double cut, std::int64_t degree, double lowest);
     void filter_half_panel(Mat<A> from, Mat<A> to, double cut, std::int64_t degree, double lowest);
-    bool worth_half(std::int64_t degree) const;
-    // Columns of v_ with Ritz values from `lowest` to `last`, less the noise of half precision, to p_.
+    // Columns of v_ with Ritz values up to `last`, less the noise of half precision, to p_. lowest: of all pairs; if it is
+    // far below the others, can_polish() is false.
+    bool can_polish(double lowest, double last) const;
     void polish(std::int64_t first, std::int64_t columns, double lowest, double last);
     // As filter_columns: in f16 and polished where that is worth it. Spends the columns of v_.
     bool filter_long(std::int64_t first, std::int64_t columns, double cut, std::int64_t degree, double lowest,
@@ -185,7 +186,7 @@ class SubspaceSolver {
     Vec<double> small_, norms_, theta_device_, scratch_;
     std::size_t level_ = 0;
     std::int64_t n_ = 0, locked_ = 0, active_ = 0;  // columns: locked ones from 0 on, active ones from first_active()
-    std::int64_t iterations_ = 0, products_ = 0, random_columns_ = 0;
+    std::int64_t iterations_ = 0, products_ = 0, half_products_ = 0, random_columns_ = 0;
     std::vector<double> locked_theta_, theta_, residual_;  // theta_, residual_: of the active columns
     double estimated_ = 0;  // by estimate(): about where the eigenvalue lies that it was asked for
     double started_ = 0, last_worst_ = 0, last_seconds_ = 0;

@@ -4,6 +4,9 @@
 #include <bit>
 #include <cmath>
 #include <vector>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 #include "kernels/half_panel.h"
 #include "kernels/parallel.h"
@@ -16,9 +19,26 @@ using Row = std::array<float, kMost>;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// sum += factor * x
+// sum += factor * x; w is a multiple of 8.
 void add(Row& sum, float factor, const f16* x, std::int64_t w) {
+#ifdef __F16C__
+    for (std::int64_t j = 0; j < w; j += 8) {
+        const __m256 row = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + j)));
+        float* to = sum.data() + j;
+        _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), _mm256_mul_ps(_mm256_set1_ps(factor), row)));
+    }
+#else
     for (std::int64_t j = 0; j < w; ++j) sum[std::size_t(j)] += factor * float(x[j]);
+#endif
+}
+void store(f16* y, const Row& row, std::int64_t w) {
+#ifdef __F16C__
+    for (std::int64_t j = 0; j < w; j += 8)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(y + j),
+                         _mm256_cvtps_ph(_mm256_loadu_ps(row.data() + j), _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (std::int64_t j = 0; j < w; ++j) y[j] = f16(row[std::size_t(j)]);
+#endif
 }
 
 void find_scale(const Cpu& d, const HalfPack& p) {
@@ -86,7 +106,7 @@ void half_apply(const Cpu& d, const HalfApply& p) {
             for (std::int64_t j = 0; j < w; ++j) y[std::size_t(j)] = p.alpha * sum[std::size_t(j)];
             if (p.beta != 0) add(y, p.beta, p.x.row(i), w);
             if (p.gamma != 0) add(y, p.gamma, p.z.row(i), w);
-            for (std::int64_t j = 0; j < w; ++j) p.y.row(i)[j] = f16(y[std::size_t(j)]);
+            store(p.y.row(i), y, w);
         }
     });
 }
