@@ -95,6 +95,8 @@ void SubspaceSolver<Dev, A>::lay_out(Arena& arena) {
     theta_device_ = arena.vec<double>("theta", m, persistent);
     scratch_ = arena.vec<double>("sums", cuda ? std::max(deflation, grams) : 0, scratch);
     apply_scratch_ = arena.vec<A>("piece sums", laplacian_scratch_elements(pieces, m), scratch);
+    half_scale_ = arena.vec<float>("scales", set_.half, scratch);
+    half_scratch_ = arena.vec<float>("largest entries", cuda ? half_pack_scratch(set_.half) : 0, scratch);
 }
 
 template <class Dev, class A>

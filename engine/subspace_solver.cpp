@@ -27,11 +27,7 @@ constexpr double kUnseenAtFirst = sizeof(A) == 4 ? 1e8 : 1e30;  // while not eve
 // Share of the largest eigenvalue of a Gram matrix below which directions are noise.
 template <class A>
 constexpr double kNoise = sizeof(A) == 4 ? 1e-11 : 1e-20;
-// Near the ends of [cut, upper] rounding errors of the recurrence add up to about degree^2 units in the last place.
-template <class A>
-constexpr std::int64_t kMostDegree = sizeof(A) == 4 ? 255 : 1501;
 constexpr std::int64_t kLeastDegree = 9;  // worth a Rayleigh-Ritz
-constexpr std::int64_t kCheckEvery = 64;  // products between two questions whether to stop
 constexpr double kRelative = 0.02;  // of the largest wanted eigenvalue: residuals above tell nothing about small ones
 constexpr double kHighest = 0.995;  // of the upper bound: where the damped interval begins at most
 constexpr double kLevelTolerance = 0.15;  // the same on coarser levels, which only give a start
@@ -46,23 +42,16 @@ double now_seconds() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// Chebyshev polynomials outside [-1, 1] grow by exp(rate) a degree.
-struct Interval {
-    double centre, half;
-    Interval(double cut, double upper) : centre((cut + upper) / 2), half((upper - cut) / 2) {}
-    double rate(double value) const {
-        const double x = (centre - value) / half;
-        return x > 1 ? std::acosh(x) : 0;
-    }
-};
-
 }  // namespace
 
-// Filter of Zhou et al., scaled to 1 at `lowest`; v_ holds the columns, the result is in p_ (the degree is odd).
-// q_ is spent where narrow panels are asked for.
+// v_ holds the columns, the result is in p_ (the degree is odd). q_ is spent where narrow panels are asked for.
 template <class Dev, class A>
 void SubspaceSolver<Dev, A>::filter(std::int64_t first, double cut, std::int64_t degree, double lowest) {
-    const std::int64_t columns = first_active() + active_ - first;
+    filter_columns(first, first_active() + active_ - first, cut, degree, lowest);
+}
+template <class Dev, class A>
+void SubspaceSolver<Dev, A>::filter_columns(std::int64_t first, std::int64_t columns, double cut, std::int64_t degree,
+                                            double lowest) {
     if (set_.panel == 0 || 2 * set_.panel > set_.block) {
         filter_panel(panel(v_, first, columns), panel(p_, first, columns), cut, degree, lowest);
         return;
@@ -77,35 +66,14 @@ void SubspaceSolver<Dev, A>::filter(std::int64_t first, double cut, std::int64_t
         copy_rows_on_device(dev_, p_.data + first + done, pitch, to.data, narrow, bytes, Size(n_));
     }
 }
-
-// Rounding errors in the null space grow faster than those along the locked pairs, which are dear to project out.
 template <class Dev, class A>
 void SubspaceSolver<Dev, A>::filter_panel(Mat<A> old, Mat<A> now, double cut, std::int64_t degree, double lowest) {
-    const Interval interval(cut, device_[level_].upper);
-    const double c = interval.centre, e = interval.half;
-    const double below = locked_theta_.empty() ? 0 : *std::min_element(locked_theta_.begin(), locked_theta_.end());
-    const auto steps = [&](double value) {
-        const double rate = interval.rate(value) - interval.rate(lowest);
-        return rate > 0 ? std::max<std::int64_t>(2, std::int64_t(std::log(kGrowth<A>) / rate)) : kMostDegree<A>;
-    };
-    const std::int64_t every = steps(0), every_locked = locked_ > 0 ? steps(below) : kMostDegree<A>;
-    const double sigma1 = e / (lowest - c);
-    double sigma = sigma1;
-    product(now, old, {}, sigma1 / e, -c * sigma1 / e, 0);
-    for (std::int64_t j = 2; j <= degree; ++j) {
-        if (j % every_locked == 0)
-            project(now, 1), project(old, 1);
-        else if (j % every == 0)
-            deflate(now), deflate(old);
-        const double next = 1 / (2 / sigma1 - sigma);
-        product(old, now, old, 2 * next / e, -2 * c * next / e, -sigma * next);
-        std::swap(old, now);
-        sigma = next;
-        if (j % kCheckEvery == 1 && (stopped_ || (set_.stop && set_.stop()))) {
-            stopped_ = true;
-            break;  // j is odd: the result is where it was asked for
-        }
-    }
+    recurrence(
+        old, now, cut, degree, lowest, kGrowth<A>,
+        [&](Mat<A> y, Mat<A> x, Mat<A> z, double alpha, double beta, double gamma) {
+            product(y, x, z, alpha, beta, gamma);
+        },
+        [&](Mat<A> x, bool locked) { locked ? project(x, 1) : deflate(x); });
 }
 
 // Of columns of p_, which are made independent on the way; leaves their images in q_ and spends those columns of v_.
@@ -174,7 +142,7 @@ std::int64_t SubspaceSolver<Dev, A>::converged(double tolerance) const {
 // Enough for the tolerance, at most what the range of growth within the block allows.
 template <class Dev, class A>
 std::int64_t SubspaceSolver<Dev, A>::choose_degree(double cut, double tolerance, double most_ratio) const {
-    const Interval interval(cut, device_[level_].upper);
+    const FilterInterval interval(cut, device_[level_].upper);
     const std::int64_t last = std::max<std::int64_t>(needed(), 1);
     const double worst = *std::max_element(residual_.begin(), residual_.begin() + last);
     const double wanted_rate = interval.rate(theta_[Size(last - 1)]), lowest_rate = interval.rate(theta_[0]);
@@ -231,7 +199,7 @@ void SubspaceSolver<Dev, A>::report(const std::string& stage, double tolerance) 
 template <class Dev, class A>
 bool SubspaceSolver<Dev, A>::iterate(double tolerance, std::int64_t limit, const std::string& stage, bool final) {
     double before = 0;
-    bool polished = false;
+    bool polished = false, halved = false;
     for (std::int64_t iteration = 0;; ++iteration) {
         const double within = tolerance_now(tolerance);
         const std::int64_t good = converged(within), count = needed();
@@ -246,11 +214,13 @@ bool SubspaceSolver<Dev, A>::iterate(double tolerance, std::int64_t limit, const
         const double upper = device_[level_].upper;
         const double high = std::max(std::min(std::max(kPolishCut * upper, 2 * cut), 0.7 * upper), (cut + upper) / 2);
         const bool stalled = iteration > 0 && worst > 0.5 * before && !polished;
+        if (stalled && halved) set_.half = 0;
         before = worst, polished = stalled;
         const double from = stalled ? high : cut;
         const std::int64_t degree = choose_degree(from, tolerance_now(tolerance), ratio);
-        filter(first_active(), from, stalled ? std::min(degree, kPolishDegree) : degree,
-               std::min(theta_.front(), from));
+        const double lowest = std::min(theta_.front(), from);
+        halved = !stalled && filter_long(first_active(), active_, from, degree, lowest, theta_.back());
+        if (stalled) filter(first_active(), from, std::min(degree, kPolishDegree), lowest);
         rayleigh_ritz();
         if (level_ == 0) ++iterations_;
     }
@@ -267,7 +237,7 @@ bool SubspaceSolver<Dev, A>::probe(double tolerance) {
     const std::int64_t first = first_active() + kept;
     const double above = kept > 0 ? theta_[Size(kept - 1)] : largest;
     const double cut = std::min(std::max(above, largest), kHighest * device_[level_].upper);
-    const Interval interval(cut, device_[level_].upper);
+    const FilterInterval interval(cut, device_[level_].upper);
     Mat<A> random = panel(v_, first, probes);
     copy_columns(p_, 0, v_, first, probes);  // the guards, whose place the random columns take; nobody else uses these
     fill_random(random);
@@ -275,7 +245,7 @@ bool SubspaceSolver<Dev, A>::probe(double tolerance) {
     const double enough = std::acosh(30 * std::sqrt(double(n_))) / std::max(interval.rate(largest), 1e-9);
     const double growth = std::log(kUnseen<A>) / interval.rate(0);
     const double degree = std::min({double(kMostDegree<A>), std::max(enough, double(kLeastDegree)), growth});
-    filter(first, cut, std::int64_t(degree) | 1, std::min(largest, cut));
+    filter_long(first, probes, cut, std::int64_t(degree) | 1, std::min(largest, cut), cut);
     const bool whole = ritz_of(first, probes).theta[0] >= largest - margin;
     copy_columns(v_, first, p_, whole ? 0 : first, probes);
     return whole;
@@ -385,7 +355,8 @@ void SubspaceSolver<Dev, A>::download(SolverResult& result, const VectorSink& si
                        rows = std::clamp<std::int64_t>(kDownloadBytes / (k * std::int64_t(sizeof(A))), 1, n_);
     result.eigenvalues.assign(theta_.begin(), theta_.begin() + k);
     result.residuals.assign(residual_.begin(), residual_.begin() + k);
-    result.iterations = iterations_, result.products = products_, result.peak_bytes = arena_.peak();
+    result.iterations = iterations_, result.products = products_, result.half_products = half_products_;
+    result.peak_bytes = arena_.peak();
     copy_rows_on_device(dev_, q_.data, Size(k) * sizeof(A), v_.data, Size(set_.block) * sizeof(A), Size(k) * sizeof(A),
                         Size(n_));
     const Staging<Dev> staging(dev_, Size(rows * k) * sizeof(A));

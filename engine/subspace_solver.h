@@ -21,9 +21,16 @@
 // Panels. The products of a filter gather rows of the block, and on graphs without locality the bound is where from. A
 // few columns that are filtered on their own, from beginning to end, fit a GPU's L2 cache (SolverSettings::panel).
 //
+// Half precision. Where a panel of X does not fit the cache even so, rows of half the length are worth more than digits:
+// long filters on the graph itself keep their vectors in f16 (SolverSettings::half), sums in f32. Each product leaves noise
+// of some 3e-4 in all directions alike. A short filter in f32 takes most of it away again, since most directions belong to
+// high eigenvalues; Rayleigh-Ritz, projections and residuals are in f32 as ever. A filter that leaves the range of f16 (an
+// eigenvalue far below what the block has seen) is repeated in f32, and so is the next one if residuals do not fall.
+//
 // The result is checked for overlooked pairs: random columns, filtered in the complement of what was found, must not
 // come out with a Ritz value below the largest wanted one.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <memory>
 
@@ -31,6 +38,7 @@
 #include "engine/dense_eigen.h"
 #include "engine/spectrum.h"
 #include "kernels/eigen.h"
+#include "kernels/half_panel.h"
 #include "kernels/laplacian.h"
 
 namespace fiedler {
@@ -56,7 +64,9 @@ struct SolverSettings {
     std::int64_t block = 0;   // columns, a multiple of 4, more than wanted
     std::int64_t basis = 0;   // krylov_columns(), more than block; 0: start from random vectors
     std::int64_t panel = 0;   // columns filtered at a time, apart from the block and side by side; 0: all, in the block
-    double tolerance = 0;     // of residual norms
+    std::int64_t half =
+        0;                 // columns filtered at a time in half precision, 16 or 32, at most `block`; 0: f32 throughout
+    double tolerance = 0;  // of residual norms
     std::int64_t max_iterations = 500;
     std::uint64_t seed = 1;
     std::size_t memory_budget = 0;
@@ -64,14 +74,24 @@ struct SolverSettings {
     std::function<bool()> stop;
 };
 
-// Columns of the basis of a Krylov start; 0: not worth it.
-std::int64_t krylov_columns(std::int64_t nodes, std::int64_t wanted);
+// Columns of the basis of a Krylov start; 0: not worth it. half: of SolverSettings.
+std::int64_t krylov_columns(std::int64_t nodes, std::int64_t wanted, std::int64_t half = 0);
+
+// The interval on which a filter is small. Chebyshev polynomials outside [-1, 1] grow by exp(rate) a degree.
+struct FilterInterval {
+    double centre, half;
+    FilterInterval(double cut, double upper) : centre((cut + upper) / 2), half((upper - cut) / 2) {}
+    double rate(double value) const {
+        const double x = (centre - value) / half;
+        return x > 1 ? std::acosh(x) : 0;
+    }
+};
 
 struct SolverResult {
     bool complete = false;
-    std::string why;  // not complete: why
-    std::int64_t iterations = 0, products = 0;
-    std::vector<double> eigenvalues, residuals;  // [wanted]
+    std::string why;                                               // not complete: why
+    std::int64_t iterations = 0, products = 0, half_products = 0;  // half_products: those of them in half precision
+    std::vector<double> eigenvalues, residuals;                    // [wanted]
     std::size_t peak_bytes = 0;
 };
 
@@ -129,7 +149,21 @@ class SubspaceSolver {
     void rayleigh_ritz();  // of the active columns of p_; leaves Ritz vectors in v_, spends p_ and q_
     // From column `first` of v_ on; the result is in p_.
     void filter(std::int64_t first, double cut, std::int64_t degree, double lowest);
+    void filter_columns(std::int64_t first, std::int64_t columns, double cut, std::int64_t degree, double lowest);
     void filter_panel(Mat<A> from, Mat<A> to, double cut, std::int64_t degree, double lowest);  // spends `from`
+    template <class Block, class Product, class Project>
+    void recurrence(Block old, Block now, double cut, std::int64_t degree, double lowest, double growth,
+                    Product&& product, Project&& project);
+    // filter_columns in f16: false if it left that range. Columns of v_ stay as they are.
+    bool filter_half(std::int64_t first, std::int64_t columns, double cut, std::int64_t degree, double lowest);
+    void filter_half_panel(Mat<A> from, Mat<A> to, double cut, std::int64_t degree, double lowest);
+    // Columns of v_ with Ritz values up to `last`, less the noise of half precision, to p_. lowest: of all pairs; if it is
+    // far below the others, can_polish() is false.
+    bool can_polish(double lowest, double last) const;
+    void polish(std::int64_t first, std::int64_t columns, double lowest, double last);
+    // As filter_columns: in f16 and polished where that is worth it. Spends the columns of v_.
+    bool filter_long(std::int64_t first, std::int64_t columns, double cut, std::int64_t degree, double lowest,
+                     double last);
     std::int64_t choose_degree(double cut, double tolerance, double most_ratio) const;
     std::int64_t needed() const;
     double tolerance_now(double tolerance) const;
@@ -148,14 +182,55 @@ class SubspaceSolver {
     Arena arena_;
     std::vector<DeviceLevel> device_;
     Vec<A> v_, p_, q_, basis_, apply_scratch_;
+    Vec<float> half_scale_, half_scratch_;
     Vec<double> small_, norms_, theta_device_, scratch_;
     std::size_t level_ = 0;
     std::int64_t n_ = 0, locked_ = 0, active_ = 0;  // columns: locked ones from 0 on, active ones from first_active()
-    std::int64_t iterations_ = 0, products_ = 0, random_columns_ = 0;
+    std::int64_t iterations_ = 0, products_ = 0, half_products_ = 0, random_columns_ = 0;
     std::vector<double> locked_theta_, theta_, residual_;  // theta_, residual_: of the active columns
     double estimated_ = 0;  // by estimate(): about where the eigenvalue lies that it was asked for
     double started_ = 0, last_worst_ = 0, last_seconds_ = 0;
     bool stopped_ = false;
 };
+
+// Near the ends of [cut, upper] rounding errors of the recurrence add up to about degree^2 units in the last place.
+template <class A>
+constexpr std::int64_t kMostDegree = sizeof(A) == 4 ? 255 : 1501;
+constexpr std::int64_t kFilterCheckEvery = 64;  // products between two questions whether to stop
+
+// Filter of Zhou et al. (degree odd), scaled to 1 at `lowest`, from `old` to `now`; spends `old`. project(x, locked) takes
+// rounding errors out of the null space, and out of the locked pairs too if asked, before they have grown by `growth`.
+// Errors in the null space grow faster than those along the locked pairs, which are dear to project out.
+template <class Dev, class A>
+template <class Block, class Product, class Project>
+void SubspaceSolver<Dev, A>::recurrence(Block old, Block now, double cut, std::int64_t degree, double lowest,
+                                        double growth, Product&& product, Project&& project) {
+    const FilterInterval interval(cut, device_[level_].upper);
+    const double c = interval.centre, e = interval.half;
+    const double below = locked_theta_.empty() ? 0 : *std::min_element(locked_theta_.begin(), locked_theta_.end());
+    const auto steps = [&](double value) {
+        const double rate = interval.rate(value) - interval.rate(lowest);
+        return rate > 0 ? std::max<std::int64_t>(2, std::int64_t(std::min(std::log(growth) / rate, 1e9)))
+                        : kMostDegree<A>;
+    };
+    const std::int64_t every = steps(0), every_locked = locked_ > 0 ? steps(below) : kMostDegree<A>;
+    const double sigma1 = e / (lowest - c);
+    double sigma = sigma1;
+    product(now, old, Block{}, sigma1 / e, -c * sigma1 / e, 0.0);
+    for (std::int64_t j = 2; j <= degree; ++j) {
+        if (j % every_locked == 0)
+            project(now, true), project(old, true);
+        else if (j % every == 0)
+            project(now, false), project(old, false);
+        const double next = 1 / (2 / sigma1 - sigma);
+        product(old, now, old, 2 * next / e, -2 * c * next / e, -sigma * next);
+        std::swap(old, now);
+        sigma = next;
+        if (j % kFilterCheckEvery == 1 && (stopped_ || (set_.stop && set_.stop()))) {
+            stopped_ = true;
+            break;  // j is odd: the result is where it was asked for
+        }
+    }
+}
 
 }  // namespace fiedler

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "kernels/common.cuh"
+#include "kernels/eigen_pieces.cuh"
 #include "kernels/eigen_tile.cuh"
 
 namespace fiedler {
@@ -142,14 +143,7 @@ __global__ void __launch_bounds__(kThreads) eigen_norms_kernel(const NormArgs a)
 
 // ---- deflate -------------------------------------------------------------------------------------------------------
 //
-// A component is cut into pieces of kPiece rows. Piece q of component c has number offsets[c] / kPiece + c + q: numbers
-// of different components differ, and few are unused, so the grid needs no table of pieces. A warp works on a piece; a
-// component of one piece is finished at once. The sum of piece q of a larger one, which begins in bucket
-// b = offsets[c] / kPiece, goes to slot 2 (b + q) + (q > 0): at most one such component begins in a bucket, and at most
-// one later piece of another. The component's total takes the place of its first sum.
-
-constexpr int kPiece = int(kEigenDeflatePiece);
-constexpr int kDeflateThreads = 512;
+// A component is cut into pieces (eigen_pieces.cuh); a warp works on a piece.
 
 struct DeflateArgs {
     float* x;
@@ -159,31 +153,6 @@ struct DeflateArgs {
     int m;
     double* sums;  // [slots, m]
 };
-struct PieceRows {
-    std::int64_t begin = 0, end = 0, slot = 0, total = 0;  // total: the slot of the component's total
-    bool whole = true;                                     // the component is one piece
-};
-
-// The last component for which before(component); it holds for the first one.
-template <class Before>
-__device__ inline std::int64_t last_component(std::int64_t components, Before&& before) {
-    std::int64_t low = 0, high = components;
-    while (high - low > 1) {
-        const std::int64_t middle = (low + high) / 2;
-        (before(middle) ? low : high) = middle;
-    }
-    return low;
-}
-__device__ inline PieceRows piece_rows(const DeflateArgs& a, std::int64_t piece) {
-    const auto number = [&](std::int64_t c) { return a.offsets[c] / kPiece + c; };
-    const std::int64_t c = last_component(a.components, [&](std::int64_t i) { return number(i) <= piece; });
-    const std::int64_t first = a.offsets[c], end = a.offsets[c + 1], q = piece - number(c), bucket = first / kPiece;
-    PieceRows p;
-    p.begin = first + q * kPiece, p.end = min(p.begin + kPiece, end);
-    p.slot = 2 * (bucket + q) + (q > 0), p.total = 2 * bucket;
-    p.whole = end - first <= kPiece;
-    return p;
-}
 __device__ inline void deflate_piece(const DeflateArgs& a, const PieceRows& p, int column, const Sum4& total) {
     if (column >= a.m) return;
 #pragma unroll 4
@@ -201,7 +170,7 @@ __global__ void __launch_bounds__(kThreads) eigen_project_kernel(const DeflateAr
     const std::int64_t piece = std::int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
     const int column = warp_column(blockIdx.y);
     if (piece >= a.pieces) return;
-    const PieceRows p = piece_rows(a, piece);
+    const PieceRows p = piece_rows(a.offsets, a.components, piece);
     Sum4 sum;
     if (column < a.m)
         sum = sum_rows(p.begin + warp_row(), p.end, kWarpRows, [&](float4& run, std::int64_t row) {
@@ -217,34 +186,11 @@ __global__ void __launch_bounds__(kThreads) eigen_project_kernel(const DeflateAr
         sum.store(a.sums + p.slot * a.m + column, a.m - column);
 }
 
-// A block for each bucket and 32 columns: the total of the component of several pieces that begins there, if any.
-__global__ void __launch_bounds__(kDeflateThreads) eigen_component_kernel(const DeflateArgs a) {
-    constexpr int kGroups = kDeflateThreads / kWarp;
-    __shared__ double shared[kGroups][kWarp];
-    const std::int64_t bucket = blockIdx.x, next = (bucket + 1) * kPiece;
-    const std::int64_t c = last_component(a.components, [&](std::int64_t i) { return a.offsets[i] < next; });
-    const std::int64_t first = a.offsets[c], rows = a.offsets[c + 1] - first;
-    if (first < bucket * kPiece || first >= next || rows <= kPiece) return;
-    const int lane = threadIdx.x % kWarp, group = threadIdx.x / kWarp, column = blockIdx.y * kWarp + lane;
-    const std::int64_t pieces = ceil_div(rows, std::int64_t(kPiece)), run = ceil_div(pieces, std::int64_t(kGroups));
-    const std::int64_t last = min((group + 1) * run, pieces);
-    double sum = 0;
-    if (column < a.m) {
-#pragma unroll 8
-        for (std::int64_t q = group * run; q < last; ++q) sum += a.sums[(2 * (bucket + q) + (q > 0)) * a.m + column];
-    }
-    shared[group][lane] = sum;
-    __syncthreads();
-    if (group > 0 || column >= a.m) return;
-    for (int g = 1; g < kGroups; ++g) sum += shared[g][lane];
-    a.sums[2 * bucket * a.m + column] = sum;
-}
-
 __global__ void __launch_bounds__(kThreads) eigen_subtract_kernel(const DeflateArgs a) {
     const std::int64_t piece = std::int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
     const int column = warp_column(blockIdx.y);
     if (piece >= a.pieces || column >= a.m) return;
-    const PieceRows p = piece_rows(a, piece);
+    const PieceRows p = piece_rows(a.offsets, a.components, piece);
     if (p.whole || p.begin >= p.end) return;
     Sum4 total;
 #pragma unroll
@@ -387,8 +333,7 @@ void eigen_deflate(const Cuda& d, const EigenDeflate<float>& p) {
     eigen_project_kernel<<<grid, kThreads, 0, stream>>>(a);
     LAUNCH_CHECK("eigen_project");
     if (n <= kPiece) return;
-    eigen_component_kernel<<<dim3(unsigned(n / kPiece + 1), column_panels(m)), kDeflateThreads, 0, stream>>>(a);
-    LAUNCH_CHECK("eigen_component");
+    launch_component(stream, n, {p.offsets.data, components, int(m), p.scratch.data});
     eigen_subtract_kernel<<<grid, kThreads, 0, stream>>>(a);
     LAUNCH_CHECK("eigen_subtract");
 }

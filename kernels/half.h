@@ -28,4 +28,12 @@ inline std::uint16_t float_to_half(float f) {
     return static_cast<std::uint16_t>(sign | (rebiased + 0xfffu + (rebiased >> 13 & 1u)) >> 13);
 }
 
+struct f16 {
+    std::uint16_t bits = 0;
+    f16() = default;
+    explicit f16(float f) : bits(float_to_half(f)) {}
+    explicit operator float() const { return half_to_float(bits); }
+};
+static_assert(sizeof(f16) == 2);
+
 }  // namespace fiedler

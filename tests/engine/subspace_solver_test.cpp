@@ -128,6 +128,77 @@ TEST(SubspaceSolverF32, KrylovStartAtTheEdgeOfABulk) {
     }
 }
 
+// Filters in half precision find the same pairs: from a Krylov space, from random vectors (the whole block, and beside
+// locked pairs), in several components, and where eigenvalues far below what the block has seen leave the range of f16.
+Graph three_bulks() {
+    std::mt19937 random(4);
+    std::vector<Edge> edges;
+    for (const std::int32_t begin : {0, 900, 902})
+        for (std::int32_t i = 1; i < (begin == 900 ? 2 : 900); ++i)
+            for (int k = 0; k < 6; ++k) edges.push_back({begin + i, begin + std::int32_t(random() % unsigned(i)), 1});
+    return build_graph(1802, edges);
+}
+template <class Dev>
+void expect_halves_find_the_same(Dev& dev) {
+    struct Case {
+        const char* name;
+        Graph graph;
+        std::vector<std::int64_t> components;
+        bool krylov;
+        std::int64_t half;
+        double share;  // of the products, at least, in half precision
+    };
+    const auto whole = [](const Graph& g) { return std::vector<std::int64_t>{0, g.nodes}; };
+    const Graph bulks = three_bulks(), cliques = chain_of_cliques(6, 240);
+    std::vector<Edge> ring;
+    for (int i = 0; i < 1500; ++i)
+        for (int k = 1; k <= 5; ++k) ring.push_back({i, (i + k) % 1500, 1});
+    const Graph near = build_graph(1500, ring);
+    for (const Case& c :
+         {Case{"Krylov", bulks, {0, 900, 902, 1802}, true, 16, 0.5},
+          Case{"components", bulks, {0, 900, 902, 1802}, false, 16, 0.02},
+          Case{"ring", near, whole(near), false, 32, 0.02}, Case{"cliques", cliques, whole(cliques), true, 16, 0.02}}) {
+        SCOPED_TRACE(c.name);
+        std::vector<SolverLevel<float>> levels(1);
+        levels[0].matrix = laplacian_of<float>(c.graph, LaplacianKind::normalised);
+        levels[0].components = c.components;
+        std::vector<float> vectors;
+        const auto solve = [&](std::int64_t half) {
+            SolverSettings settings;
+            settings.wanted = 20, settings.block = 48, settings.tolerance = 2e-5;
+            settings.basis = c.krylov ? krylov_columns(c.graph.nodes, settings.wanted, half) : 0;
+            settings.half = half, settings.panel = half == 16 ? 8 : 0;
+            SubspaceSolver<Dev, float> solver(dev, levels, settings);
+            (void)solver.estimate(settings.block);
+            vectors.clear();
+            return solver.solve({}, 0, [&](const float* rows, std::int64_t, std::int64_t count) {
+                vectors.insert(vectors.end(), rows, rows + count * 20);
+            });
+        };
+        const SolverResult plain = solve(0), r = solve(c.half);
+        expect_values(r, plain.eigenvalues, 1e-6);
+        EXPECT_EQ(plain.half_products, 0);
+        EXPECT_GT(double(r.half_products), c.share * double(r.products));
+        EXPECT_LT(double(r.products), 2.5 * double(plain.products));
+        for (const double residual : r.residuals) EXPECT_LE(residual, 2e-5);
+        const std::vector<float> before = vectors;
+        (void)solve(c.half);
+        EXPECT_EQ(vectors, before);
+    }
+}
+TEST(SubspaceSolverF32, HalvesFindTheSame) {
+    Cpu cpu;
+    expect_halves_find_the_same(cpu);
+}
+#if FIEDLER_CUDA
+TEST(SubspaceSolverGpu, HalvesFindTheSame) {
+    std::string why;
+    if (cuda_device_count(&why) == 0) GTEST_SKIP() << "no GPU: " << why;
+    Cuda gpu(0);
+    expect_halves_find_the_same(gpu);
+}
+#endif
+
 // What is called complete is: the residuals are those of the vectors handed out.
 TEST(SubspaceSolverF32, CompleteMeansWithinTheTolerance) {
     std::vector<Edge> edges;
