@@ -1,0 +1,44 @@
+// engine/masked_atoms.h: pre-training on molecules without targets: which atom was here?
+//
+// Of each molecule max(1, round(share * n)) of its n atoms are masked: all columns of their atom features give way to the
+// one column for masked atoms (bonds, walks and spectra stay), and their target is the atom's type, kAtomTypes classes.
+// Which ones is a function of seed, epoch and sample in training, of seed and sample else. Features have the same columns
+// as those of the molecules' own targets, so that all but the outputs of a model goes on to them.
+#pragma once
+#include <atomic>
+#include <memory>
+
+#include "engine/molecule_samples.h"
+
+namespace fiedler {
+
+class MaskedAtoms final : public SampleSource {
+  public:
+    // InputError: a share outside (0, 1).
+    MaskedAtoms(std::unique_ptr<const MoleculeSamples>, double share, std::int64_t seed);
+
+    const SampleShape& shape() const override { return shape_; }
+    std::span<const std::int64_t> samples(Part p) const override { return base_->samples(p); }
+    std::int64_t known(Part p) const override { return known_[static_cast<std::size_t>(p)]; }
+    std::int64_t nodes_of(std::int64_t sample) const override { return base_->nodes_of(sample); }
+    std::int64_t edges_of(std::int64_t sample) const override { return base_->edges_of(sample); }
+    std::int64_t feature_entries_of(std::int64_t sample) const override { return base_->feature_entries_of(sample); }
+    void gather(std::span<const std::int64_t> samples, Part, SampleBatch& out) const override;
+    std::string row_name(std::int64_t sample, std::int64_t node) const override;
+
+    // What the masks of the training part that are gathered from now on belong to; 0 at the start.
+    void set_epoch(std::int64_t epoch) { epoch_ = epoch; }
+    const MoleculeSamples& base() const { return *base_; }
+
+  private:
+    std::vector<std::int64_t> masked(std::int64_t sample, std::int64_t epoch) const;  // atoms, ascending
+
+    std::unique_ptr<const MoleculeSamples> base_;
+    double share_;
+    std::int64_t seed_;
+    std::atomic<std::int64_t> epoch_ = 0;
+    SampleShape shape_;
+    std::array<std::int64_t, 4> known_{};
+};
+
+}  // namespace fiedler
