@@ -80,9 +80,9 @@ void find_step(Series& s) {
     if (months < 1) return;
     std::size_t most = 1;
     SeriesClock best = s.clock;
-    for (const int kind : {0, 1, 2}) {  // the same day of each month, the last one, seconds: of equals the first
+    for (const int kind : {0, 1, 2}) {  // the last day of each month, the same one, seconds: of equals the first
         SeriesClock clock = s.clock;
-        if (kind < 2) clock.months = months, clock.step = 0, clock.month_ends = kind == 1;
+        if (kind < 2) clock.months = months, clock.step = 0, clock.month_ends = kind == 0;
         if (const std::size_t rows = steady_rows(s.dates, clock); rows > most) most = rows, best = clock;
     }
     s.clock = best;
