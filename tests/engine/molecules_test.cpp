@@ -12,6 +12,7 @@
 #include "engine/files.h"
 #include "engine/masked_atoms.h"
 #include "engine/molecule_parser.h"
+#include "engine/molecule_prepare.h"
 #include "engine/molecule_samples.h"
 #include "engine/molecule_table.h"
 #include "engine/sample_split.h"
@@ -189,6 +190,29 @@ TEST(MoleculeTable, BadRowsAreCountedWhenAsked) {
     ASSERT_EQ(report.skipped.size(), 3u);
     EXPECT_HAS(report.skipped[0], "m.csv:3");
     EXPECT_HAS(report.text(s), "skipped 4 rows");
+}
+
+TEST(MoleculePrepare, TablesArePreparedOnceAndNeedNoParserAfter) {
+    NEEDS_RDKIT;
+    const TempFolder t;
+    const std::string path = t.put("m.csv", kTable);
+    const FoundMolecules first = find_molecules(path, {}, t / "cache", nullptr);
+    EXPECT_TRUE(file_exists(join_path(first.folder, kMoleculesName)));
+    const std::string bytes = slurp(join_path(first.folder, kMoleculesName));
+    EXPECT_EQ(find_molecules(path, {}, t / "cache", nullptr).folder, first.folder);
+    MoleculeTableOptions o;
+    o.targets = {"toxic"};
+    EXPECT_NE(find_molecules(path, o, t / "cache", nullptr).folder, first.folder);
+    EXPECT_EQ(find_molecules(first.folder, o, "", nullptr).set.target_names, Strings{"toxic"});
+    EXPECT_EQ(find_molecules(join_path(first.folder, kMoleculesName), {}, "", nullptr).set.smiles, first.set.smiles);
+    o.targets = {"mass"};
+    EXPECT_HAS(input_error_of([&] { find_molecules(first.folder, o, "", nullptr); }), "no target column \"mass\"");
+    EXPECT_HAS(input_error_of([&] { find_molecules(t.path(), {}, "", nullptr); }), "a folder without molecules.fdl");
+    prepare_molecules(path, {}, t / "again", false, nullptr);
+    EXPECT_EQ(slurp(t / "again/molecules.fdl"), bytes);
+    t.put("m.csv", "smiles,y\nC(,1\n");
+    EXPECT_HAS(input_error_of([&] { prepare_molecules(path, {}, t / "bad", false, nullptr); }), "m.csv:2");
+    EXPECT_FALSE(folder_exists(t / "bad"));
 }
 
 // ---- the file ------------------------------------------------------------------------------------------------------------
