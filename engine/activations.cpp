@@ -6,12 +6,15 @@
 
 #include "kernels/attention.h"
 #include "kernels/attention_tree.h"
+#include "kernels/bag.h"
 #include "kernels/conv.h"
 #include "kernels/coordinate.h"
 #include "kernels/embedding.h"
 #include "kernels/energy.h"
 #include "kernels/gate.h"
+#include "kernels/graph_conv.h"
 #include "kernels/head.h"
+#include "kernels/pool.h"
 
 namespace fiedler {
 
@@ -52,9 +55,13 @@ std::vector<Slot> slots_of(LayerActivations<T>& a, const ModelSpec& m, const Lay
     matrix(a.n1, "n1", c);
     column(a.rstd1, "rstd1");
     matrix(a.projected, "projected", m.projected_columns(l));
-    if (m.conv) matrix(a.mixed, "mixed", m.projected_columns(l));
+    if (m.graph_conv()) a.hops.resize(static_cast<std::size_t>(m.samples->hops - 1));
+    for (std::size_t hop = 0; hop < a.hops.size(); ++hop)
+        matrix(a.hops[hop], ("hops" + std::to_string(hop)).c_str(), m.projected_columns(l));
+    if (m.causal_conv() || m.graph_conv()) matrix(a.mixed, "mixed", m.projected_columns(l));
     if (m.rotates(l) || m.normalises(l)) matrix(a.rotated, "rotated", 2 * c);
     if (m.aux_columns(l) > 0) matrix(a.aux, "aux", round_up(m.aux_columns(l), 8));
+    if (m.graph_conv() && m.scalar_columns(l) > 0) matrix(a.scalars, "scalars", m.scalar_columns(l));
     if (l.kind != LayerKind::dot) {
         matrix(a.a, "a", h * l.scalars);
         matrix(a.b, "b", h * l.scalars);
@@ -85,6 +92,7 @@ Packed packing_of(const ModelSpec& spec, const ActivationPlan& plan) {
     Packed seq;
     seq.tokens = static_cast<std::int32_t>(plan.tokens);
     seq.count = static_cast<std::int32_t>(plan.sequences);
+    if (spec.samples) return seq;
     if (plan.sequences * spec.context <= plan.tokens) seq.length = spec.context;
     return seq;
 }
@@ -138,7 +146,8 @@ void Activations<T>::place_layers(Arena& arena, const ActivationPlan& plan) {
             fills_.push_back(
                 [fill = s.fill, p, most = rows_of(s)](std::int64_t rows) { fill(p, std::min(rows, most)); });
         }
-        if (!spec_.conv) fills_.push_back([a = &layers_[l]](std::int64_t) { a->mixed = a->projected; });
+        if (!spec_.causal_conv() && !spec_.graph_conv())
+            fills_.push_back([a = &layers_[l]](std::int64_t) { a->mixed = a->projected; });
     }
     bind(plan.tokens);
 }
@@ -156,8 +165,9 @@ void Activations<T>::place_scratch(Arena& arena, const ActivationPlan& plan) {
         void* p = arena.take<A>(name, {n}, Lifetime::scratch);
         fills_.push_back([&view, p](std::int64_t rows) { view = Vec<A>(static_cast<A*>(p), rows); });
     };
-    matrix(scratch_.spectral, "spectral", spec_.spectral_columns(),
-           plan.training ? Lifetime::saved : Lifetime::scratch);
+    if (!spec_.samples)
+        matrix(scratch_.spectral, "spectral", spec_.spectral_columns(),
+               plan.training ? Lifetime::saved : Lifetime::scratch);
     matrix(scratch_.x_last, "x_last", c);
     matrix(scratch_.n_last, "n_last", c);
     vector(scratch_.rstd_last, "rstd_last");
@@ -166,20 +176,56 @@ void Activations<T>::place_scratch(Arena& arena, const ActivationPlan& plan) {
         matrix(scratch_.dx, "dx", c);
         matrix(scratch_.dn, "dn", c);
     }
-    {  // logits are dead before the first layer's gradients are made
-        auto scope = arena.scope();
-        const std::int64_t padded = round_up(spec_.vocab, 8);
-        scratch_.logits = Mat<T>(arena.take<T>("logits", {plan.logits_rows, padded}, Lifetime::scratch),
-                                 plan.logits_rows, spec_.vocab, padded);
-        if constexpr (std::is_same_v<T, bf16>) {
-            const std::int64_t elements = head_scratch_elements(plan.logits_rows, spec_.vocab, c);
-            scratch_.head = {arena.take<A>("head", {elements}, Lifetime::scratch), elements};
-        }
-        scope.close();
-    }
+    if (spec_.samples)
+        place_outputs(arena, plan);
+    else
+        place_logits(arena, plan);
     if constexpr (std::is_same_v<T, bf16>) place_tree(arena, plan);
     if (plan.training) place_gradients(arena, plan);
     bind(plan.tokens);
+}
+
+// Logits are dead before the first layer's gradients are made.
+template <class T>
+void Activations<T>::place_logits(Arena& arena, const ActivationPlan& plan) {
+    auto scope = arena.scope();
+    const std::int64_t padded = round_up(spec_.vocab, 8);
+    scratch_.logits = Mat<T>(arena.take<T>("logits", {plan.logits_rows, padded}, Lifetime::scratch), plan.logits_rows,
+                             spec_.vocab, padded);
+    if constexpr (std::is_same_v<T, bf16>) {
+        const std::int64_t elements = head_scratch_elements(plan.logits_rows, spec_.vocab, spec_.channels);
+        scratch_.head = {arena.take<A>("head", {elements}, Lifetime::scratch), elements};
+    }
+    scope.close();
+}
+
+// What lies between the last norm and the loss of samples.
+template <class T>
+void Activations<T>::place_outputs(Arena& arena, const ActivationPlan& plan) {
+    const SampleModel& m = *spec_.samples;
+    const std::int64_t rows = plan.output_rows(spec_), c = spec_.channels, h = spec_.heads;
+    const auto matrix = [&]<class U>(Mat<U>& view, const char* name, std::int64_t n, std::int64_t cols) {
+        const std::int64_t padded = round_up(cols, 8);
+        view = Mat<U>(arena.take<U>(name, {n, padded}, Lifetime::scratch), n, cols, padded);
+    };
+    matrix(scratch_.outputs, "outputs", rows, m.outputs);
+    scratch_.predictions = arena.mat<A>("predictions", rows, m.outputs, Lifetime::scratch);
+    scratch_.counts = arena.vec<std::int32_t>("counts", rows, Lifetime::scratch);
+    scratch_.ones = arena.mat<T>("ones", std::max(rows, plan.tokens), 8, Lifetime::persistent);
+    if (plan.training) matrix(scratch_.doutputs, "doutputs", rows, m.outputs);
+    if (m.pool == PoolOf::mean || m.pool == PoolOf::attention) {
+        matrix(scratch_.pooled, "pooled", rows, c);
+        if (plan.training) matrix(scratch_.dpooled, "dpooled", rows, c);
+    }
+    if (m.pool == PoolOf::attention) {
+        matrix(scratch_.z, "pool.z", plan.tokens, h);
+        scratch_.pool_lse = arena.mat<A>("pool.lse", rows, h, Lifetime::scratch);
+        if (plan.training) matrix(scratch_.dz, "pool.dz", plan.tokens, h);
+    }
+    if (std::is_same_v<T, bf16> && !plan.training) {  // in training the layers' partial sums have room for it
+        const std::int64_t elements = pool_scratch_elements(plan.tokens, c, h);
+        scratch_.partials = {arena.take<A>("partials", {elements}, Lifetime::scratch), elements};
+    }
 }
 
 template <class T>
@@ -192,11 +238,12 @@ void Activations<T>::place_gradients(Arena& arena, const ActivationPlan& plan) {
             view = Mat<U>(static_cast<U*>(p), std::min(rows, most), cols);
         });
     };
-    std::int64_t columns = 0, rotated = 0, aux = 0, hr = 0, gated = 0;
+    std::int64_t columns = 0, rotated = 0, aux = 0, hr = 0, gated = 0, scalars = 0;
     for (const LayerSpec& l : spec_.layer) {
         columns = std::max<std::int64_t>(columns, spec_.projected_columns(l));
         if (spec_.rotates(l) || spec_.normalises(l)) rotated = 2 * c;
         aux = std::max(aux, round_up(spec_.aux_columns(l), 8));
+        scalars = std::max(scalars, round_up(spec_.scalar_columns(l), 8));
         hr = std::max<std::int64_t>(hr, h * l.scalars);
         if (spec_.has_gate(l)) gated = h;
     }
@@ -204,7 +251,8 @@ void Activations<T>::place_gradients(Arena& arena, const ActivationPlan& plan) {
     matrix(scratch_.du, "du", spec_.hidden, plan.hidden_rows());
     matrix(scratch_.do_, "do", c, n);
     matrix(scratch_.dmixed, "dmixed", columns, n);
-    if (spec_.conv) matrix(scratch_.dprojected, "dprojected", columns, n);
+    if (spec_.causal_conv() || spec_.graph_conv()) matrix(scratch_.dprojected, "dprojected", columns, n);
+    if (spec_.graph_conv()) matrix(scratch_.dscalars, "dscalars", scalars, n);
     matrix(scratch_.drotated, "drotated", rotated, n);
     matrix(scratch_.daux, "daux", aux, n);
     matrix(scratch_.da, "da", hr, n);
@@ -220,9 +268,17 @@ template <class T>
 std::int64_t Activations<T>::partial_elements(const ActivationPlan& plan) const {
     std::int64_t elements = 1;
     const Packed seq = packing_of(spec_, plan);
+    const std::int64_t n = plan.tokens;
+    if (spec_.samples) {
+        elements = std::max(elements, bag_scratch_elements(plan.feature_entries, spec_.channels));
+        elements = std::max(elements, pool_scratch_elements(n, spec_.channels, spec_.heads));
+    }
     for (const LayerSpec& l : spec_.layer) {
-        const std::int64_t n = plan.tokens;
-        if (spec_.conv) elements = std::max(elements, conv_scratch_elements(n, spec_.projected_columns(l)));
+        if (spec_.graph_conv())
+            elements = std::max(
+                elements, graph_conv_scratch_elements(n, spec_.samples->edge_types,
+                                                      std::max(spec_.projected_columns(l), spec_.scalar_columns(l))));
+        if (spec_.causal_conv()) elements = std::max(elements, conv_scratch_elements(n, spec_.projected_columns(l)));
         if (l.kind == LayerKind::coordinate)
             elements = std::max(elements, coordinate_scratch_elements(n, spec_.scalar_columns(l)));
         if (l.kind == LayerKind::energy)
@@ -263,6 +319,7 @@ void Activations<T>::place_partials(Arena& arena, const ActivationPlan& plan) {
         const std::int64_t elements = partial_elements(plan);
         scratch_.partials = {arena.take<A>("partials", {elements}, Lifetime::scratch), elements};
     }
+    if (spec_.samples) return;
     const auto bytes = static_cast<std::int64_t>(embedding_scratch_bytes(plan.tokens));
     scratch_.sort = {arena.take<std::byte>("sort", {bytes}, Lifetime::scratch), bytes};
 }

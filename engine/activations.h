@@ -31,9 +31,10 @@ struct ActivationPlan {
     bool training = true;          // false: no gradients, no backward scratch
     bool keep_layers = true;       // false (evaluation): one set of buffers for all layers
     Recompute recompute = Recompute::none;
-    std::int64_t mlp_rows = 0;   // rows that go through the MLP at a time, not with `none` and `mlp`; 0: all
-    std::int64_t tree_from = 0;  // contexts from this length on: attention_tree, in layers that it takes
-    std::int64_t runs_from = 0;  // decoders from this length on: attention_runs, in the same layers, on the CPU
+    std::int64_t mlp_rows = 0;         // rows that go through the MLP at a time, not with `none` and `mlp`; 0: all
+    std::int64_t tree_from = 0;        // contexts from this length on: attention_tree, in layers that it takes
+    std::int64_t runs_from = 0;        // decoders from this length on: attention_runs, in the same layers, on the CPU
+    std::int64_t feature_entries = 0;  // of sparse features, the most a batch of samples may hold
 
     static bool has_one_scalar(const LayerSpec& l) {
         return l.kind != LayerKind::dot && l.scalars == 1 && l.window == 0;
@@ -44,6 +45,10 @@ struct ActivationPlan {
     bool decodes_by_runs(const ModelSpec& spec, const LayerSpec& l, std::int64_t capacity) const {
         return spec.causal && has_one_scalar(l) && capacity >= runs_from;
     }
+    // Rows of outputs: tokens, nodes or samples.
+    std::int64_t output_rows(const ModelSpec& spec) const {
+        return spec.samples && spec.samples->pool != PoolOf::none ? sequences : tokens;
+    }
     std::int64_t hidden_rows() const { return mlp_rows > 0 ? std::min(mlp_rows, tokens) : tokens; }
 };
 
@@ -51,8 +56,10 @@ template <class T>
 struct LayerActivations {
     using A = acc_t<T>;
     Mat<T> x, n1, projected, mixed, rotated, o, mid, n2, h;
+    std::vector<Mat<T>> hops;  // samples: between two hops of graph_conv; the last goes to mixed
     Vec<A> rstd1, rstd2;
     Mat<A> aux, a, b, F, lse;
+    Mat<A> scalars;  // samples: the scalars of aux after graph_conv
     // mixed is `projected` after the convolution (the same view without one). Queries, keys and values of this layer:
     Mat<T> q(std::int64_t c) const { return rotated ? rotated.columns(0, c) : mixed.columns(0, c); }
     Mat<T> k(std::int64_t c) const { return rotated ? rotated.columns(c, c) : mixed.columns(c, c); }
@@ -70,6 +77,12 @@ struct ScratchActivations {  // shared by all layers
     Vec<A> partials;          // scratch of conv, coordinate, gate, energy, attention
     Vec<std::byte> sort;      // scratch of the embedding's gradient
     Vec<unsigned char> tree;  // scratch of attention_tree
+    // Samples; rows are those of the plan, not of the batch.
+    Mat<T> pooled, dpooled, doutputs, dz;  // dpooled, doutputs, dz: training
+    Mat<A> outputs, predictions, z, pool_lse;
+    Vec<std::int32_t> counts;  // targets of each row that are known
+    Mat<T> ones;               // [the larger of tokens and rows, 8]: 1 in the first column, which the owner fills
+    Mat<T> dscalars;           // training
 };
 
 template <class T>
@@ -92,6 +105,8 @@ class Activations {
     void place_gradients(Arena&, const ActivationPlan&);
     void place_partials(Arena&, const ActivationPlan&);
     void place_tree(Arena&, const ActivationPlan&);
+    void place_logits(Arena&, const ActivationPlan&);
+    void place_outputs(Arena&, const ActivationPlan&);
     std::int64_t partial_elements(const ActivationPlan&) const;
 
     const ModelSpec& spec_;

@@ -13,6 +13,7 @@ int run_inspect(const Invocation&);
 int run_export(const Invocation&);
 int run_import(const Invocation&);
 int run_quantize(const Invocation&);
+int run_predict(const Invocation&);
 
 // InputError unless `out` names a file that could be written (export_command.cpp).
 void check_output(const std::string& out);

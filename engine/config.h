@@ -35,11 +35,15 @@ enum class ExportFormat { fdl, safetensors, gguf };
 enum class ExportType { automatic, f32, bf16 };
 enum class QuantBits { int8, int4 };
 enum class QuantScales { least_error, nearest };
-enum class CacheChoice { compact, exact, int8 };  // as CacheKind (infer/session.h)
+enum class CacheChoice { compact, exact, int8 };     // as CacheKind (infer/session.h)
+enum class Task { text, nodes, molecules, series };  // what a model is trained on; all but text are samples (samples.h)
+enum class PoolChoice { mean, attention, flatten };
+enum class PartChoice { train, val, test, all };
 
 struct Config {
     // model
     std::string preset = "tiny";
+    Task task = Task::text;
     std::string pattern = "sssb";
     std::int64_t layers = 4, channels = 128, heads = 4, scalars = 8;
     ScalarKind scalar_kind = ScalarKind::coordinate;
@@ -53,6 +57,11 @@ struct Config {
     double norm_eps = 1e-6, init_std = 0.02, gate_bias_min = 2, gate_bias_max = 8;
     std::int64_t spectral_dims = 0;
     std::string spectral_source = "corpus", spectral_rows = "unit", feature_laplacian = "auto";
+    // model, of samples only
+    std::int64_t hops = 1;
+    bool local = true, last_norm = true, input_bias = true, spectral_start = false;
+    PoolChoice pool = PoolChoice::mean;
+    double dropout = 0, input_dropout = 0;
 
     // data
     std::vector<std::string> data;
@@ -62,6 +71,9 @@ struct Config {
     double val_fraction = 0.02;
     bool document_mask = false;
     std::int64_t tokenizer_sample_bytes = std::int64_t{32} << 20;
+    std::string features, node_labels, split;  // of the nodes of --graph
+    bool normalise_features = true;
+    PartChoice part = PartChoice::test;
 
     // train
     std::int64_t steps = 300, batch_tokens = 4096, micro_batch = 0;
@@ -72,6 +84,7 @@ struct Config {
     double beta1 = 0.9, beta2 = 0.95, adam_eps = 1e-8, weight_decay = 0.1, clip = 1;
     double skip_outliers = 0;
     bool skip_nonfinite = true;
+    std::int64_t batch_nodes = 4096, epochs = 0, patience = 0, seeds = 1;  // samples
 
     // run
     std::string out, resume;
@@ -152,7 +165,8 @@ enum class Command {
     bench,
     export_model,
     import_model,
-    quantize
+    quantize,
+    predict
 };
 enum class KnobGroup { model, data, train, run, use, graph, spectrum };
 enum class Unit { none, bytes, tokens, steps };

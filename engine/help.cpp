@@ -85,6 +85,7 @@ constexpr CommandText kCommands[] = {
     {Command::export_model, "export", "MODEL --out FILE", "a model as .fdl, safetensors or gguf"},
     {Command::import_model, "import", "MODEL --out FILE", "a model from safetensors or gguf, as .fdl"},
     {Command::quantize, "quantize", "MODEL --out FILE", "weights of 8 or 4 bits, for the CPU runtime"},
+    {Command::predict, "predict", "MODEL --out FILE", "what a model of samples says of new ones, as CSV"},
 };
 // Benchmarks' own flags (bench_command.cpp), which no other command has and no file of a run keeps.
 constexpr const char* kBenchText =

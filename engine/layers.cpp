@@ -21,32 +21,51 @@ template <class Dev, class T>
 void Model<Dev, T>::forward_layer(int l, const DeviceBatch& batch) {
     LayerActivations<T>& act = acts_.layer(l);
     const LayerWeights<T> w = layer_weights(l);
-    {
-        Range range("norm");
-        norm_forward(dev_, NormForward<T>{.y = act.n1, .rstd = act.rstd1, .x = act.x, .eps = A(spec_.norm_eps)});
-    }
+    forward_norm1(l, batch);
     forward_attention(l, batch);
-    matmul_forward(dev_, MatmulForward<T, T>{.y = act.mid, .x = act.o, .w = w.out, .residual = act.x});
+    forward_mid(l);
     for_hidden_rows([&](std::int64_t first, std::int64_t rows) {
-        forward_norm2(l, first, rows);
+        forward_norm2(l, batch, first, rows);
         forward_mlp_in(l, rows);
         Range range("mlp");
+        const Mat<T> h = drops(batch) ? acts_.scratch().du.slice_rows(0, rows) : act.h.slice_rows(0, rows);
+        drop(batch, h, act.h.slice_rows(0, rows), l, Site::hidden, first);
         matmul_forward(dev_, MatmulForward<T, T>{.y = next_input(l).slice_rows(first, rows),
-                                                 .x = act.h.slice_rows(0, rows),
+                                                 .x = h,
                                                  .w = w.mlp_out,
                                                  .residual = act.mid.slice_rows(first, rows)});
     });
 }
 
+template <class Dev, class T>
+void Model<Dev, T>::forward_norm1(int l, const DeviceBatch& batch) {
+    Range range("norm");
+    LayerActivations<T>& act = acts_.layer(l);
+    norm_forward(dev_, NormForward<T>{.y = act.n1, .rstd = act.rstd1, .x = act.x, .eps = A(spec_.norm_eps)});
+    drop(batch, act.n1, act.n1, l, Site::attention);
+}
+
+// What attention adds to x, and in models of samples the values themselves.
+template <class Dev, class T>
+void Model<Dev, T>::forward_mid(int l) {
+    LayerActivations<T>& act = acts_.layer(l);
+    const LayerWeights<T> w = layer_weights(l);
+    matmul_forward(dev_, MatmulForward<T, T>{.y = act.mid, .x = act.o, .w = w.out, .residual = act.x});
+    if (w.local)
+        matmul_forward(
+            dev_, MatmulForward<T, T>{.y = act.mid, .x = act.v(spec_.channels), .w = w.local, .residual = act.mid});
+}
+
 // The second norm of rows from `first` on, to the first rows of n2.
 template <class Dev, class T>
-void Model<Dev, T>::forward_norm2(int l, std::int64_t first, std::int64_t rows) {
+void Model<Dev, T>::forward_norm2(int l, const DeviceBatch& batch, std::int64_t first, std::int64_t rows) {
     Range range("norm");
     LayerActivations<T>& act = acts_.layer(l);
     norm_forward(dev_, NormForward<T>{.y = act.n2.slice_rows(0, rows),
                                       .rstd = act.rstd2.slice(0, rows),
                                       .x = act.mid.slice_rows(first, rows),
                                       .eps = A(spec_.norm_eps)});
+    drop(batch, act.n2.slice_rows(0, rows), act.n2.slice_rows(0, rows), l, Site::mlp, first);
 }
 
 // h of the first rows of n2.
@@ -71,8 +90,15 @@ void Model<Dev, T>::forward_attention(int l, const DeviceBatch& batch) {
         if (w.aux)
             matmul_forward(dev_, MatmulForward<T, A>{
                                      .y = act.aux.columns(0, w.aux.rows), .x = act.n1, .w = w.aux, .residual = {}});
+        if (w.spectral) {
+            const Mat<A> scalars = act.aux.columns(0, w.spectral.rows);
+            matmul_forward(
+                dev_, MatmulForward<T, A>{.y = scalars, .x = spectral_of(batch), .w = w.spectral, .residual = scalars});
+        }
     }
-    if (w.conv) {
+    if (spec_.graph_conv()) {
+        forward_graph_conv(l, batch);
+    } else if (w.conv) {
         Range range("conv");
         conv_forward(dev_, ConvForward<T>{.y = act.mixed, .x = act.projected, .w = w.conv, .seq = batch.seq});
     }
@@ -139,11 +165,18 @@ void Model<Dev, T>::forward_scalars(int l, const DeviceBatch& batch) {
     const LayerWeights<T> w = layer_weights(l);
     const std::int64_t scalar_columns = spec_.scalar_columns(spec);
     if (spec.kind == LayerKind::coordinate) {
+        const Mat<A> own = act.aux.columns(0, scalar_columns);
+        if (act.scalars) {
+            Range range("graph_conv");
+            graph_conv_forward(
+                dev_,
+                GraphConvForward<A>{.y = act.scalars, .x = own, .w = w.conv_scalars, .graph = batch.samples->graph});
+        }
         Range range("coordinate");
         coordinate_forward(dev_, CoordinateForward<A>{.a = act.a,
                                                       .b = act.b,
-                                                      .s = act.aux.columns(0, scalar_columns),
-                                                      .w = w.conv_scalars,
+                                                      .s = act.scalars ? act.scalars : own,
+                                                      .w = act.scalars ? Mat<const A>() : w.conv_scalars,
                                                       .log_temp = w.log_temp,
                                                       .seq = batch.seq});
     } else {
@@ -209,23 +242,21 @@ template <class Dev, class T>
 void Model<Dev, T>::backward_layer(int l, const DeviceBatch& batch) {
     if (plan_.recompute ==
         Recompute::layer) {  // the shared buffers hold another layer: make this one's again from its input
-        const LayerActivations<T>& act = acts_.layer(l);
-        const LayerWeights<T> w = layer_weights(l);
-        norm_forward(dev_, NormForward<T>{.y = act.n1, .rstd = act.rstd1, .x = act.x, .eps = A(spec_.norm_eps)});
+        forward_norm1(l, batch);
         forward_attention(l, batch);
-        matmul_forward(dev_, MatmulForward<T, T>{.y = act.mid, .x = act.o, .w = w.out, .residual = act.x});
+        forward_mid(l);
     }
     for_hidden_rows([&](std::int64_t first, std::int64_t rows) {
-        if (plan_.recompute == Recompute::layer) forward_norm2(l, first, rows);
+        if (plan_.recompute == Recompute::layer) forward_norm2(l, batch, first, rows);
         if (plan_.recompute != Recompute::none) forward_mlp_in(l, rows);
-        backward_mlp(l, first, rows);
+        backward_mlp(l, batch, first, rows);
     });
     backward_attention(l, batch);
 }
 
 // Rows from `first` on; n2 and h of them are in the first rows of theirs.
 template <class Dev, class T>
-void Model<Dev, T>::backward_mlp(int l, std::int64_t first, std::int64_t rows) {
+void Model<Dev, T>::backward_mlp(int l, const DeviceBatch& batch, std::int64_t first, std::int64_t rows) {
     Range range("mlp");
     LayerActivations<T>& act = acts_.layer(l);
     ScratchActivations<T>& s = acts_.scratch();
@@ -233,10 +264,13 @@ void Model<Dev, T>::backward_mlp(int l, std::int64_t first, std::int64_t rows) {
     const LayerGrads<T> g = layer_grads(l);
     const Mat<T> n2 = act.n2.slice_rows(0, rows), h = act.h.slice_rows(0, rows), du = s.du.slice_rows(0, rows);
     const Mat<T> dx = s.dx.slice_rows(first, rows), dn = s.dn.slice_rows(0, rows);
-    matmul_dw(dev_, MatmulDw<T>{.dw = g.mlp_out, .dy = dx, .x = h});
+    drop(batch, du, h, l, Site::hidden, first);
+    matmul_dw(dev_, MatmulDw<T>{.dw = g.mlp_out, .dy = dx, .x = drops(batch) ? du : h});
     mlp_backward(dev_, MlpBackward<T>{.du = du, .dy = dx, .w = w.mlp_out, .h = h});
+    drop(batch, du, du, l, Site::hidden, first);
     matmul_dw(dev_, MatmulDw<T>{.dw = g.mlp_in, .dy = du, .x = n2});
     matmul_dx(dev_, MatmulDx<T>{.dx = dn, .dy = du, .w = w.mlp_in});
+    drop(batch, dn, dn, l, Site::mlp, first);
     norm_backward(dev_, NormBackward<T>{.dx = dx,
                                         .dy = dn,
                                         .x = act.mid.slice_rows(first, rows),

@@ -29,7 +29,8 @@ void Model<Dev, T>::backward_attention(int l, const DeviceBatch& batch) {
     matmul_dx(dev_, MatmulDx<T>{.dx = s.do_, .dy = s.dx, .w = w.out});
 
     const auto width = [&](const Mat<T>& m) { return Mat<T>{m.data, m.rows, columns, columns}; };
-    const Mat<T> dmixed = width(s.dmixed), dprojected = w.conv ? width(s.dprojected) : dmixed;
+    const Mat<T> dmixed = width(s.dmixed);
+    Mat<T> dprojected = w.conv ? width(s.dprojected) : dmixed;
     const Mat<T> dqk = act.rotated ? Mat<T>{s.drotated.data, s.drotated.rows, 2 * c, 2 * c}
                                    : (columns > c ? dmixed.columns(0, 2 * c) : Mat<T>{});
     if (spec.kind == LayerKind::dot) {
@@ -64,7 +65,14 @@ void Model<Dev, T>::backward_attention(int l, const DeviceBatch& batch) {
                                                 .theta = A(spec_.rope_theta),
                                                 .eps = A(spec_.norm_eps)});
     }
-    if (w.conv) {
+    if (w.local) {
+        const Mat<T> dv = dmixed.columns(columns - c, c);
+        matmul_dw(dev_, MatmulDw<T>{.dw = g.local, .dy = s.dx, .x = act.v(c)});
+        matmul_dx(dev_, MatmulDx<T>{.dx = dv, .dy = s.dx, .w = w.local, .accumulate = true});
+    }
+    if (spec_.graph_conv()) {
+        dprojected = backward_graph_conv(l, batch, dmixed, dprojected);
+    } else if (w.conv) {
         Range range("conv");
         conv_backward(dev_, ConvBackward<T>{.dx = dprojected,
                                             .dw = g.conv,
@@ -81,7 +89,11 @@ void Model<Dev, T>::backward_attention(int l, const DeviceBatch& batch) {
         const Mat<T> daux = s.daux.columns(0, w.aux.rows);
         matmul_dw(dev_, MatmulDw<T>{.dw = g.aux, .dy = daux, .x = act.n1});
         matmul_dx(dev_, MatmulDx<T>{.dx = s.dn, .dy = daux, .w = w.aux, .accumulate = true});
+        if (w.spectral)
+            matmul_dw(dev_,
+                      MatmulDw<T>{.dw = g.spectral, .dy = daux.columns(0, w.spectral.rows), .x = spectral_of(batch)});
     }
+    drop(batch, s.dn, s.dn, l, Site::attention);
     norm_backward(dev_, NormBackward<T>{.dx = s.dx, .dy = s.dn, .x = act.x, .rstd = act.rstd1, .dresidual = s.dx});
 }
 
@@ -139,19 +151,30 @@ void Model<Dev, T>::backward_scalars(int l, const DeviceBatch& batch, const Mat<
                                                       .causal = spec_.causal});
     }
     if (spec.kind == LayerKind::coordinate) {
+        const Mat<T> down = s.daux.columns(0, scalar_columns);
+        const Mat<T> ds = act.scalars ? Mat<T>{s.dscalars.data, s.dscalars.rows, scalar_columns} : down;
+        const Mat<A> own = act.aux.columns(0, scalar_columns);
         Range range("coordinate");
-        coordinate_backward(dev_, CoordinateBackward<T>{.ds = s.daux.columns(0, scalar_columns),
-                                                        .dw = g.conv_scalars,
+        coordinate_backward(dev_, CoordinateBackward<T>{.ds = ds,
+                                                        .dw = act.scalars ? Mat<A>() : g.conv_scalars,
                                                         .dlog_temp = g.log_temp,
                                                         .da = da,
                                                         .db = db,
                                                         .a = act.a,
                                                         .b = act.b,
-                                                        .s = act.aux.columns(0, scalar_columns),
-                                                        .w = w.conv_scalars,
+                                                        .s = act.scalars ? act.scalars : own,
+                                                        .w = act.scalars ? Mat<const A>() : w.conv_scalars,
                                                         .log_temp = w.log_temp,
                                                         .seq = batch.seq,
                                                         .scratch = s.partials});
+        if (act.scalars)
+            graph_conv_backward(dev_, GraphConvBackward<T, A>{.dx = down,
+                                                              .dw = g.conv_scalars,
+                                                              .dy = ds,
+                                                              .x = own,
+                                                              .w = w.conv_scalars,
+                                                              .graph = batch.samples->graph,
+                                                              .scratch = s.partials});
     } else {
         Range range("energy");
         const auto energies = [&](const Mat<T>& dx, const Mat<A>& dscalar, const Mat<T>& x) {

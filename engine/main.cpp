@@ -39,6 +39,8 @@ int run(const Invocation& call) {
             return run_import(call);
         case Command::quantize:
             return run_quantize(call);
+        case Command::predict:
+            return run_predict(call);
         case Command::bench:  // has arguments of its own: main_of
             break;
     }

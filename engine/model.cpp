@@ -56,6 +56,8 @@ LayerWeights<T> Model<Dev, T>::layer_weights(int l) const {
     r.out = table_.matrix(w, t.out);
     r.mlp_in = table_.matrix(w, t.mlp_in);
     r.mlp_out = table_.matrix(w, t.mlp_out);
+    r.local = matrix_or_none(table_, w, t.local);
+    r.spectral = matrix_or_none(table_, w, t.spectral);
     r.conv = matrix_or_none(table_, m, t.conv);
     r.conv_scalars = matrix_or_none(table_, m, t.conv_scalars);
     r.gate_bias = vector_or_none(table_, m, t.gate_bias);
@@ -77,6 +79,8 @@ LayerGrads<T> Model<Dev, T>::layer_grads(int l) const {
     r.out = table_.matrix(g, t.out);
     r.mlp_in = table_.matrix(g, t.mlp_in);
     r.mlp_out = table_.matrix(g, t.mlp_out);
+    r.local = matrix_or_none(table_, g, t.local);
+    r.spectral = matrix_or_none(table_, g, t.spectral);
     r.conv = matrix_or_none(table_, g, t.conv);
     r.conv_scalars = matrix_or_none(table_, g, t.conv_scalars);
     r.gate_bias = vector_or_none(table_, g, t.gate_bias);
@@ -99,15 +103,22 @@ void Model<Dev, T>::embed(const Vec<const std::int32_t>& tokens, const Mat<T>& x
 
 template <class Dev, class T>
 void Model<Dev, T>::forward(const DeviceBatch& batch, const std::function<void(int)>& after_layer) {
-    acts_.bind(batch.inputs.size);
+    acts_.bind(batch.samples ? batch.seq.tokens : batch.inputs.size);
     ScratchActivations<T>& s = acts_.scratch();
-    embed(batch.inputs, spec_.layers() > 0 ? acts_.layer(0).x : s.x_last, s.spectral);
+    const Mat<T> x = spec_.layers() > 0 ? acts_.layer(0).x : s.x_last;
+    if (batch.samples)
+        embed_samples(batch, x);
+    else
+        embed(batch.inputs, x, s.spectral);
     for (int l = 0; l < spec_.layers(); ++l) {
         forward_layer(l, batch);
         if (after_layer) after_layer(l);
     }
-    Range range("norm");
-    norm_forward(dev_, NormForward<T>{.y = s.n_last, .rstd = s.rstd_last, .x = s.x_last, .eps = A(spec_.norm_eps)});
+    if (last_norm()) {
+        Range range("norm");
+        norm_forward(dev_, NormForward<T>{.y = s.n_last, .rstd = s.rstd_last, .x = s.x_last, .eps = A(spec_.norm_eps)});
+    }
+    if (batch.samples) forward_outputs(batch);
 }
 
 // Logits of the rows from `first` on, as many as `logits` has.
@@ -147,9 +158,12 @@ void Model<Dev, T>::loss(const DeviceBatch& batch, Vec<A> total, bool gradient, 
 template <class Dev, class T>
 void Model<Dev, T>::backward(const DeviceBatch& batch) {
     ScratchActivations<T>& s = acts_.scratch();
-    norm_backward(
-        dev_, NormBackward<T>{.dx = s.dx, .dy = s.dn, .x = s.x_last, .rstd = s.rstd_last, .dresidual = Mat<const T>{}});
+    if (last_norm())
+        norm_backward(
+            dev_,
+            NormBackward<T>{.dx = s.dx, .dy = s.dn, .x = s.x_last, .rstd = s.rstd_last, .dresidual = Mat<const T>{}});
     for (int l = spec_.layers(); l-- > 0;) backward_layer(l, batch);
+    if (batch.samples) return embed_samples_backward(batch);
     Range range("embedding");
     embedding_backward(dev_, EmbeddingBackward<T>{.dtable = table_.matrix(params_.grads.data, table_.embedding),
                                                   .tokens = batch.inputs,

@@ -13,13 +13,30 @@
 #include "engine/params.h"
 #include "kernels/energy.h"
 #include "kernels/gradnorm.h"
+#include "kernels/graph_conv.h"
 
 namespace fiedler {
+
+// What a batch of samples has in place of tokens, in device memory. Absent: what the model or the batch has not.
+struct DeviceSamples {
+    Vec<const std::int32_t> feature_offsets, feature_columns;   // sparse features, CSR over nodes
+    Vec<const float> feature_values;                            // of them
+    Vec<const std::int32_t> by_feature_offsets, feature_nodes;  // the same transposed; with gradients only
+    Vec<const float> by_feature_values;
+    const void *dense = nullptr, *spectral = nullptr;  // [N, F padded], [N, k padded], T
+    Adjacency graph;
+    Vec<const std::int32_t> classes;
+    Mat<const float> targets;
+    Vec<const float> row_shift, row_scale;
+    Vec<const std::uint64_t> seed;  // of this step's dropout; absent: none
+    Vec<std::int64_t> count;        // [1], 0: known targets are counted here
+};
 
 // One micro-batch in device memory. Targets may be absent when no loss is asked for.
 struct DeviceBatch {
     Vec<const std::int32_t> inputs, targets;
     Packed seq;
+    const DeviceSamples* samples = nullptr;  // present iff the model is one of samples
 };
 
 // The parameter block as the kernels see it. weights: T (bf16 copy, or the master block itself where T is acc_t<T>).
@@ -33,12 +50,13 @@ struct ParamBlock {
 template <class T>
 struct LayerWeights {  // views into the block: matrices as T, small sensitive tensors as acc_t<T>
     Mat<const T> projected, aux, out, mlp_in, mlp_out;
+    Mat<const T> local, spectral;  // samples
     Mat<const acc_t<T>> conv, conv_scalars;
     Vec<const acc_t<T>> gate_bias, log_temp, log_tau;
 };
 template <class T>
 struct LayerGrads {
-    Mat<acc_t<T>> projected, aux, out, mlp_in, mlp_out, conv, conv_scalars;
+    Mat<acc_t<T>> projected, aux, out, mlp_in, mlp_out, local, spectral, conv, conv_scalars;
     Vec<acc_t<T>> gate_bias, log_temp, log_tau;  // absent where frozen
 };
 
@@ -64,6 +82,11 @@ class Model {
     // From the last norm down to the embedding; parameter gradients accumulate.
     void backward(const DeviceBatch&);
 
+    // The same for samples: the targets' losses added to *total, their number to *count; with gradient, doutputs and what
+    // is below them down to the last layer. predictions() are those of the last call, also without targets.
+    void sample_loss(const DeviceBatch&, Vec<A> total, Vec<std::int64_t> count, bool gradient, A grad_scale);
+    Mat<const A> predictions(const DeviceBatch&) const;  // [rows, outputs]
+
     // Logits of the rows [first, first + n) of the last forward, n <= logits_rows of the plan: [n, vocab] T.
     Mat<const T> logits(std::int64_t first, std::int64_t n);
 
@@ -81,10 +104,35 @@ class Model {
 
   private:
     void head(const Mat<T>& logits, std::int64_t first);
+    // What dropout works on: one stream of random bits for each of them and each layer.
+    enum class Site { attention, mlp, hidden, last };
+    // y = x with dropout, where this batch has any: y may be x. first: the row of the batch that x begins with.
+    bool drops(const DeviceBatch& batch) const {
+        return batch.samples && batch.samples->seed && spec_.samples->dropout > 0;
+    }
+    void drop(const DeviceBatch&, const Mat<T>& y, const Mat<T>& x, int l, Site, std::int64_t first = 0) const;
+    void embed_samples(const DeviceBatch&, const Mat<T>& x) const;
+    void embed_samples_backward(const DeviceBatch&) const;
+    Mat<const T> dense_of(const DeviceBatch& b) const {
+        return {static_cast<const T*>(b.samples->dense), b.seq.tokens, spec_.samples->feature_columns()};
+    }
+    Mat<const T> spectral_of(const DeviceBatch& b) const {
+        return {static_cast<const T*>(b.samples->spectral), b.seq.tokens, spec_.spectral_columns()};
+    }
+    Mat<T> last() { return last_norm() ? acts_.scratch().n_last : acts_.scratch().x_last; }
+    Mat<T> dlast() { return last_norm() ? acts_.scratch().dn : acts_.scratch().dx; }
+    bool last_norm() const { return !spec_.samples || spec_.samples->last_norm; }
+    Mat<T> pooled(const DeviceBatch&, bool gradient);  // what the outputs' product reads: last() itself, or made of it
+    void forward_outputs(const DeviceBatch&);
+    void backward_outputs(const DeviceBatch&);
+    void forward_graph_conv(int l, const DeviceBatch&);
+    Mat<T> backward_graph_conv(int l, const DeviceBatch&, Mat<T> dmixed, Mat<T> dprojected);
+    void forward_norm1(int l, const DeviceBatch&);
+    void forward_mid(int l);
     LayerGrads<T> layer_grads(int l) const;
     void forward_layer(int l, const DeviceBatch&);
     void forward_attention(int l, const DeviceBatch&);
-    void forward_norm2(int l, std::int64_t first, std::int64_t rows);
+    void forward_norm2(int l, const DeviceBatch&, std::int64_t first, std::int64_t rows);
     void forward_mlp_in(int l, std::int64_t rows);
     // work(first, rows): the batch's rows, as many at a time as the MLP's memory has.
     template <class Work>
@@ -95,7 +143,7 @@ class Model {
     void backward_layer(int l, const DeviceBatch&);
     void backward_attention(int l, const DeviceBatch&);
     void backward_scalars(int l, const DeviceBatch&, const Mat<T>& dv, const Mat<T>& dqk);
-    void backward_mlp(int l, std::int64_t first, std::int64_t rows);
+    void backward_mlp(int l, const DeviceBatch&, std::int64_t first, std::int64_t rows);
     void forward_scalars(int l, const DeviceBatch&);
     void calibrate_layer(int l);
     Mat<T> next_input(int l) { return l + 1 < spec_.layers() ? acts_.layer(l + 1).x : acts_.scratch().x_last; }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <limits>
 
 #include "engine/config.h"
 #include "engine/error.h"
@@ -80,7 +81,9 @@ bool ModelSpec::has_energies() const {
     return std::any_of(layer.begin(), layer.end(), [](const LayerSpec& l) { return l.kind == LayerKind::energy; });
 }
 
-ModelSpec model_spec(const Config& c) {
+namespace {
+
+ModelSpec common_spec(const Config& c) {
     ModelSpec s;
     if (c.channels % c.heads != 0)
         throw InputError(
@@ -95,16 +98,12 @@ ModelSpec model_spec(const Config& c) {
                         c.heads, head_dim));
     s.channels = static_cast<std::int32_t>(c.channels);
     s.heads = static_cast<std::int32_t>(c.heads);
-    s.vocab = static_cast<std::int32_t>(c.vocab);
-    s.context = static_cast<std::int32_t>(c.context);
     s.hidden = static_cast<std::int32_t>(c.mlp_hidden > 0 ? c.mlp_hidden : 4 * c.channels);
     if (s.hidden % 8 != 0) throw InputError(fmt::format("mlp-hidden: {} is not a multiple of 8", s.hidden));
-    if (c.spectral_dims > c.vocab)
-        throw InputError(fmt::format("spectral-dims: {} is more than the {} tokens of the vocabulary; choose fewer",
-                                     c.spectral_dims, c.vocab));
     s.spectral_dims = static_cast<std::int32_t>(c.spectral_dims);
-    for (const PatternItem& item : parse_pattern(c.pattern, static_cast<std::int32_t>(c.layers)))
-        s.layer.push_back(layer_spec(c, item, head_dim));
+    if (c.layers > 0)
+        for (const PatternItem& item : parse_pattern(c.pattern, static_cast<std::int32_t>(c.layers)))
+            s.layer.push_back(layer_spec(c, item, head_dim));
     s.gate = c.gate;
     s.conv = c.conv;
     s.qk_norm = c.qk_norm;
@@ -121,6 +120,61 @@ ModelSpec model_spec(const Config& c) {
     s.init_std = static_cast<float>(c.init_std);
     s.gate_bias_min = static_cast<float>(c.gate_bias_min);
     s.gate_bias_max = static_cast<float>(c.gate_bias_max);
+    return s;
+}
+
+PoolOf pool_of(const Config& c, const SampleShape& shape) {
+    if (shape.level == TargetLevel::node) return PoolOf::none;
+    if (c.pool == PoolChoice::flatten && shape.nodes_per_sample == 0)
+        throw InputError(
+            "pool: flatten is for samples with equal numbers of nodes; these differ: choose mean or "
+            "attention");
+    return c.pool == PoolChoice::mean        ? PoolOf::mean
+           : c.pool == PoolChoice::attention ? PoolOf::attention
+                                             : PoolOf::flatten;
+}
+
+}  // namespace
+
+ModelSpec model_spec(const Config& c) {
+    if (c.task != Task::text) throw std::logic_error("model_spec: a model of samples needs their shape");
+    if (c.layers < 1) throw InputError("layers: a model of text needs at least 1");
+    ModelSpec s = common_spec(c);
+    s.vocab = static_cast<std::int32_t>(c.vocab);
+    s.context = static_cast<std::int32_t>(c.context);
+    if (c.spectral_dims > c.vocab)
+        throw InputError(fmt::format("spectral-dims: {} is more than the {} tokens of the vocabulary; choose fewer",
+                                     c.spectral_dims, c.vocab));
+    return s;
+}
+
+ModelSpec model_spec(const Config& c, const SampleShape& shape, std::int64_t longest) {
+    ModelSpec s = common_spec(c);
+    if (longest > std::numeric_limits<std::int32_t>::max() || shape.features > std::numeric_limits<std::int32_t>::max())
+        input_error("samples: {} nodes in one, {} features: more than 2^31 - 1", longest, shape.features);
+    for (const LayerSpec& l : s.layer)
+        if (l.window > 0) input_error("pattern: a window (\":{}\") is for text; nodes have no order", l.window);
+    s.causal = s.gate = false;
+    s.rotary = Rotary::none;
+    s.tied = false;
+    s.spectral_dims = static_cast<std::int32_t>(shape.spectral_dims);
+    s.context = static_cast<std::int32_t>(std::max<std::int64_t>(longest, 1));
+    SampleModel m;
+    m.features = shape.features;
+    m.dense = shape.dense;
+    m.input_bias = c.input_bias;
+    m.edge_types = shape.edge_types;
+    m.hops = static_cast<std::int32_t>(c.hops);
+    m.local = c.local && c.conv && shape.edge_types > 0;
+    m.spectral_start = c.spectral_start;
+    m.last_norm = c.last_norm;
+    m.kind = shape.kind;
+    m.outputs = shape.outputs;
+    m.pool = pool_of(c, shape);
+    m.nodes_per_sample = shape.nodes_per_sample;
+    m.dropout = static_cast<float>(c.dropout);
+    m.input_dropout = static_cast<float>(c.input_dropout);
+    s.samples = m;
     return s;
 }
 

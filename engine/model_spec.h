@@ -2,8 +2,11 @@
 // and checks it, once.
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
+
+#include "engine/samples.h"
 
 namespace fiedler {
 
@@ -20,6 +23,31 @@ struct LayerSpec {
     float inverse_temperature = 1;
 };
 
+// What a model of samples has in place of tokens and a vocabulary (samples.h):
+//
+//   x0   = features Win + bin + U Ws     U: the nodes' spectral embedding, given with each batch
+//   block as DESIGN 1's, bidirectional within each sample, without a gate; where the causal convolution is, graph_conv on
+//          the values (`hops` times) and on the scalars. spectral_start: scalars += U S, S starting at one column of U each.
+//          local: x += conv(v) Wl beside attention's v Wo.
+//   y    = [pool over the sample] RMSNorm(x) Wout + bout, one row for each node or sample
+//
+// Dropout (training): on every input of a layer's products and on the last norm's output; on the features by the reader
+// of batches (sample_batch.h).
+enum class PoolOf { none, mean, attention, flatten };  // none: a row for each node
+struct SampleModel {
+    std::int64_t features = 0;
+    bool dense = false, input_bias = true;
+    std::int32_t edge_types = 0, hops = 1;  // edge_types 0: no graph_conv
+    bool local = false, spectral_start = false, last_norm = true;
+    TargetKind kind = TargetKind::regression;
+    std::int32_t outputs = 1;
+    PoolOf pool = PoolOf::none;
+    std::int64_t nodes_per_sample = 0;  // with flatten
+    float dropout = 0, input_dropout = 0;
+
+    std::int64_t feature_columns() const { return (features + 7) / 8 * 8; }  // of a dense row
+};
+
 struct ModelSpec {
     std::int32_t channels = 0, heads = 0, vocab = 0, context = 0, hidden = 0;
     std::int32_t spectral_dims = 0;  // k, columns of the spectral embedding U; 0: none
@@ -30,6 +58,18 @@ struct ModelSpec {
     float tau = 1;                                 // where it is not measured
     Rotary rotary = Rotary::dot;
     float rope_theta = 10000, norm_eps = 1e-6f, init_std = 0.02f, gate_bias_min = 2, gate_bias_max = 8;
+    std::optional<SampleModel> samples;  // absent: a model of tokens
+
+    // The convolution before attention: over time, or over the edges of samples.
+    bool causal_conv() const { return conv && !samples; }
+    bool graph_conv() const { return conv && samples && samples->edge_types > 0; }
+    bool starts_spectral(const LayerSpec& l) const {
+        return samples && samples->spectral_start && spectral_dims > 0 && l.kind == LayerKind::coordinate;
+    }
+    // Columns of what the outputs' product reads.
+    std::int64_t pooled_columns() const {
+        return samples && samples->pool == PoolOf::flatten ? samples->nodes_per_sample * channels : channels;
+    }
 
     std::int32_t layers() const { return static_cast<std::int32_t>(layer.size()); }
     std::int32_t head_dim() const { return channels / heads; }
@@ -63,6 +103,8 @@ std::vector<PatternItem> parse_pattern(const std::string& pattern, std::int32_t 
 
 // InputError naming the knob when the knobs do not make a model (heads that do not divide the channels, and so on).
 ModelSpec model_spec(const Config&);
+// Of samples of this shape; config.task is not text. context: nodes of the largest sample.
+ModelSpec model_spec(const Config&, const SampleShape&, std::int64_t longest);
 
 // Floating-point operations of one training token (forward and backward, no recomputation): 6 per weight of every
 // matrix product, plus the attention's products of D-vectors per visible pair, or, for long sequences and one

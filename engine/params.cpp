@@ -12,6 +12,13 @@ namespace {
 
 constexpr std::int64_t kAlign = 8;
 
+// Numbers that training may change: not the columns that only pad.
+std::int64_t parameters_of(const ParamTensor& t, const ModelSpec& s) {
+    if (t.init == Init::spectral || t.init == Init::axes) return t.rows * s.spectral_dims;
+    if (s.samples && t.name == "input.weight") return s.samples->features * s.channels;
+    return t.name == "input.bias" || t.name == "output.bias" ? t.rows : t.size();
+}
+
 std::string layer_name(int l, const char* what) { return "layers." + std::to_string(l) + "." + what; }
 
 }  // namespace
@@ -23,8 +30,19 @@ ParamTable::ParamTable(const ModelSpec& s) {
         return static_cast<int>(tensor.size()) - 1;
     };
     const std::int64_t c = s.channels, h = s.heads;
-    embedding = add("embedding.weight", s.vocab, c, Init::normal, Group::decayed);
-    head = s.tied ? embedding : add("head.weight", s.vocab, c, Init::normal, Group::decayed);
+    if (s.samples) {
+        const SampleModel& m = *s.samples;
+        embedding = m.dense ? add("input.weight", c, m.feature_columns(), Init::features, Group::decayed)
+                            : add("input.weight", m.features, c, Init::bag, Group::decayed,
+                                  1 / std::sqrt(static_cast<float>(c)));
+        head = add("output.weight", m.outputs, s.pooled_columns(), Init::features, Group::decayed);
+        if (m.pool == PoolOf::attention) pool = add("pool.weight", h, c, Init::zeros, Group::decayed);
+        if (m.input_bias) input_bias = add("input.bias", c, 8, Init::zeros, Group::plain);
+        head_bias = add("output.bias", m.outputs, 8, Init::zeros, Group::plain);
+    } else {
+        embedding = add("embedding.weight", s.vocab, c, Init::normal, Group::decayed);
+        head = s.tied ? embedding : add("head.weight", s.vocab, c, Init::normal, Group::decayed);
+    }
     if (s.spectral_dims > 0) spectral = add("spectral.weight", c, s.spectral_columns(), Init::spectral, Group::decayed);
     for (int l = 0; l < s.layers(); ++l) {
         const LayerSpec& spec = s.layer[static_cast<std::size_t>(l)];
@@ -37,9 +55,22 @@ ParamTable::ParamTable(const ModelSpec& s) {
                 add(layer_name(l, "attn.scalars.weight"), s.scalar_columns(spec), c, Init::normal, Group::decayed);
         if (s.has_gate(spec)) t.gate = add(layer_name(l, "attn.gate.weight"), h, c, Init::zeros, Group::decayed);
         t.out = add(layer_name(l, "attn.out.weight"), c, c, Init::projection, Group::decayed);
+        if (s.samples && s.samples->local)
+            t.local = add(layer_name(l, "attn.local.weight"), c, c, Init::projection, Group::decayed);
         t.mlp_in = add(layer_name(l, "mlp.in.weight"), s.hidden, c, Init::normal, Group::decayed);
         t.mlp_out = add(layer_name(l, "mlp.out.weight"), c, s.hidden, Init::projection, Group::decayed);
-        if (s.conv) {
+        if (s.starts_spectral(spec))
+            t.spectral = add(layer_name(l, "attn.spectral.weight"), s.scalar_columns(spec), s.spectral_columns(),
+                             Init::axes, Group::plain, static_cast<float>(s.spectral_dims));
+        if (s.graph_conv()) {
+            const std::int64_t rows = s.samples->edge_types + 1;
+            t.conv = add(layer_name(l, "attn.conv.weight"), s.samples->hops * rows, s.projected_columns(spec),
+                         Init::graph_conv, Group::plain);
+            if (coordinate)
+                t.conv_scalars = add(layer_name(l, "attn.conv_scalars.weight"), rows, s.scalar_columns(spec),
+                                     Init::graph_ident, Group::plain);
+        }
+        if (s.causal_conv()) {
             t.conv =
                 add(layer_name(l, "attn.conv.weight"), s.projected_columns(spec), 4, Init::identity_conv, Group::plain);
             if (coordinate)
@@ -60,7 +91,7 @@ ParamTable::ParamTable(const ModelSpec& s) {
             if (t.group == g) {
                 t.offset = elements;
                 elements += (t.size() + kAlign - 1) / kAlign * kAlign;
-                if (g != Group::frozen) parameters += t.init == Init::spectral ? t.rows * s.spectral_dims : t.size();
+                if (g != Group::frozen) parameters += parameters_of(t, s);
             }
         if (g == Group::decayed) decayed = elements;
         if (g == Group::plain) trainable = elements;
@@ -82,8 +113,13 @@ void initialise(const ParamTable& table, const ModelSpec& s, std::uint64_t seed,
         const std::uint64_t stream = hash_bytes(t.name);
         switch (t.init) {
             case Init::normal:
+            case Init::features:
+            case Init::bag:
             case Init::projection: {
-                const float deviation = t.init == Init::normal ? s.init_std : projection_std;
+                const float deviation = t.init == Init::normal     ? s.init_std
+                                        : t.init == Init::features ? 1 / std::sqrt(static_cast<float>(t.cols))
+                                        : t.init == Init::bag      ? t.value
+                                                                   : projection_std;
                 for (std::int64_t i = 0; i < n; ++i)
                     w[i] = deviation * static_cast<float>(rng::normal(seed, stream, static_cast<std::uint64_t>(i)));
                 break;
@@ -93,6 +129,15 @@ void initialise(const ParamTable& table, const ModelSpec& s, std::uint64_t seed,
                 break;
             case Init::identity_conv:
                 for (std::int64_t i = 0; i < t.rows; ++i) w[4 * i + 3] = 1;
+                break;
+            case Init::graph_conv:
+                std::fill(w, w + n, 0.5f);
+                break;
+            case Init::graph_ident:
+                std::fill(w, w + t.cols, 1.f);
+                break;
+            case Init::axes:
+                for (std::int64_t i = 0; i < t.rows; ++i) w[i * t.cols + i % static_cast<std::int64_t>(t.value)] = 1;
                 break;
             case Init::gate_bias:  // spread over the heads: memories from e^min to e^max tokens
                 for (std::int64_t i = 0; i < n; ++i)

@@ -14,7 +14,21 @@
 
 namespace fiedler {
 
-enum class Init { normal, projection, spectral, zeros, identity_conv, gate_bias, log_temperature, log_tau };
+enum class Init {
+    normal,
+    projection,
+    spectral,
+    zeros,
+    identity_conv,
+    gate_bias,
+    log_temperature,
+    log_tau,
+    features,     // normal, by the width of a row: 1 / sqrt(cols)
+    bag,          // the same for a table of rows: `value` is the deviation
+    graph_conv,   // each hop: own and neighbours' weight 1/2
+    graph_ident,  // own weight 1, neighbours' 0
+    axes          // row i: 1 in column i modulo `value`, 0 elsewhere
+};
 enum class Group { decayed, plain, frozen };
 
 struct ParamTensor {
@@ -34,12 +48,16 @@ struct LayerTensors {
     int scalars = -1, gate = -1;
     int out = -1, mlp_in = -1, mlp_out = -1;
     int conv = -1, conv_scalars = -1, gate_bias = -1, log_temp = -1, log_tau = -1;
+    int local = -1, spectral = -1;  // samples: Wl [C, C], S [2 H R, k padded]
 };
 
 struct ParamTable {
     std::vector<ParamTensor> tensor;
     int embedding = -1, head = -1;  // head == embedding when tied
     int spectral = -1;              // Ws [C, k padded]; -1 without a spectral embedding
+    // Samples: embedding is [F, C] or, of dense features, [C, F padded]; head [outputs, pooled_columns]. Biases are
+    // matrices of 8 columns, of which only the first is ever not 0: one more product with a matrix of ones.
+    int input_bias = -1, head_bias = -1, pool = -1;  // [C, 8], [outputs, 8], [H, C]
     std::vector<LayerTensors> layer;
     std::int64_t elements = 0;    // of the block, padding included
     std::int64_t decayed = 0;     // elements of the first group

@@ -1,26 +1,14 @@
 // engine/rng.h: random numbers as a pure function of (seed, stream, index): nothing to save, nothing to share between
 // threads, and the same numbers on every machine. A stream is one use of randomness (weights of one tensor, order of
-// one epoch, ...); the index counts within it.
-//
-// The sequence over the index is SplitMix64 (Steele, Lea, Flood 2014) started at a hash of seed and stream.
+// one epoch, ...); the index counts within it. The bits are those of kernels/random.h.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <numbers>
 
+#include "kernels/random.h"
+
 namespace fiedler::rng {
-
-inline std::uint64_t mix(std::uint64_t x) {
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-    return x ^ (x >> 31);
-}
-
-inline std::uint64_t bits(std::uint64_t seed, std::uint64_t stream, std::uint64_t index) {
-    constexpr std::uint64_t kGolden = 0x9e3779b97f4a7c15ull;
-    const std::uint64_t start = mix(mix(seed + kGolden) ^ (stream + 1) * 0xd1342543de82ef95ull);
-    return mix(start + (index + 1) * kGolden);
-}
 
 // In [0, 1), with 53 random bits.
 inline double uniform(std::uint64_t seed, std::uint64_t stream, std::uint64_t index) {

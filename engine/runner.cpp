@@ -9,10 +9,9 @@
 
 #include "engine/decode.h"
 #include "engine/error.h"
+#include "engine/run_parts.h"
 #include "engine/runner_instances.h"
-#include "kernels/adamw.h"
 #include "kernels/matmul.h"
-#include "kernels/parallel.h"
 #include "kernels/tuning.h"
 
 namespace fiedler {
@@ -52,7 +51,7 @@ typename StepBlock<A>::Tokens StepBlock<A>::tokens(void* base, std::int64_t micr
 template <class T>
 RunLayout<T>::RunLayout(Arena& arena, const ModelSpec& spec, const ParamTable& table, const ActivationPlan& plan,
                         bool document_mask, std::int64_t micro_batches)
-    : step(plan.tokens, micro_batches, document_mask) {
+    : step(spec.samples ? 0 : plan.tokens, micro_batches, document_mask) {
     const std::int64_t n = table.elements;
     const auto take = [&]<class U>(Vec<U>& v, const char* name, std::int64_t elements) {
         v = {arena.take<U>(name, {elements}, Lifetime::persistent), elements};
@@ -75,7 +74,7 @@ RunLayout<T>::RunLayout(Arena& arena, const ModelSpec& spec, const ParamTable& t
     take(lap_values, "laplacian.values", d * d);
     take(lap_vectors, "laplacian.eigenvectors", d * d);
     take(lap_eigenvalues, "laplacian.eigenvalues", d);
-    if (const std::int64_t k = spec.spectral_columns(); k > 0)
+    if (const std::int64_t k = spec.spectral_columns(); k > 0 && !spec.samples)
         spectral = arena.mat<T>("spectral.U", spec.vocab, k, Lifetime::persistent);
     if constexpr (std::is_same_v<T, bf16>) {
         take(norm_partials, "gradnorm.partials", kGradnormPartials);
@@ -206,10 +205,7 @@ Runner<Dev, T>::~Runner() {
 
 template <class Dev, class T>
 std::string Runner<Dev, T>::device_name() const {
-    if constexpr (std::is_same_v<Dev, Cuda>)
-        return cuda_device_info(dev_->ordinal).name;
-    else
-        return fmt::format("cpu ({} threads)", thread_count(*dev_));
+    return name_of_device(*dev_);
 }
 template <class Dev, class T>
 std::string Runner<Dev, T>::device_kind() const {
@@ -352,33 +348,12 @@ std::vector<std::vector<double>> Runner<Dev, T>::calibrate_tau(const Batch& host
 }
 
 template <class Dev, class T>
-Vec<acc_t<T>> Runner<Dev, T>::block(Block b) const {
-    if (b == Block::moment1) return layout_->moment1;
-    if (b == Block::moment2) return layout_->moment2;
-    return layout_->params.master;
-}
-
-template <class Dev, class T>
 void Runner<Dev, T>::read(Block which, float* out) {
-    const Vec<A> b = block(which);
-    std::vector<A> host(static_cast<std::size_t>(b.size));
-    copy_to_host(*dev_, host.data(), b.data, host.size() * sizeof(A));
-    std::copy(host.begin(), host.end(), out);
+    read_block(*dev_, *layout_, which, out);
 }
-
 template <class Dev, class T>
 void Runner<Dev, T>::write(Block which, const float* in) {
-    const Vec<A> b = block(which);
-    const std::vector<A> host(in, in + b.size);
-    copy_to_device(*dev_, b.data, host.data(), host.size() * sizeof(A));
-    if (which == Block::master) refresh_weights();
-    synchronize(*dev_);
-}
-
-template <class Dev, class T>
-void Runner<Dev, T>::refresh_weights() {
-    if constexpr (!std::is_same_v<T, A>)
-        cast_weights(*dev_, Cast<T>{.weights = layout_->params.weights, .master = layout_->params.master});
+    write_block(*dev_, *layout_, which, in);
 }
 
 template <class Dev, class T>

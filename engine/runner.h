@@ -158,15 +158,11 @@ class Runner final : public Engine {
         double tokens;
     };
 
-    Vec<A> block(Block) const;
     DeviceBatch upload(const Batch&);
     void place(const Batch&, std::int64_t micro_batch, void* block) const;
     DeviceBatch placed(const Batch&, std::int64_t micro_batch) const;
-    static StepControl<A> control_of(const StepSettings&);
     void launch_step(const std::vector<DeviceBatch>&, A grad_scale);
     void run_step(const std::vector<DeviceBatch>&, A grad_scale);
-    void update_weights();
-    void refresh_weights();
     StepControl<A> read_control();
     void clear_control();
 

@@ -12,6 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "engine/json.h"
+
 namespace fiedler {
 
 enum class TargetKind { classes, binary, regression };  // softmax over outputs; a sigmoid each; a number each
@@ -76,6 +78,18 @@ class SampleSource {
     virtual void gather(std::span<const std::int64_t> samples, Part, SampleBatch& out) const = 0;
     // The user's name of a row: the node's id, the sample's id or line, the window's last date and channel.
     virtual std::string row_name(std::int64_t sample, std::int64_t node) const = 0;
+
+    // What a later reader of other data needs to read them as the model knows them (names of classes, columns of
+    // features, normalisation): kept with the model, and given to open_samples again. The shape is kept anyway.
+    virtual Json state() const;
+    // Changes with the data: a run goes on only with the data that it began with.
+    virtual std::string fingerprint() const = 0;
+    // A line or a few about what was read, for people.
+    virtual std::string text() const { return {}; }
 };
+
+// A shape as it is kept with the model. from: InputError with `where`.
+Json to_json(const SampleShape&);
+SampleShape shape_from_json(const Json&, const std::string& where);
 
 }  // namespace fiedler

@@ -31,7 +31,7 @@ std::vector<float> with_columns(const std::vector<float>& table, std::int64_t ro
 
 std::vector<ConstantTensor> tensors_of(const ModelSpec& spec, const ModelConstants& c) {
     std::vector<ConstantTensor> all;
-    if (spec.spectral_dims > 0)
+    if (spec.spectral_dims > 0 && !spec.samples)
         all.push_back({kSpectralTable,
                        {spec.vocab, spec.spectral_dims},
                        with_columns(c.spectral, spec.vocab, spec.spectral_columns(), spec.spectral_dims)});
@@ -58,7 +58,7 @@ ModelConstants constants_from(const ModelSpec& spec, bool path_laplacian, const 
         input_error("{}: has no tensor '{}', which its own config asks for; use another checkpoint or weights file",
                     where, name);
     };
-    if (spec.spectral_dims > 0) {
+    if (spec.spectral_dims > 0 && !spec.samples) {
         std::vector<float> table;
         if (!tensor(kSpectralTable, {spec.vocab, spec.spectral_dims}, table)) absent(kSpectralTable);
         c.spectral = with_columns(table, spec.vocab, spec.spectral_dims, spec.spectral_columns());

@@ -18,6 +18,22 @@
 
 namespace fiedler {
 
+GraphFileOptions graph_file_options(const Config& c) {
+    GraphFileOptions o;
+    o.format = c.graph_format;
+    o.header = c.header;
+    o.from = c.from_column;
+    o.to = c.to_column;
+    o.weight = c.weight_column;
+    o.ids = c.ids;
+    o.first_id = c.first_id;
+    o.gaps = c.gaps;
+    o.nodes = c.nodes;
+    o.nodes_file = c.nodes_file;
+    o.symmetrise = c.symmetrise;
+    return o;
+}
+
 namespace {
 
 enum class Origin { text, fdl, knn, features, tokens };
@@ -74,18 +90,7 @@ std::string name_of_path(const std::string& path) {
 // ---- sources ------------------------------------------------------------------------------------------------------------
 
 Graph read_text(const Config& c, std::FILE* words, Json& about) {
-    GraphFileOptions o;
-    o.format = c.graph_format;
-    o.header = c.header;
-    o.from = c.from_column;
-    o.to = c.to_column;
-    o.weight = c.weight_column;
-    o.ids = c.ids;
-    o.first_id = c.first_id;
-    o.gaps = c.gaps;
-    o.nodes = c.nodes;
-    o.nodes_file = c.nodes_file;
-    o.symmetrise = c.symmetrise;
+    const GraphFileOptions o = graph_file_options(c);
     GraphFileReport report;
     Graph g = read_graph(c.graph[0], o, report);
     std::string text = report.text();

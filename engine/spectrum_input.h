@@ -12,6 +12,9 @@
 
 namespace fiedler {
 
+// How the knobs say that a text file of a graph is to be read.
+GraphFileOptions graph_file_options(const Config&);
+
 struct SpectrumInput {
     Graph graph;
     std::string name;                 // for titles and folders: "cora"

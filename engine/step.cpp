@@ -2,11 +2,10 @@
 // over processes, the gradient norm and AdamW. Around it: the step's only copy in and its only read-back, neither of
 // which the host waits for before the next step is on its way, and the recording of the step on CUDA.
 #include <algorithm>
-#include <cmath>
 
+#include "engine/run_parts.h"
 #include "engine/runner.h"
 #include "engine/runner_instances.h"
-#include "kernels/adamw.h"
 
 namespace fiedler {
 
@@ -22,41 +21,7 @@ void Runner<Dev, T>::run_step(const std::vector<DeviceBatch>& micro_batches, A g
         comm_->all_reduce_sum(layout_->params.grads.slice(0, table_.trainable));
         comm_->all_reduce_sum(total);
     }
-    update_weights();
-}
-
-template <class Dev, class T>
-void Runner<Dev, T>::update_weights() {
-    const std::int64_t n = table_.trainable;
-    {
-        Range range("gradnorm");
-        gradnorm(*dev_, Gradnorm<A>{.control = layout_->control,
-                                    .grads = layout_->params.grads.slice(0, n),
-                                    .partials = layout_->norm_partials});
-    }
-    Range range("adamw");
-    adamw(*dev_, Adamw<T>{.master = layout_->params.master.slice(0, n),
-                          .m = layout_->moment1.slice(0, n),
-                          .v = layout_->moment2.slice(0, n),
-                          .grads = layout_->params.grads.slice(0, n),
-                          .weights = sizeof(T) == sizeof(A) ? Vec<T>{} : layout_->params.weights.slice(0, n),
-                          .control = layout_->control,
-                          .decay_count = table_.decayed});
-}
-
-template <class Dev, class T>
-StepControl<acc_t<T>> Runner<Dev, T>::control_of(const StepSettings& s) {
-    StepControl<A> c;
-    c.max_norm = A(s.clip);
-    if (s.skip_above > 0) c.skip_above = A(s.skip_above);
-    c.inverse1 = 1 / A(1 - std::pow(s.beta1, double(s.step)));
-    c.inverse2 = 1 / A(1 - std::pow(s.beta2, double(s.step)));
-    c.lr = A(s.lr);
-    c.beta1 = A(s.beta1);
-    c.beta2 = A(s.beta2);
-    c.eps = A(s.eps);
-    c.decay = A(s.decay);
-    return c;
+    update_weights(*dev_, table_, *layout_);
 }
 
 template <class Dev, class T>
@@ -75,7 +40,7 @@ void Runner<Dev, T>::submit_step(const std::vector<Batch>& micro_batches, const 
         slot.tokens += double(b.inputs.size());
     }
     slot.tokens *= comm_->size();
-    *layout_->step.control(slot.block) = control_of(settings);
+    *layout_->step.control(slot.block) = control_of<A>(settings);
     send(*dev_, layout_->step_memory, slot.block, layout_->step.bytes());
     launch_step(batches, A(1 / slot.tokens));
     fetch(*dev_, slot.result, layout_->control, sizeof *slot.result);
