@@ -18,6 +18,12 @@ void load_tokenizer(Bundle& b, const std::string& path) {
     b.tokenizer_path = path;
 }
 
+void require_text(const Config& c, const std::string& path) {
+    if (c.task != Task::text)
+        input_error("{}: is a model of {}, not of text; it goes with fiedler eval and fiedler predict", path,
+                    value_text(c, *find_knob("task")));
+}
+
 Bundle from_weights(const std::string& path) {
     const WeightsFile file(path);
     if (!file.config().contains("model"))
@@ -32,6 +38,7 @@ Bundle from_checkpoint(const std::string& folder) {
     Bundle b;
     b.path = folder;
     b.config = config_from_json(checkpoint.meta().config, folder);
+    require_text(b.config, folder);
     b.spec = model_spec(b.config);
     const auto elements = static_cast<std::size_t>(ParamTable(b.spec).elements);
     const auto* master = static_cast<const float*>(checkpoint.block(name_of(Block::master), elements * sizeof(float)));
@@ -53,6 +60,7 @@ Bundle bundle_from_tensors(const std::string& path, const Json& model, std::span
     Bundle b;
     b.path = path;
     b.config = config_from_json(model, path);
+    require_text(b.config, path);
     b.spec = model_spec(b.config);
     const ParamTable table(b.spec);
     for (const ParamTensor& t : table.tensor) {  // before any memory is taken: the config may promise what is not there

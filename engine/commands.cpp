@@ -13,6 +13,7 @@
 #include "engine/position_plot.h"
 #include "engine/prepare_config.h"
 #include "engine/runner.h"
+#include "engine/sample_bundle.h"
 #include "engine/signals.h"
 #include "engine/spectral_source.h"
 #include "engine/use_model.h"
@@ -44,8 +45,9 @@ int run_prepare(const Invocation& call) {
 }
 
 int run_eval(const Invocation& call) {
-    const SignalGuard guard;
     const Config& c = call.config;
+    if (is_sample_model(c.model)) return run_sample_eval(call);
+    const SignalGuard guard;
     const auto use = use_model(c.model, c);  // before the data: a missing device or memory is said at once
     if (c.data.empty()) throw InputError("data: nothing to evaluate on; add --data with a corpus or a dataset");
     const Dataset data = data_for(use->bundle(), c);

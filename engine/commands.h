@@ -14,6 +14,7 @@ int run_export(const Invocation&);
 int run_import(const Invocation&);
 int run_quantize(const Invocation&);
 int run_predict(const Invocation&);
+int run_sample_eval(const Invocation&);  // eval, of a model of samples
 
 // InputError unless `out` names a file that could be written (export_command.cpp).
 void check_output(const std::string& out);

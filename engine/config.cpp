@@ -219,6 +219,17 @@ std::string bytes_text(std::int64_t bytes) {
 
 std::string value_text(const Config& c, const Knob& k) { return std::visit(TextGetter{c, k}, k.field); }
 
+void copy_knob(Config& to, const Config& from, const Knob& k) {
+    std::visit(
+        [&](auto field) {
+            if constexpr (std::is_same_v<decltype(field), ChoiceField>)
+                field.set(to, field.get(from));
+            else
+                to.*field = from.*field;
+        },
+        k.field);
+}
+
 void set_value(Config& c, const Knob& k, const std::vector<std::string>& values, const std::string& where) {
     std::visit(Setter{c, k, values, where}, k.field);
     check_special(c, k, where);
@@ -273,14 +284,7 @@ Config resume_config(const Config& saved, const Invocation& now) {
                             "start a new run "
                             "with another --out",
                             k.name, is, was.empty() ? "nothing" : was));
-        std::visit(
-            [&](auto field) {
-                if constexpr (std::is_same_v<decltype(field), ChoiceField>)
-                    field.set(c, field.get(now.config));
-                else
-                    c.*field = now.config.*field;
-            },
-            k.field);
+        copy_knob(c, now.config, k);
     }
     c.resume = now.config.resume;
     // The run goes on in its folder, unless another is named or it was looked for under the name of a preset.

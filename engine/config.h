@@ -210,6 +210,8 @@ std::vector<std::string> command_names();
 
 // One knob as text, as it would be written after its flag; lists joined with commas.
 std::string value_text(const Config&, const Knob&);
+// The knob's value in `from`, for `to`.
+void copy_knob(Config& to, const Config& from, const Knob&);
 // Reads values into the knob. `where` (a flag, a file) opens the message of the InputError.
 void set_value(Config&, const Knob&, const std::vector<std::string>& values, const std::string& where);
 // The tau knob: measured (the median energy of the first batch) or given, learned or fixed.

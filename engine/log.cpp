@@ -59,8 +59,8 @@ std::string duration_text(double seconds) { return seconds >= 0 && seconds < 1e1
 
 std::string progress_text(const StepProgress& p) {
     const int width = static_cast<int>(std::to_string(p.steps).size());
-    std::string text = fmt::format("step {:>{}}/{}  loss {:.4f}  lr {:.2e}  norm {:.3f}  {} tok/s", p.step, width,
-                                   p.steps, p.loss, p.lr, p.norm, count_text(p.tokens_per_second));
+    std::string text = fmt::format("step {:>{}}/{}  loss {:.4f}  lr {:.2e}  norm {:.3f}  {} {}/s", p.step, width,
+                                   p.steps, p.loss, p.lr, p.norm, count_text(p.tokens_per_second), p.unit);
     if (p.share_of_peak >= 0) text += fmt::format("  {:.1f}% of peak", 100 * p.share_of_peak);
     if (p.eta_seconds >= 0) text += "  eta " + duration_text(p.eta_seconds);
     return text;

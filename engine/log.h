@@ -33,6 +33,7 @@ struct StepProgress {
     std::int64_t step = 0, steps = 0;
     double loss = 0, lr = 0, norm = 0;
     double tokens_per_second = 0;
+    const char* unit = "tok";   // what is counted a second
     double share_of_peak = -1;  // 0..1; below 0: not known
     double eta_seconds = -1;    // below 0: not known
 };

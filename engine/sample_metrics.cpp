@@ -32,7 +32,8 @@ void MetricsBuilder::add(const SampleBatch& b, const SampleLoss& l) {
         for (std::size_t i = 0; i < b.classes.size(); ++i) {
             if (b.classes[i] < 0) continue;
             const auto row = l.predictions.begin() + static_cast<std::ptrdiff_t>(i * k);
-            const auto best = static_cast<std::size_t>(std::max_element(row, row + static_cast<std::ptrdiff_t>(k)) - row);
+            const auto best =
+                static_cast<std::size_t>(std::max_element(row, row + static_cast<std::ptrdiff_t>(k)) - row);
             ++confusion_[static_cast<std::size_t>(b.classes[i]) * k + best];
         }
         return;
@@ -60,7 +61,8 @@ SampleMetrics MetricsBuilder::of_classes() const {
     double right = 0, all = 0, f1 = 0, occurring = 0;
     for (std::size_t c = 0; c < k; ++c) {
         double of_class = 0, called = 0;
-        for (std::size_t j = 0; j < k; ++j) of_class += double(m.confusion[c * k + j]), called += double(m.confusion[j * k + c]);
+        for (std::size_t j = 0; j < k; ++j)
+            of_class += double(m.confusion[c * k + j]), called += double(m.confusion[j * k + c]);
         const auto hit = double(m.confusion[c * k + c]);
         right += hit, all += of_class;
         if (of_class == 0) continue;
@@ -167,9 +169,12 @@ std::string confusion_text(const SampleMetrics& m, const SampleShape& shape) {
     const auto k = static_cast<std::size_t>(shape.outputs);
     std::size_t width = 9;
     for (const std::string& n : shape.names) width = std::max(width, std::min<std::size_t>(n.size(), 20));
-    const auto name = [&](std::size_t c) { return c < shape.names.size() ? shape.names[c].substr(0, 20) : std::to_string(c); };
+    const auto name = [&](std::size_t c) {
+        return c < shape.names.size() ? shape.names[c].substr(0, 20) : std::to_string(c);
+    };
     std::string out = fmt::format("{:>{}}", "target", width);
-    for (std::size_t c = 0; c < k; ++c) out += fmt::format("  {:>{}}", name(c), std::max<std::size_t>(5, name(c).size()));
+    for (std::size_t c = 0; c < k; ++c)
+        out += fmt::format("  {:>{}}", name(c), std::max<std::size_t>(5, name(c).size()));
     for (std::size_t c = 0; c < k; ++c) {
         out += fmt::format("\n{:>{}}", name(c), width);
         for (std::size_t j = 0; j < k; ++j)

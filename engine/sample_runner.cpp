@@ -24,14 +24,14 @@ ActivationPlan sample_activation_plan(const SampleCapacity& most, const RunPlan&
     return p;
 }
 
-// Everything that lives in the arena, in order; the block for the batch comes last.
+// Everything that lives in the arena, in order; the block for the batch comes first: what comes after
+// the activations would use their scratch again.
 template <class T>
 std::unique_ptr<RunLayout<T>> lay_out(Arena& arena, const ModelSpec& spec, const ParamTable& table,
                                       const ActivationPlan& plan, const SampleCapacity& most, std::byte** block) {
-    auto layout = std::make_unique<RunLayout<T>>(arena, spec, table, plan, false);
     const auto bytes = static_cast<std::int64_t>(PreparedSamples<T>::most_bytes(spec, most, plan.training));
     *block = arena.take<std::byte>("batch", {bytes}, Lifetime::persistent);
-    return layout;
+    return std::make_unique<RunLayout<T>>(arena, spec, table, plan, false);
 }
 
 }  // namespace

@@ -84,6 +84,8 @@ class SampleSource {
     virtual Json state() const;
     // Changes with the data: a run goes on only with the data that it began with.
     virtual std::string fingerprint() const = 0;
+    // Do the parts depend on config.seed? Then each of several --seeds opens the samples anew.
+    virtual bool depends_on_seed() const { return false; }
     // A line or a few about what was read, for people.
     virtual std::string text() const { return {}; }
 };

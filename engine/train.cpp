@@ -4,7 +4,6 @@
 #include <fmt/format.h>
 
 #include <cmath>
-#include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "engine/bundle.h"
@@ -16,6 +15,8 @@
 #include "engine/log.h"
 #include "engine/prefetch.h"
 #include "engine/prepare_config.h"
+#include "engine/run_folder.h"
+#include "engine/sample_train.h"
 #include "engine/schedule.h"
 #include "engine/signals.h"
 #include "engine/spectral_source.h"
@@ -27,27 +28,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point t) { return std::chrono::duration<double>(Clock::now() - t).count(); }
-
-// The folder of a run. Until keep(), a fresh run that fails takes away what it put there, and the folders made for it.
-class RunFolder {
-  public:
-    explicit RunFolder(const std::string& path) : path_(path), was_free_(is_free(path)), made_(make_folders(path)) {}
-    ~RunFolder() {
-        if (kept_ || !was_free_) return;
-        std::error_code ignored;
-        for (const auto& entry : std::filesystem::directory_iterator(path_, ignored))
-            std::filesystem::remove_all(entry.path(), ignored);
-        remove_empty_folders(made_);
-    }
-    RunFolder(const RunFolder&) = delete;
-    RunFolder& operator=(const RunFolder&) = delete;
-    void keep() { kept_ = true; }
-
-  private:
-    std::string path_;
-    bool was_free_, kept_ = false;
-    std::vector<std::string> made_;
-};
 
 class TrainingRun {
   public:
@@ -428,25 +408,12 @@ void TrainingRun::finish(bool stopped, const std::string& checkpoint) {
     terminal_.line("log         " + log_->path());
 }
 
-// Without --out: runs/PRESET, or runs/PRESET-2, -3, ... when runs are there already. A run to resume is the newest one.
-std::string default_folder(const std::string& base, bool resume) {
-    std::string folder = base, newest = base;
-    for (int n = 2; !latest_checkpoint(folder).empty(); ++n) {
-        newest = folder;
-        folder = fmt::format("{}-{}", base, n);
-    }
-    return resume ? newest : folder;
-}
-
-std::string folder_around(const std::string& checkpoint) {
-    std::filesystem::path path = std::filesystem::path(checkpoint).lexically_normal();
-    if (!path.has_filename()) path = path.parent_path();  // it ended in a slash
-    return path.has_parent_path() ? path.parent_path().string() : ".";
-}
-
 }  // namespace
 
 int run_train(const Invocation& call) {
+    if (call.config.task != Task::text || resumes_samples(call.config)) return run_sample_train(call);
+    if (!call.config.model.empty())
+        throw InputError("model: choosing one is for samples; give --task, or leave --model out");
     const SignalGuard guard;  // the first SIGINT or SIGTERM ends the preparation, or the run after its step
     Config config = call.config;
     if (!call.given("out")) config.out = default_folder(run_folder(config), !config.resume.empty());
