@@ -19,7 +19,9 @@
 #include "engine/json.h"
 #include "engine/knn_graph.h"
 #include "engine/model_spec.h"
+#include "engine/molecules.h"
 #include "engine/schedule.h"
+#include "engine/series_table.h"
 #include "engine/spectrum.h"
 #include "engine/token_graph.h"
 
@@ -74,6 +76,21 @@ struct Config {
     std::string features, node_labels, split;  // of the nodes of --graph
     bool normalise_features = true;
     PartChoice part = PartChoice::test;
+    // molecules
+    std::string smiles_column, id_column, split_shares = "0.8,0.1,0.1", save_split;
+    std::vector<std::string> targets;
+    bool skip_bad = false, eigenvalues = false;
+    MoleculeTargets target_kind = MoleculeTargets::automatic;
+    BondTypes bonds = BondTypes::conjugated;
+    std::int64_t walk_steps = 0, split_seed = -1, fold = 0, folds = 0;
+    double mask = 0;
+    // series
+    std::string date_column;
+    std::vector<std::string> columns;
+    SeriesMode series_mode = SeriesMode::independent;
+    std::int64_t look_back = 96, horizon = 96, patch = 16, patch_stride = 8, channel_neighbours = 4;
+    bool instance_norm = true, path_edges = true, allow_gaps = false;
+    bool beyond = false;  // no knob: predict without --part
 
     // train
     std::int64_t steps = 300, batch_tokens = 4096, micro_batch = 0;
@@ -87,7 +104,7 @@ struct Config {
     std::int64_t batch_nodes = 4096, epochs = 0, patience = 0, seeds = 1;  // samples
 
     // run
-    std::string out, resume;
+    std::string out, resume, init_from;
     std::int64_t seed = 1;
     DeviceChoice device = DeviceChoice::automatic;
     std::int64_t threads = 0;

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <nlohmann/json.hpp>
 
 #include "engine/error.h"
+#include "engine/files.h"
 #include "engine/rng.h"
 
 namespace fiedler {
@@ -37,8 +39,7 @@ std::vector<std::int64_t> MaskedAtoms::masked(std::int64_t sample, std::int64_t 
     std::vector<std::pair<std::uint64_t, std::int64_t>> keys;
     const std::uint64_t stream =
         rng::bits(kMasks, static_cast<std::uint64_t>(epoch), static_cast<std::uint64_t>(sample));
-    for (std::int64_t i = 0; i < n; ++i)
-        keys.emplace_back(rng::bits(static_cast<std::uint64_t>(seed_), stream, static_cast<std::uint64_t>(i)), i);
+    for (std::int64_t i = 0; i < n; ++i) keys.emplace_back(rng::bits(seed, stream, static_cast<std::uint64_t>(i)), i);
     std::sort(keys.begin(), keys.end());
     std::vector<std::int64_t> atoms;
     for (std::int64_t i = 0; i < mask_count(share_, n); ++i) atoms.push_back(keys[static_cast<Size>(i)].second);
@@ -46,11 +47,11 @@ std::vector<std::int64_t> MaskedAtoms::masked(std::int64_t sample, std::int64_t 
     return atoms;
 }
 
-void MaskedAtoms::gather(std::span<const std::int64_t> samples, Part part, SampleBatch& out) const {
+void MaskedAtoms::gather_masked(std::span<const std::int64_t> samples, Part part, std::int64_t epoch,
+                                SampleBatch& out) const {
     base_->gather(samples, part, out);
     out.targets.clear();
     out.classes.assign(static_cast<Size>(out.nodes()), -1);
-    const std::int64_t epoch = part == Part::train ? 1 + epoch_.load() : 0;
     // Columns and values are rewritten in place: a masked atom has fewer entries.
     std::int32_t kept = 0, node = 0, entry = 0;
     for (const std::int64_t m : samples) {
@@ -74,6 +75,20 @@ void MaskedAtoms::gather(std::span<const std::int64_t> samples, Part part, Sampl
     }
     out.feature_columns.resize(static_cast<Size>(kept));
     out.feature_values.resize(static_cast<Size>(kept));
+}
+
+Json MaskedAtoms::state() const {
+    Json j = base_->state();
+    j["mask"] = share_;
+    return j;
+}
+
+std::string MaskedAtoms::fingerprint() const {
+    return hex64(hash_bytes(fmt::format("{} {}", base_->fingerprint(), share_)));
+}
+
+std::string MaskedAtoms::text() const {
+    return fmt::format("{}; {:.0f} % of the atoms masked", base_->text(), 100 * share_);
 }
 
 std::string MaskedAtoms::row_name(std::int64_t sample, std::int64_t node) const {

@@ -2,10 +2,9 @@
 //
 // Of each molecule max(1, round(share * n)) of its n atoms are masked: all columns of their atom features give way to the
 // one column for masked atoms (bonds, walks and spectra stay), and their target is the atom's type, kAtomTypes classes.
-// Which ones is a function of seed, epoch and sample in training, of seed and sample else. Features have the same columns
+// Which ones is a function of seed, epoch and sample in training; elsewhere of the sample alone, so that seeds compare. Features have the same columns
 // as those of the molecules' own targets, so that all but the outputs of a model goes on to them.
 #pragma once
-#include <atomic>
 #include <memory>
 
 #include "engine/molecule_samples.h"
@@ -23,20 +22,29 @@ class MaskedAtoms final : public SampleSource {
     std::int64_t nodes_of(std::int64_t sample) const override { return base_->nodes_of(sample); }
     std::int64_t edges_of(std::int64_t sample) const override { return base_->edges_of(sample); }
     std::int64_t feature_entries_of(std::int64_t sample) const override { return base_->feature_entries_of(sample); }
-    void gather(std::span<const std::int64_t> samples, Part, SampleBatch& out) const override;
+    // Masks of no epoch; those of an epoch: gather_epoch.
+    void gather(std::span<const std::int64_t> samples, Part part, SampleBatch& out) const override {
+        gather_masked(samples, part, -1, out);
+    }
+    void gather_epoch(std::span<const std::int64_t> samples, std::int64_t epoch, SampleBatch& out) const override {
+        gather_masked(samples, Part::train, epoch, out);
+    }
     std::string row_name(std::int64_t sample, std::int64_t node) const override;
 
-    // What the masks of the training part that are gathered from now on belong to; 0 at the start.
-    void set_epoch(std::int64_t epoch) { epoch_ = epoch; }
+    Json state() const override;
+    std::string fingerprint() const override;
+    bool depends_on_seed() const override { return true; }
+    std::string text() const override;
+
     const MoleculeSamples& base() const { return *base_; }
 
   private:
+    void gather_masked(std::span<const std::int64_t> samples, Part, std::int64_t epoch, SampleBatch& out) const;
     std::vector<std::int64_t> masked(std::int64_t sample, std::int64_t epoch) const;  // atoms, ascending
 
     std::unique_ptr<const MoleculeSamples> base_;
     double share_;
     std::int64_t seed_;
-    std::atomic<std::int64_t> epoch_ = 0;
     SampleShape shape_;
     std::array<std::int64_t, 4> known_{};
 };

@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "engine/error.h"
+#include "engine/files.h"
 #include "engine/table_text.h"
 
 namespace fiedler {
@@ -57,8 +58,8 @@ MoleculeOptions molecule_options_from_json(const Json& j, const std::string& whe
 }
 
 MoleculeSamples::MoleculeSamples(MoleculeSet set, std::vector<Part> parts, const MoleculeOptions& options,
-                                 const SampleShape* trained)
-    : set_(std::move(set)), parts_(std::move(parts)), options_(options) {
+                                 const SampleShape* trained, SplitNote split)
+    : set_(std::move(set)), parts_(std::move(parts)), options_(options), split_(std::move(split)) {
     if (std::ssize(parts_) != set_.size()) throw std::logic_error("molecule_samples: a part for each molecule");
     for (Size i = 0; i < parts_.size(); ++i)
         samples_[static_cast<Size>(parts_[i])].push_back(static_cast<std::int64_t>(i));
@@ -216,6 +217,32 @@ void MoleculeSamples::gather(std::span<const std::int64_t> samples, Part part, S
         for (Size t = 0; t < outputs; ++t)
             out.targets.push_back(part_of(m) == part ? targets_[static_cast<Size>(m) * outputs + t] : kMissing);
     }
+}
+
+// The parts, a letter each: where the same molecules are read again, they are parted as they were.
+Json MoleculeSamples::state() const {
+    std::string parts;
+    for (const Part p : parts_) parts += "tvxn"[static_cast<Size>(p)];
+    return Json{
+        {"options", to_json(options_)}, {"molecules", fingerprint_of(set_)}, {"split", split_.words}, {"parts", parts}};
+}
+
+std::string MoleculeSamples::fingerprint() const {
+    return hex64(hash_bytes(state().dump() + hex64(hash_bytes(targets_.data(), targets_.size() * sizeof(float)))));
+}
+
+std::string MoleculeSamples::text() const {
+    std::string words = fmt::format("{} molecules ({} atoms, {} scaffolds), {} features", set_.size(),
+                                    set_.atom_offsets.back(), set_.scaffolds.size(), shape_.features);
+    if (set_.skipped > 0) words += fmt::format(", {} rows skipped", set_.skipped);
+    return words + fmt::format("; split {}: {} train, {} val, {} test", split_.words.empty() ? "none" : split_.words,
+                               samples_[0].size(), samples_[1].size(), samples_[2].size());
+}
+
+std::string fingerprint_of(const MoleculeSet& s) {
+    std::string all;
+    for (const std::string& smiles : s.smiles) all += smiles + '\n';
+    return hex64(hash_bytes(all));
 }
 
 }  // namespace fiedler

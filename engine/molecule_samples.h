@@ -18,9 +18,6 @@
 
 namespace fiedler {
 
-enum class BondTypes { type, conjugated, full };
-enum class MoleculeTargets { automatic, regression, binary };  // automatic: binary where all known ones are 0 or 1
-
 inline constexpr std::int64_t kAtomColumns = 119 + 5 + 12 + 12 + 10 + 6 + 6 + 2 + 2;
 
 struct MoleculeOptions {
@@ -34,8 +31,15 @@ struct MoleculeOptions {
 
     std::int64_t columns() const { return kAtomColumns + 1 + walk_steps + (eigenvalues ? spectral_dims : 0); }
 };
+// How the parts came to be, for people and for a later reader of the same molecules.
+struct SplitNote {
+    std::string words;     // "random, seed 1, fold 2 of 5"
+    bool by_seed = false;  // another config.seed gives other parts
+};
 Json to_json(const MoleculeOptions&);  // what shapes the features; kept with a model
 MoleculeOptions molecule_options_from_json(const Json&, const std::string& where);  // InputError
+
+std::string fingerprint_of(const MoleculeSet&);  // of the SMILES, in their order
 
 class MoleculeSamples final : public SampleSource {
   public:
@@ -43,7 +47,8 @@ class MoleculeSamples final : public SampleSource {
     // name and may be absent; nullptr: made from the data.
     // InputError: nothing to learn; a target of which the training part knows none, or one value only, a binary one that
     // is neither 0 nor 1; a trained shape that does not fit the options.
-    MoleculeSamples(MoleculeSet, std::vector<Part> parts, const MoleculeOptions&, const SampleShape* trained);
+    MoleculeSamples(MoleculeSet, std::vector<Part> parts, const MoleculeOptions&, const SampleShape* trained,
+                    SplitNote split = {});
 
     const SampleShape& shape() const override { return shape_; }
     std::span<const std::int64_t> samples(Part p) const override { return samples_[static_cast<std::size_t>(p)]; }
@@ -53,6 +58,11 @@ class MoleculeSamples final : public SampleSource {
     std::int64_t feature_entries_of(std::int64_t sample) const override { return set_.atoms_of(sample) * entries_; }
     void gather(std::span<const std::int64_t> samples, Part, SampleBatch& out) const override;
     std::string row_name(std::int64_t sample, std::int64_t) const override { return set_.name_of(sample); }
+
+    Json state() const override;
+    std::string fingerprint() const override;
+    bool depends_on_seed() const override { return split_.by_seed; }
+    std::string text() const override;
 
     const MoleculeSet& molecules() const { return set_; }
     const MoleculeOptions& options() const { return options_; }
@@ -73,6 +83,7 @@ class MoleculeSamples final : public SampleSource {
     MoleculeSet set_;
     std::vector<Part> parts_;
     MoleculeOptions options_;
+    SplitNote split_;
     SampleShape shape_;
     std::int64_t entries_ = 0;
     SmallGraphs graphs_;

@@ -32,6 +32,10 @@ inline constexpr std::int64_t kMostAtoms = 512;  // of a molecule: what small_sp
 // "H", "He", ..., "Og", and "other".
 const char* element_name(std::int32_t atom_type);
 
+// What readers of molecules may choose (molecule_samples.h).
+enum class BondTypes { type, conjugated, full };
+enum class MoleculeTargets { automatic, regression, binary };  // automatic: binary where all known ones are 0 or 1
+
 struct Molecule {
     std::vector<std::uint8_t> atoms;          // [n, kAtomFeatures]
     std::vector<std::int32_t> bonds;          // [b, 2], two atoms each, the smaller first; ascending, each once

@@ -135,8 +135,8 @@ void PreparedSamples<T>::prepare(const SampleBatch& b, const ModelSpec& spec, co
     spectral_.assign(static_cast<std::size_t>(b.nodes() * padded), T(0.f));
     for (std::int64_t s = 0; s < b.size(); ++s)
         for (std::int64_t j = 0; j < k; ++j) {
-            const bool flip =
-                draw.training && rng::bits(draw.seed, kSignStream, static_cast<std::uint64_t>(s * k + j)) & 1;
+            const bool flip = draw.training && !b.fixed_signs &&
+                              rng::bits(draw.seed, kSignStream, static_cast<std::uint64_t>(s * k + j)) & 1;
             for (std::int64_t i = offsets_[static_cast<std::size_t>(s)]; i < offsets_[static_cast<std::size_t>(s) + 1];
                  ++i) {
                 const float u = b.spectral[static_cast<std::size_t>(i * k + j)];

@@ -81,11 +81,12 @@ class TrainingBatches {
     void ask() {
         if (batches_.empty()) go_to(epoch_, position_);
         if (position_ == static_cast<std::int64_t>(batches_.size())) go_to(epoch_ + 1, 0);
-        next_ = std::async(std::launch::async, [this, samples = batches_[static_cast<std::size_t>(position_)]] {
-            auto batch = std::make_shared<SampleBatch>();
-            source_.gather(samples, Part::train, *batch);
-            return batch;
-        });
+        next_ = std::async(std::launch::async,
+                           [this, epoch = epoch_, samples = batches_[static_cast<std::size_t>(position_)]] {
+                               auto batch = std::make_shared<SampleBatch>();
+                               source_.gather_epoch(samples, epoch, *batch);
+                               return batch;
+                           });
     }
     const SampleSource& source_;
     const SampleLoader& loader_;

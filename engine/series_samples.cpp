@@ -7,6 +7,7 @@
 #include <numbers>
 
 #include "engine/error.h"
+#include "engine/files.h"
 #include "engine/knn_graph.h"
 #include "engine/spectrum.h"
 #include "engine/table_text.h"
@@ -371,6 +372,8 @@ void SeriesSamples::gather_row(std::int64_t time, std::int64_t channel, bool ask
         out.row_scale.push_back(static_cast<float>(scale));
     }
     gather_features(window, out);
+    out.unit_mean.push_back(trained_.mean[static_cast<Size>(channel)]);
+    out.unit_deviation.push_back(trained_.deviation[static_cast<Size>(channel)]);
     for (std::int64_t h = 0; h < o.horizon; ++h)
         out.targets.push_back(asked && time + h < series_.rows() ? value(time + h, channel) : kMissing);
 }
@@ -379,6 +382,7 @@ void SeriesSamples::gather(std::span<const std::int64_t> samples, Part part, Sam
     out = SampleBatch{};
     out.samples.assign(samples.begin(), samples.end());
     out.edge_offsets = {0};
+    out.fixed_signs = true;  // places on a path, channels of one graph: always the same
     const auto& asked = samples_[static_cast<Size>(part)];
     for (const std::int64_t s : samples) {
         const std::int64_t time = time_of(s);
@@ -395,6 +399,22 @@ void SeriesSamples::gather(std::span<const std::int64_t> samples, Part part, Sam
         out.spectral.insert(out.spectral.end(), spectral_.begin(), spectral_.end());
         out.offsets.push_back(base + static_cast<std::int32_t>(shape_.nodes_per_sample));
     }
+}
+
+Json SeriesSamples::state() const { return to_json(trained_); }
+
+std::string SeriesSamples::fingerprint() const { return hex64(hash_bytes(state().dump() + series_.fingerprint)); }
+
+std::string SeriesSamples::text() const {
+    std::string words =
+        fmt::format("{} rows of {} channels, {} to {}", series_.rows(), width(),
+                    series_.clock.text(series_.dates.front()), series_.clock.text(series_.dates.back()));
+    if (beyond_) return words + fmt::format("; the next {} steps", options_.horizon);
+    words += fmt::format("; windows of {} steps for the next {}: {} train, {} val, {} test", options_.look_back,
+                         options_.horizon, samples_[0].size(), samples_[1].size(), samples_[2].size());
+    if (options_.mode == SeriesMode::channels)
+        words += fmt::format("; {} pairs of channels joined", trained_.edges.size());
+    return words;
 }
 
 std::string SeriesSamples::row_name(std::int64_t sample, std::int64_t node) const {

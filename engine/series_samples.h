@@ -28,7 +28,6 @@
 
 namespace fiedler {
 
-enum class SeriesMode { independent, channels, linear };
 inline constexpr std::int64_t kTrendSteps = 25;
 
 struct SeriesOptions {
@@ -79,6 +78,10 @@ class SeriesSamples final : public SampleSource {
     void gather(std::span<const std::int64_t> samples, Part, SampleBatch& out) const override;
     // "2018-02-20 23:00:00 OT": the last date that the window looks at, and the channel.
     std::string row_name(std::int64_t sample, std::int64_t node) const override;
+
+    Json state() const override;
+    std::string fingerprint() const override;
+    std::string text() const override;
 
     const TrainedSeries& trained() const { return trained_; }
     const Series& series() const { return series_; }

@@ -23,6 +23,8 @@ struct SeriesClock {
     std::string text(std::int64_t date) const;
 };
 
+enum class SeriesMode { independent, channels, linear };  // series_samples.h
+
 struct Series {
     std::vector<std::string> channels;
     std::vector<double> values;       // [rows, channels]

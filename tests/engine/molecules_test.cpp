@@ -541,7 +541,7 @@ TEST(MaskedAtoms, MasksBelongToEpochAndSample) {
     EXPECT_EQ(source->shape().outputs, 119);
     EXPECT_EQ(source->shape().names[5], "C");
     EXPECT_EQ(source->shape().features, 174 + 1 + 2);
-    SampleBatch b, base, again, alone;
+    SampleBatch b, base, again, alone, later, val;
     const auto train = source->samples(Part::train);
     source->gather(train, Part::train, b);
     source->base().gather(train, Part::train, base);
@@ -570,16 +570,17 @@ TEST(MaskedAtoms, MasksBelongToEpochAndSample) {
     source->gather(train.subspan(3, 1), Part::train, alone);
     const auto at = static_cast<std::ptrdiff_t>(b.offsets[3]);
     EXPECT_TRUE(std::equal(alone.classes.begin(), alone.classes.end(), b.classes.begin() + at));
-    make(2)->gather(train, Part::train, again);
+    source->gather_epoch(train, 0, again);
     EXPECT_NE(again.classes, b.classes);
-    source->set_epoch(1);
-    source->gather(train, Part::train, again);
-    EXPECT_NE(again.classes, b.classes);
-    // Validation does not change with the epoch, and of other parts nothing is asked.
-    SampleBatch val, later;
+    make(1)->gather_epoch(train, 0, later);
+    EXPECT_EQ(again.classes, later.classes);
+    make(2)->gather_epoch(train, 0, later);
+    EXPECT_NE(again.classes, later.classes);
+    source->gather_epoch(train, 1, later);
+    EXPECT_NE(again.classes, later.classes);
+    // Validation does not change with the seed, and of other parts nothing is asked.
     source->gather(source->samples(Part::val), Part::val, val);
-    source->set_epoch(2);
-    source->gather(source->samples(Part::val), Part::val, later);
+    make(2)->gather(source->samples(Part::val), Part::val, later);
     EXPECT_EQ(val.classes, later.classes);
     source->gather(source->samples(Part::val), Part::train, later);
     EXPECT_EQ(std::count_if(later.classes.begin(), later.classes.end(), [](auto c) { return c >= 0; }), 0);
