@@ -60,7 +60,7 @@ struct Config {
     std::int64_t spectral_dims = 0;
     std::string spectral_source = "corpus", spectral_rows = "unit", feature_laplacian = "auto";
     // model, of samples only
-    std::int64_t hops = 1;
+    std::int64_t hops = 1, input_hops = 0;
     bool local = true, last_norm = true, input_bias = true, spectral_start = false;
     PoolChoice pool = PoolChoice::mean;
     double dropout = 0, input_dropout = 0;

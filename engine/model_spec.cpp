@@ -165,6 +165,7 @@ ModelSpec model_spec(const Config& c, const SampleShape& shape, std::int64_t lon
     m.input_bias = c.input_bias;
     m.edge_types = shape.edge_types;
     m.hops = static_cast<std::int32_t>(c.hops);
+    m.input_hops = c.conv && shape.edge_types > 0 ? static_cast<std::int32_t>(c.input_hops) : 0;
     m.local = c.local && c.conv && shape.edge_types > 0;
     m.spectral_start = c.spectral_start;
     m.last_norm = c.last_norm;

@@ -25,7 +25,8 @@ struct LayerSpec {
 
 // What a model of samples has in place of tokens and a vocabulary (samples.h):
 //
-//   x0   = features Win + bin + U Ws     U: the nodes' spectral embedding, given with each batch
+//   x0   = conv(features Win + bin) + U Ws     conv: graph_conv, `input_hops` times; U: the nodes' spectral embedding,
+//                                              given with each batch
 //   block as DESIGN 1's, bidirectional within each sample, without a gate; where the causal convolution is, graph_conv on
 //          the values (`hops` times) and on the scalars. spectral_start: scalars += U S, S starting at one column of U each.
 //          local: x += conv(v) Wl beside attention's v Wo.
@@ -37,7 +38,7 @@ enum class PoolOf { none, mean, attention, flatten };  // none: a row for each n
 struct SampleModel {
     std::int64_t features = 0;
     bool dense = false, input_bias = true;
-    std::int32_t edge_types = 0, hops = 1;  // edge_types 0: no graph_conv
+    std::int32_t edge_types = 0, hops = 1, input_hops = 0;  // edge_types 0: no graph_conv
     bool local = false, spectral_start = false, last_norm = true;
     TargetKind kind = TargetKind::regression;
     std::int32_t outputs = 1;

@@ -38,6 +38,9 @@ ParamTable::ParamTable(const ModelSpec& s) {
         head = add("output.weight", m.outputs, s.pooled_columns(), Init::features, Group::decayed);
         if (m.pool == PoolOf::attention) pool = add("pool.weight", h, c, Init::zeros, Group::decayed);
         if (m.input_bias) input_bias = add("input.bias", c, 8, Init::zeros, Group::plain);
+        if (m.input_hops > 0)
+            input_conv = add("input.conv.weight", std::int64_t(m.input_hops) * (m.edge_types + 1), c, Init::graph_conv,
+                             Group::plain);
         head_bias = add("output.bias", m.outputs, 8, Init::zeros, Group::plain);
     } else {
         embedding = add("embedding.weight", s.vocab, c, Init::normal, Group::decayed);

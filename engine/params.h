@@ -58,6 +58,7 @@ struct ParamTable {
     // Samples: embedding is [F, C] or, of dense features, [C, F padded]; head [outputs, pooled_columns]. Biases are
     // matrices of 8 columns, of which only the first is ever not 0: one more product with a matrix of ones.
     int input_bias = -1, head_bias = -1, pool = -1;  // [C, 8], [outputs, 8], [H, C]
+    int input_conv = -1;                             // [input_hops (edge_types + 1), C]
     std::vector<LayerTensors> layer;
     std::int64_t elements = 0;    // of the block, padding included
     std::int64_t decayed = 0;     // elements of the first group
