@@ -37,8 +37,9 @@ MaskedAtoms::MaskedAtoms(std::unique_ptr<const MoleculeSamples> base, double sha
 std::vector<std::int64_t> MaskedAtoms::masked(std::int64_t sample, std::int64_t epoch) const {
     const std::int64_t n = base_->nodes_of(sample);
     std::vector<std::pair<std::uint64_t, std::int64_t>> keys;
+    const std::uint64_t seed = epoch < 0 ? 0 : static_cast<std::uint64_t>(seed_);
     const std::uint64_t stream =
-        rng::bits(kMasks, static_cast<std::uint64_t>(epoch), static_cast<std::uint64_t>(sample));
+        rng::bits(kMasks, static_cast<std::uint64_t>(epoch + 1), static_cast<std::uint64_t>(sample));
     for (std::int64_t i = 0; i < n; ++i) keys.emplace_back(rng::bits(seed, stream, static_cast<std::uint64_t>(i)), i);
     std::sort(keys.begin(), keys.end());
     std::vector<std::int64_t> atoms;

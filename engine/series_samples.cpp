@@ -172,7 +172,7 @@ SeriesSamples::SeriesSamples(Series series, const SeriesOptions& options, const 
         }
         const double deviation = std::sqrt(squares / double(cuts.train));
         if (!(deviation > 1e-9 * most))
-            input_error("{}: channel {} is constant ({}) over the training part; leave it out with --channels",
+            input_error("{}: channel {} is constant ({}) over the training part; leave it out with --columns",
                         series_.source, shown(series_.channels[static_cast<Size>(k)]), mean);
         trained_.mean.push_back(mean), trained_.deviation.push_back(deviation);
     }

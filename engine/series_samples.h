@@ -85,6 +85,10 @@ class SeriesSamples final : public SampleSource {
 
     const TrainedSeries& trained() const { return trained_; }
     const Series& series() const { return series_; }
+    double original(std::int64_t row, std::int64_t channel) const {  // in the units of the table
+        const auto c = static_cast<std::size_t>(channel);
+        return trained_.mean[c] + trained_.deviation[c] * double(value(row, channel));
+    }
     bool beyond() const { return beyond_; }
     std::int64_t time_of(std::int64_t sample) const { return per_channel() ? sample / width() : sample; }
     std::int64_t channel_of(std::int64_t sample, std::int64_t node) const {

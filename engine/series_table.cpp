@@ -208,7 +208,7 @@ Series read_series(const std::string& path, const SeriesTableOptions& o) {
             s.dates.push_back(when);
             for (const Size i : columns) {
                 if (fields[i].empty())
-                    line_fault("{} has no value; fill it in, or choose others with --channels", table.column_name(i));
+                    line_fault("{} has no value; fill it in, or choose others with --columns", table.column_name(i));
                 s.values.push_back(double(parse_float(fields[i], table.column_name(i), true)));
             }
             lines.push_back(number);
