@@ -48,6 +48,14 @@ const std::vector<Case>& cases() {
         {"mean_regression", [](Config&, SampleShape& s) { per_sample(s, TargetKind::regression, 2); }},
         {"mean_binary", [](Config&, SampleShape& s) { per_sample(s, TargetKind::binary, 3); }},
         {"mean_classes", [](Config&, SampleShape& s) { per_sample(s, TargetKind::classes, 4); }},
+        {"sum_huber",
+         [](Config& c, SampleShape& s) {
+             per_sample(s, TargetKind::regression, 2), c.pool = PoolChoice::sum, c.loss = LossChoice::huber;
+         }},
+        {"absolute",
+         [](Config& c, SampleShape& s) { per_sample(s, TargetKind::regression, 2), c.loss = LossChoice::absolute; }},
+        {"smoothing", [](Config& c, SampleShape&) { c.label_smoothing = 0.2; }},
+        {"node_dropout", [](Config& c, SampleShape&) { c.node_dropout = 0.4; }},
         {"attention_pool",
          [](Config& c, SampleShape& s) {
              per_sample(s, TargetKind::regression, 2);
