@@ -217,7 +217,7 @@ void Activations<T>::place_outputs(Arena& arena, const ActivationPlan& plan) {
     scratch_.counts = arena.vec<std::int32_t>("counts", rows, Lifetime::scratch);
     scratch_.ones = arena.mat<T>("ones", std::max(rows, plan.tokens), 8, Lifetime::persistent);
     if (plan.training) matrix(scratch_.doutputs, "doutputs", rows, m.outputs);
-    if (m.pool == PoolOf::mean || m.pool == PoolOf::attention) {
+    if (m.pool != PoolOf::none && m.pool != PoolOf::flatten) {
         matrix(scratch_.pooled, "pooled", rows, c);
         if (plan.training) matrix(scratch_.dpooled, "dpooled", rows, c);
     }

@@ -39,7 +39,8 @@ enum class QuantBits { int8, int4 };
 enum class QuantScales { least_error, nearest };
 enum class CacheChoice { compact, exact, int8 };     // as CacheKind (infer/session.h)
 enum class Task { text, nodes, molecules, series };  // what a model is trained on; all but text are samples (samples.h)
-enum class PoolChoice { mean, attention, flatten };
+enum class PoolChoice { mean, sum, attention, flatten };
+enum class LossChoice { squared, absolute, huber };  // of numbers
 enum class PartChoice { train, val, test, all };
 
 struct Config {
@@ -63,7 +64,7 @@ struct Config {
     std::int64_t hops = 1, input_hops = 0;
     bool local = true, last_norm = true, input_bias = true, spectral_start = false;
     PoolChoice pool = PoolChoice::mean;
-    double dropout = 0, input_dropout = 0;
+    double dropout = 0, input_dropout = 0, node_dropout = 0;
 
     // data
     std::vector<std::string> data;
@@ -101,6 +102,8 @@ struct Config {
     double beta1 = 0.9, beta2 = 0.95, adam_eps = 1e-8, weight_decay = 0.1, clip = 1;
     double skip_outliers = 0;
     bool skip_nonfinite = true;
+    LossChoice loss = LossChoice::squared;
+    double label_smoothing = 0;
     std::int64_t batch_nodes = 4096, epochs = 0, patience = 0, seeds = 1;  // samples
 
     // run

@@ -131,9 +131,10 @@ std::vector<Knob> model_knobs() {
         {"pool",
          choice<&C::pool>(),
          kTrain,
-         "samples with one target a sample: its nodes' mean, a learned weighting of them, or all side by side (equal "
+         "samples with one target a sample: its nodes' mean, their sum, a learned weighting, or all side by side "
+         "(equal "
          "numbers of nodes only)",
-         {.choices = {"mean", "attention", "flatten"}}},
+         {.choices = {"mean", "sum", "attention", "flatten"}}},
         {"dropout",
          &C::dropout,
          kTrain,
@@ -143,6 +144,11 @@ std::vector<Knob> model_knobs() {
          &C::input_dropout,
          kTrain,
          "samples: share of the features that is dropped in training",
+         {.low = 0, .high = 0.99}},
+        {"node-dropout",
+         &C::node_dropout,
+         kTrain,
+         "samples: share of the nodes all of whose features are dropped in training",
          {.low = 0, .high = 0.99}},
     };
 }
@@ -356,6 +362,16 @@ std::vector<Knob> train_knobs() {
          {.low = 0, .high = 1e6, .zero = "never"}},
         {"skip-nonfinite", &C::skip_nonfinite, kTrain,
          "skip and report a step with NaN or infinite gradients; without it the run stops there"},
+        {"loss",
+         choice<&C::loss>(),
+         kTrain,
+         "samples with numbers as targets: what is minimised (huber: squared up to 1, then absolute)",
+         {.choices = {"squared", "absolute", "huber"}}},
+        {"label-smoothing",
+         &C::label_smoothing,
+         kTrain,
+         "samples with classes or binary targets: share of a target that is spread over all",
+         {.low = 0, .high = 0.99}},
         {"epochs",
          &C::epochs,
          kTrain,

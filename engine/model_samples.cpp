@@ -134,6 +134,7 @@ Mat<T> Model<Dev, T>::pooled(const DeviceBatch& batch, bool gradient) {
         case PoolOf::flatten:
             return {rows.data, batch.seq.count, spec_.pooled_columns()};
         case PoolOf::mean:
+        case PoolOf::sum:
         case PoolOf::attention:
             break;
     }
@@ -141,7 +142,16 @@ Mat<T> Model<Dev, T>::pooled(const DeviceBatch& batch, bool gradient) {
 }
 
 namespace {
-PoolKind kernel_kind(PoolOf p) { return p == PoolOf::mean ? PoolKind::mean : PoolKind::attention; }
+PoolKind kernel_kind(PoolOf p) {
+    return p == PoolOf::mean ? PoolKind::mean : p == PoolOf::sum ? PoolKind::sum : PoolKind::attention;
+}
+ObjectiveKind kernel_kind(const SampleModel& m) {
+    if (m.kind == TargetKind::classes) return ObjectiveKind::classes;
+    if (m.kind == TargetKind::binary) return ObjectiveKind::binary;
+    return m.loss == LossOf::squared    ? ObjectiveKind::squared
+           : m.loss == LossOf::absolute ? ObjectiveKind::absolute
+                                        : ObjectiveKind::huber;
+}
 }  // namespace
 
 // From the last layer's (normalised) output to `outputs`.
@@ -152,7 +162,7 @@ void Model<Dev, T>::forward_outputs(const DeviceBatch& batch) {
     const SampleModel& m = *spec_.samples;
     const Mat<T> n = last(), in = pooled(batch, false);
     drop(batch, n, n, spec_.layers(), Site::last);
-    if (m.pool == PoolOf::mean || m.pool == PoolOf::attention) {
+    if (m.pool != PoolOf::none && m.pool != PoolOf::flatten) {
         Range range("pool");
         const bool weighted = m.pool == PoolOf::attention;
         const Mat<A> z = weighted ? s.z.slice_rows(0, n.rows) : Mat<A>();
@@ -188,7 +198,7 @@ void Model<Dev, T>::backward_outputs(const DeviceBatch& batch) {
         matmul_dw(dev_, MatmulDw<T>{.dw = table_.matrix(g, table_.head), .dy = dout, .x = in});
         matmul_dx(dev_, MatmulDx<T>{.dx = din, .dy = dout, .w = table_.matrix(w, table_.head)});
     }
-    if (m.pool == PoolOf::mean || m.pool == PoolOf::attention) {
+    if (m.pool != PoolOf::none && m.pool != PoolOf::flatten) {
         Range range("pool");
         const bool weighted = m.pool == PoolOf::attention;
         const Mat<T> dz = weighted ? s.dz.slice_rows(0, n.rows) : Mat<T>();
@@ -223,10 +233,10 @@ void Model<Dev, T>::sample_loss(const DeviceBatch& batch, Vec<A> total, Vec<std:
     const Mat<const A> shown = predictions(batch);
     const std::int64_t rows = shown.rows;
     const bool known = b.classes || b.targets;
-    constexpr ObjectiveKind kinds[] = {ObjectiveKind::classes, ObjectiveKind::binary, ObjectiveKind::squared};
     Range range("objective");
     Objective<T> p;
-    p.kind = kinds[static_cast<int>(spec_.samples->kind)];
+    p.kind = kernel_kind(*spec_.samples);
+    p.smoothing = gradient ? A(spec_.samples->smoothing) : A(0);
     p.outputs = s.outputs.slice_rows(0, rows);
     if (known) {
         p.losses = Vec<A>(s.losses.data, rows);

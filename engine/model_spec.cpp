@@ -129,9 +129,7 @@ PoolOf pool_of(const Config& c, const SampleShape& shape) {
         throw InputError(
             "pool: flatten is for samples with equal numbers of nodes; these differ: choose mean or "
             "attention");
-    return c.pool == PoolChoice::mean        ? PoolOf::mean
-           : c.pool == PoolChoice::attention ? PoolOf::attention
-                                             : PoolOf::flatten;
+    return static_cast<PoolOf>(static_cast<int>(c.pool) + 1);
 }
 
 }  // namespace
@@ -177,6 +175,9 @@ ModelSpec model_spec(const Config& c, const SampleShape& shape, std::int64_t lon
     m.nodes_per_sample = shape.nodes_per_sample;
     m.dropout = static_cast<float>(c.dropout);
     m.input_dropout = static_cast<float>(c.input_dropout);
+    m.node_dropout = static_cast<float>(c.node_dropout);
+    m.loss = static_cast<LossOf>(c.loss);
+    m.smoothing = static_cast<float>(c.label_smoothing);
     s.samples = m;
     return s;
 }

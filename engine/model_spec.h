@@ -32,9 +32,10 @@ struct LayerSpec {
 //          local: x += conv(v) Wl beside attention's v Wo.
 //   y    = [pool over the sample] RMSNorm(x) Wout + bout, one row for each node or sample
 //
-// Dropout (training): on every input of a layer's products and on the last norm's output; on the features by the reader
-// of batches (sample_batch.h).
-enum class PoolOf { none, mean, attention, flatten };  // none: a row for each node
+// Dropout (training): on every input of a layer's products and on the last norm's output; on the features, and on all of
+// a node's features at once, by the reader of batches (sample_batch.h).
+enum class PoolOf { none, mean, sum, attention, flatten };  // none: a row for each node
+enum class LossOf { squared, absolute, huber };
 struct SampleModel {
     std::int64_t features = 0;
     bool dense = false, input_bias = true;
@@ -44,7 +45,9 @@ struct SampleModel {
     std::int32_t outputs = 1;
     PoolOf pool = PoolOf::none;
     std::int64_t nodes_per_sample = 0;  // with flatten
-    float dropout = 0, input_dropout = 0;
+    float dropout = 0, input_dropout = 0, node_dropout = 0;
+    LossOf loss = LossOf::squared;  // of numbers
+    float smoothing = 0;            // of classes and binary targets
 
     std::int64_t feature_columns() const { return (features + 7) / 8 * 8; }  // of a dense row
 };

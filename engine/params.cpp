@@ -140,7 +140,8 @@ void initialise(const ParamTable& table, const ModelSpec& s, std::uint64_t seed,
                 std::fill(w, w + t.cols, 1.f);
                 break;
             case Init::axes:
-                for (std::int64_t i = 0; i < t.rows; ++i) w[i * t.cols + i % static_cast<std::int64_t>(t.value)] = 1;
+                for (std::int64_t i = 0; i < t.rows; ++i)
+                    w[i * t.cols + i % (t.rows / 2) % static_cast<std::int64_t>(t.value)] = 1;
                 break;
             case Init::gate_bias:  // spread over the heads: memories from e^min to e^max tokens
                 for (std::int64_t i = 0; i < n; ++i)

@@ -27,7 +27,7 @@ enum class Init {
     bag,          // the same for a table of rows: `value` is the deviation
     graph_conv,   // each hop: own and neighbours' weight 1/2
     graph_ident,  // own weight 1, neighbours' 0
-    axes          // row i: 1 in column i modulo `value`, 0 elsewhere
+    axes          // queries and keys: row i of each half has 1 in column i modulo `value`, 0 elsewhere
 };
 enum class Group { decayed, plain, frozen };
 

@@ -13,7 +13,8 @@ namespace fiedler {
 
 namespace {
 
-constexpr std::uint64_t kFeatureStream = 0x66656174, kSignStream = 0x7369676e;  // "feat", "sign"
+// "feat", "sign", "node"
+constexpr std::uint64_t kFeatureStream = 0x66656174, kSignStream = 0x7369676e, kNodeStream = 0x6e6f6465;
 
 std::size_t aligned(std::size_t bytes) { return (bytes + Arena::kAlign - 1) / Arena::kAlign * Arena::kAlign; }
 
@@ -38,10 +39,13 @@ template <class T>
 void PreparedSamples<T>::prepare_features(const SampleBatch& b, const ModelSpec& spec, const SampleDraw& draw) {
     const SampleModel& m = *spec.samples;
     const std::int64_t n = b.nodes();
-    const double p = draw.training ? m.input_dropout : 0;
-    const auto scale = static_cast<float>(1 / (1 - p));
+    const double p = draw.training ? m.input_dropout : 0, of_node = draw.training ? m.node_dropout : 0;
+    const auto scale = static_cast<float>(1 / ((1 - p) * (1 - of_node)));
     const auto kept = [&](std::int64_t i) {
         return p == 0 || rng::uniform(draw.seed, kFeatureStream, static_cast<std::uint64_t>(i)) >= p;
+    };
+    const auto kept_node = [&](std::int64_t i) {
+        return of_node == 0 || rng::uniform(draw.seed, kNodeStream, static_cast<std::uint64_t>(i)) >= of_node;
     };
     feature_offsets_.clear(), feature_columns_.clear(), feature_values_.clear(), dense_.clear();
     by_feature_.offsets.clear(), by_feature_.rows.clear(), by_feature_.values.clear();
@@ -50,19 +54,20 @@ void PreparedSamples<T>::prepare_features(const SampleBatch& b, const ModelSpec&
         const std::int64_t columns = m.feature_columns();
         dense_.assign(static_cast<std::size_t>(n * columns), T(0.f));
         for (std::int64_t i = 0; i < n; ++i)
-            for (std::int64_t j = 0; j < m.features; ++j)
+            for (std::int64_t j = 0; j < m.features && kept_node(i); ++j)
                 if (const std::int64_t at = i * m.features + j; kept(at))
                     dense_[static_cast<std::size_t>(i * columns + j)] =
                         T(b.dense[static_cast<std::size_t>(at)] * scale);
         return;
     }
     if (static_cast<std::int64_t>(b.feature_offsets.size()) != n + 1) misfit("features");
-    if (p == 0) {
+    if (p == 0 && of_node == 0) {
         feature_offsets_ = b.feature_offsets, feature_columns_ = b.feature_columns, feature_values_ = b.feature_values;
     } else {
         feature_offsets_.push_back(0);
         for (std::size_t i = 0; i < static_cast<std::size_t>(n); ++i) {
-            for (std::int32_t e = b.feature_offsets[i]; e < b.feature_offsets[i + 1]; ++e)
+            const bool any = kept_node(static_cast<std::int64_t>(i));
+            for (std::int32_t e = b.feature_offsets[i]; e < b.feature_offsets[i + 1] && any; ++e)
                 if (kept(e)) {
                     const auto at = static_cast<std::size_t>(e);
                     feature_columns_.push_back(b.feature_columns[at]);
