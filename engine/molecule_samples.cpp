@@ -211,8 +211,19 @@ void MoleculeSamples::gather(std::span<const std::int64_t> samples, Part part, S
     out.samples.assign(samples.begin(), samples.end());
     out.feature_offsets = out.edge_offsets = {0};
     const auto outputs = static_cast<Size>(shape_.outputs);
+    std::int64_t atoms = 0, edges = 0;
     for (const std::int64_t m : samples) {
         if (m < 0 || m >= set_.size()) throw std::logic_error("molecule_samples: no such sample");
+        atoms += nodes_of(m), edges += edges_of(m);
+    }
+    out.feature_columns.reserve(static_cast<Size>(atoms * entries_));
+    out.feature_values.reserve(static_cast<Size>(atoms * entries_));
+    out.feature_offsets.reserve(static_cast<Size>(atoms) + 1);
+    out.edge_offsets.reserve(static_cast<Size>(atoms) + 1);
+    out.edge_columns.reserve(static_cast<Size>(edges));
+    out.edge_types.reserve(static_cast<Size>(edges));
+    out.spectral.reserve(static_cast<Size>(atoms * options_.spectral_dims));
+    for (const std::int64_t m : samples) {
         gather_atoms(m, out);
         for (Size t = 0; t < outputs; ++t)
             out.targets.push_back(part_of(m) == part ? targets_[static_cast<Size>(m) * outputs + t] : kMissing);

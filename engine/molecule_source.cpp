@@ -83,7 +83,7 @@ Parts split_of(const Config& c, const MoleculeSet& set) {
 }
 
 // Of the trained model's own molecules, as they were parted.
-bool same_parts(const Config& c, const Json& state, const MoleculeSet& set, Parts& p) {
+bool same_parts(const Json& state, const MoleculeSet& set, Parts& p) {
     if (!state.contains("molecules") || state["molecules"] != fingerprint_of(set)) return false;
     const std::string parts = state.value("parts", std::string());
     if (std::ssize(parts) != set.size()) return false;
@@ -93,14 +93,15 @@ bool same_parts(const Config& c, const Json& state, const MoleculeSet& set, Part
         p.of.push_back(static_cast<Part>(at));
     }
     p.note.words = state.value("split", std::string());
-    (void)c;
     return true;
 }
 
 }  // namespace
 
 std::unique_ptr<SampleSource> open_molecules(const Config& c, const TrainedSamples* trained, std::FILE* words) {
-    FoundMolecules found = find_molecules(only_path(c), table_options(c), cache_of(c), words);
+    MoleculeTableOptions table = table_options(c);
+    if (trained) table.targets.clear();  // those that are there are found by name; none need be
+    FoundMolecules found = find_molecules(only_path(c), table, cache_of(c), words);
     MoleculeOptions o;
     double mask = c.mask;
     if (trained) {
@@ -122,7 +123,7 @@ std::unique_ptr<SampleSource> open_molecules(const Config& c, const TrainedSampl
     Parts parts;
     if (!trained) {
         parts = split_of(c, found.set);
-    } else if (!same_parts(c, trained->state, found.set, parts)) {
+    } else if (!same_parts(trained->state, found.set, parts)) {
         if (!c.split.empty() || c.folds > 0)
             parts = split_of(c, found.set);
         else

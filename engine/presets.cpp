@@ -43,9 +43,9 @@ std::vector<Preset> all_presets() {
                          {"dropout", "0.1"},      {"epochs", "100"},      {"batch-nodes", "1024"}, {"lr", "1e-3"},
                          {"weight-decay", "0.05"}};
     const Values series =
-        samples + Values{{"task", "series"},      {"pattern", "b"},    {"layers", "2"},    {"channels", "64"},
-                         {"heads", "4"},          {"pool", "flatten"}, {"dropout", "0.2"}, {"epochs", "10"},
-                         {"batch-nodes", "2816"}, {"lr", "1e-3"},      {"patience", "3"},  {"weight-decay", "0.05"}};
+        samples + Values{{"task", "series"},      {"pattern", "b"},    {"layers", "1"},    {"channels", "32"},
+                         {"heads", "2"},          {"pool", "flatten"}, {"dropout", "0.1"}, {"epochs", "5"},
+                         {"batch-nodes", "2816"}, {"lr", "2e-3"},      {"patience", "3"},  {"weight-decay", "0.05"}};
     return {
         {"tiny",
          "about 1M parameters, for a CPU: sssb, 4 layers, 128 channels, 4 heads, vocabulary 2,048, context 256",
@@ -101,7 +101,7 @@ std::vector<Preset> all_presets() {
         {"molecules-small", "properties of some hundred molecules: about 200K parameters, more dropout",
          molecules + Values{{"layers", "3"}, {"channels", "64"}, {"heads", "4"}, {"dropout", "0.2"}}},
         {"series",
-         "a time series, channel by channel in patches of 16 steps: about 200K parameters, for series of some "
+         "a time series, channel by channel in patches of 16 steps: about 50K parameters, for series of some "
          "ten thousand rows",
          series},
         {"series-channels", "a time series, all channels of a window at once, joined by how they correlate",

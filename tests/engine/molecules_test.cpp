@@ -16,6 +16,7 @@
 #include "engine/molecule_samples.h"
 #include "engine/molecule_table.h"
 #include "engine/sample_split.h"
+#include "kernels/device.h"
 #include "tests/engine/temp_folder.h"
 
 namespace fiedler::test {
@@ -473,6 +474,36 @@ TEST(MoleculeSamples, SpectraAndWalksAreThoseOfTheGraph) {
     // A path of four is bipartite: nobody is back after three steps.
     EXPECT_EQ(b.feature_values[10], 0);
     EXPECT_NEAR(b.feature_values[9], 0.5, 1e-6);
+}
+
+// Eigenvalues agree; vectors of the GPU are eigenvectors, too (bases of repeated values may differ).
+TEST(MoleculeSamples, GpuSpectraAreThoseOfTheCpu) {
+    if (std::string why; cuda_device_count(&why) == 0) GTEST_SKIP() << "NO GPU, NOT TESTED: " << why;
+    const MoleculeSamples source(rings(60), every_fourth(60), {}, nullptr);
+    const SmallGraphs& g = source.graphs();
+    const SmallEmbedding cpu = small_embedding(g, 6, false, 0), gpu = small_embedding(g, 6, true, 0);
+    for (Size i = 0; i < cpu.values.size(); ++i) EXPECT_NEAR(cpu.values[i], gpu.values[i], 1e-5);
+    for (std::int64_t m = 0; m < g.count(); ++m)
+        for (std::int64_t j = 0; j < 6; ++j) {
+            const std::int64_t first = g.node_offsets[static_cast<Size>(m)],
+                               last = g.node_offsets[static_cast<Size>(m) + 1];
+            const double mu = gpu.values[static_cast<Size>(m * 6 + j)];
+            double residual = 0, norm = 0;
+            const auto degree = [&](std::int64_t i) {
+                return double(g.row_offsets[static_cast<Size>(i) + 1] - g.row_offsets[static_cast<Size>(i)]);
+            };
+            for (std::int64_t i = first; i < last; ++i) {
+                const double x = gpu.vectors[static_cast<Size>(i * 6 + j)];
+                double lx = x;
+                for (auto e = g.row_offsets[static_cast<Size>(i)]; e < g.row_offsets[static_cast<Size>(i) + 1]; ++e) {
+                    const std::int64_t c = first + g.columns[static_cast<Size>(e)];
+                    lx -= gpu.vectors[static_cast<Size>(c * 6 + j)] / std::sqrt(degree(i) * degree(c));
+                }
+                norm += x * x, residual += std::abs(lx - mu * x);
+            }
+            EXPECT_LT(residual, 1e-3);
+            EXPECT_NEAR(norm, j < last - first - 1 ? double(last - first) : 0, 1e-3);
+        }
 }
 
 TEST(MoleculeSamples, ABatchOfManyIsThatOfEach) {
