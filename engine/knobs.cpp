@@ -2,29 +2,11 @@
 #include <algorithm>
 
 #include "engine/config.h"
+#include "engine/knob_rows.h"
 
 namespace fiedler {
 
 namespace {
-
-constexpr unsigned kPrepare = bit_of(Command::prepare), kTrain = bit_of(Command::train), kEval = bit_of(Command::eval),
-                   kGenerate = bit_of(Command::generate), kPlan = bit_of(Command::plan),
-                   kInspect = bit_of(Command::inspect), kSpectrum = bit_of(Command::spectrum),
-                   kBench = bit_of(Command::bench), kExport = bit_of(Command::export_model),
-                   kImport = bit_of(Command::import_model), kQuantize = bit_of(Command::quantize),
-                   kPredict = bit_of(Command::predict);
-// kMade: what the model is made with, from data that a benchmark does not have.
-constexpr unsigned kMade = kTrain | kPlan, kShape = kMade | kBench, kMeasure = kEval | kQuantize,
-                   kCorpus = kPrepare | kTrain,
-                   kDevice = kTrain | kEval | kGenerate | kSpectrum | kBench | kQuantize | kPredict,
-                   kSamples = kTrain | kEval | kPredict;  // what names the files of samples
-constexpr double kMany = 1e15, kBig = 1e300;
-
-template <auto member>
-ChoiceField choice() {
-    return {[](const Config& c) { return static_cast<int>(c.*member); },
-            [](Config& c, int v) { c.*member = static_cast<std::remove_reference_t<decltype(c.*member)>>(v); }};
-}
 
 std::vector<Knob> model_knobs() {
     using C = Config;
@@ -213,101 +195,6 @@ std::vector<Knob> data_knobs() {
          kEval | kPredict,
          "samples: the part to evaluate or to predict (a file without parts: all of it)",
          {.choices = {"train", "val", "test", "all"}}},
-    };
-}
-
-// Molecules and time series.
-std::vector<Knob> shaped_data_knobs() {
-    using C = Config;
-    constexpr unsigned kTables = kPrepare | kSamples;
-    return {
-        {"smiles-column",
-         &C::smiles_column,
-         kTables,
-         "molecules: column of SMILES, by name or number from 1",
-         {.zero = "smiles, or the only one", .on_resume = OnResume::may_change}},
-        {"id-column",
-         &C::id_column,
-         kTables,
-         "molecules: column of names, which predictions carry; none: their SMILES",
-         {.zero = "id or name, where there is one", .on_resume = OnResume::may_change}},
-        {"targets",
-         &C::targets,
-         kTables,
-         "molecules: columns to learn, numbers or empty fields; none: there are none",
-         {.zero = "all columns of numbers", .split_commas = true}},
-        {"skip-bad", &C::skip_bad, kTables, "molecules: leave out and count rows whose SMILES cannot be parsed"},
-        {"target-kind",
-         choice<&C::target_kind>(),
-         kTrain,
-         "molecules: are targets numbers, or 0 and 1? auto: binary where there is nothing else",
-         {.choices = {"auto", "regression", "binary"}}},
-        {"bonds",
-         choice<&C::bonds>(),
-         kTrain,
-         "molecules: what of a bond the graph convolution tells apart: its type; type and conjugation; stereo, too",
-         {.choices = {"type", "conjugated", "full"}}},
-        {"walk-steps",
-         &C::walk_steps,
-         kTrain,
-         "molecules: features of each atom: the chance that a random walk is back after 2, 3, ... steps, so many",
-         {.low = 0, .high = 64, .zero = "none"}},
-        {"eigenvalues", &C::eigenvalues, kTrain,
-         "molecules: the eigenvalues of the spectral embedding as features, too"},
-        {"split-shares", &C::split_shares, kSamples, "molecules: shares of train, val and test"},
-        {"split-seed",
-         &C::split_seed,
-         kSamples,
-         "molecules: seed of the split; of scaffolds 0 is DeepChem's order; -1: the run's seed, of scaffolds 0",
-         {.low = -1, .high = 1e9}},
-        {"folds",
-         &C::folds,
-         kSamples,
-         "molecules: cut a random split into so many pieces, of which one is the part test",
-         {.low = 0, .high = 1000, .zero = "by shares"}},
-        {"fold",
-         &C::fold,
-         kSamples,
-         "molecules: the piece that is the part test, from 1",
-         {.low = 0, .high = 1000, .zero = "seed 1 takes the first, seed 2 the second, ..."}},
-        {"save-split",
-         &C::save_split,
-         kTrain,
-         "molecules: file for the parts, a row a molecule, to be read, changed and given to --split",
-         {.on_resume = OnResume::may_change}},
-        {"mask",
-         &C::mask,
-         kTrain,
-         "molecules: learn to name this share of each molecule's atoms, which are hidden, instead of targets",
-         {.low = 0, .high = 0.9, .zero = "learn targets"}},
-        {"date-column",
-         &C::date_column,
-         kSamples,
-         "series: column of dates, by name or number from 1",
-         {.zero = "date, datetime, time, timestamp or the first", .on_resume = OnResume::may_change}},
-        {"columns", &C::columns, kSamples, "series: columns to forecast", {.zero = "all", .split_commas = true}},
-        {"series-mode",
-         choice<&C::series_mode>(),
-         kTrain,
-         "series: nodes are patches of one channel; all channels of a window; or one with trend and remainder (linear)",
-         {.choices = {"independent", "channels", "linear"}}},
-        {"look-back", &C::look_back, kTrain, "series: steps that a forecast sees", {.low = 1, .high = 1e6}},
-        {"horizon", &C::horizon, kTrain, "series: steps that are forecast at once", {.low = 1, .high = 1e5}},
-        {"patch", &C::patch, kTrain, "series: steps of a patch", {.low = 1, .high = 1e6}},
-        {"patch-stride", &C::patch_stride, kTrain, "series: steps from patch to patch", {.low = 1, .high = 1e6}},
-        {"instance-norm", &C::instance_norm, kTrain,
-         "series: mean and deviation of the look-back are taken out, and put back into the forecast"},
-        {"path-edges", &C::path_edges, kTrain, "series: neighbouring patches are joined, for the graph convolution"},
-        {"channel-neighbours",
-         &C::channel_neighbours,
-         kTrain,
-         "series: channels that each is joined with, by correlation",
-         {.low = 1, .high = 64}},
-        {"allow-gaps",
-         &C::allow_gaps,
-         kSamples,
-         "series: rows are taken as neighbours whatever their dates",
-         {.on_resume = OnResume::may_change}},
     };
 }
 
