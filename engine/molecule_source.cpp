@@ -82,9 +82,11 @@ Parts split_of(const Config& c, const MoleculeSet& set) {
     return p;
 }
 
-// Of the trained model's own molecules, as they were parted.
-bool same_parts(const Json& state, const MoleculeSet& set, Parts& p) {
+// Of the trained model's own molecules, as they were parted; not where another split is asked for.
+bool same_parts(const Config& c, const Json& state, const MoleculeSet& set, Parts& p) {
     if (!state.contains("molecules") || state["molecules"] != fingerprint_of(set)) return false;
+    const std::string words = state.value("split", std::string());
+    if (!c.split.empty() && !words.starts_with(c.split) && words != "of " + c.split) return false;
     const std::string parts = state.value("parts", std::string());
     if (std::ssize(parts) != set.size()) return false;
     for (const char letter : parts) {
@@ -92,7 +94,7 @@ bool same_parts(const Json& state, const MoleculeSet& set, Parts& p) {
         if (at == std::string_view::npos) return false;
         p.of.push_back(static_cast<Part>(at));
     }
-    p.note.words = state.value("split", std::string());
+    p.note.words = words;
     return true;
 }
 
@@ -123,11 +125,14 @@ std::unique_ptr<SampleSource> open_molecules(const Config& c, const TrainedSampl
     Parts parts;
     if (!trained) {
         parts = split_of(c, found.set);
-    } else if (!same_parts(trained->state, found.set, parts)) {
-        if (!c.split.empty() || c.folds > 0)
-            parts = split_of(c, found.set);
-        else
+    } else if (!same_parts(c, trained->state, found.set, parts)) {
+        if (!c.split.empty()) {
+            Config now = c;
+            now.folds = now.fold = 0;  // those of training were of other molecules
+            parts = split_of(now, found.set);
+        } else {
             parts.of.assign(static_cast<std::size_t>(found.set.size()), Part::test);
+        }
     }
     auto molecules = std::make_unique<MoleculeSamples>(std::move(found.set), std::move(parts.of), o,
                                                        trained && mask == 0 ? &trained->shape : nullptr, parts.note);

@@ -106,6 +106,17 @@ TEST_F(MoleculeCommand, LearnsMaskedAtomsAndGoesOnFromThem) {
 TEST_F(MoleculeCommand, FoldsFollowTheSeeds) {
     const Outcome o = train_on("m.csv", "folds", {{"folds", "3"}, {"seeds", "3"}, {"epochs", "2"}});
     ASSERT_EQ(o.code, 0) << o.err;
+    world_.put("new.csv", "smiles\nCCCCO\n");
+    const Outcome p =
+        run({"predict", "folds", "--data", "new.csv", "--out", "p.csv", "--device", "cpu", "--data-cache", "cache"});
+    EXPECT_EQ(p.code, 0) << p.err;
+    EXPECT_TRUE(slurp(path("p.csv")).starts_with("id,y\nCCCCO,"));
+    const Outcome e = run({"eval", "folds/seed-2", "--device", "cpu"}),
+                  other = run({"eval", "folds/seed-2", "--data", "m.csv", "--data-cache", "cache", "--split",
+                               "scaffold", "--device", "cpu"});
+    EXPECT_EQ(e.code, 0) << e.err;
+    EXPECT_EQ(other.code, 0) << other.err;
+    EXPECT_NE(e.out, other.out);
     for (const char* part : {"fold 1 of 3", "fold 2 of 3", "fold 3 of 3", "+-"}) EXPECT_HAS(o.out, part);
 }
 
