@@ -33,6 +33,7 @@ struct ActivationPlan {
     Recompute recompute = Recompute::none;
     std::int64_t mlp_rows = 0;         // rows that go through the MLP at a time, not with `none` and `mlp`; 0: all
     std::int64_t tree_from = 0;        // contexts from this length on: attention_tree, in layers that it takes
+    bool attention_skip = true;        // AttentionForward::skip
     std::int64_t runs_from = 0;        // decoders from this length on: attention_runs, in the same layers, on the CPU
     std::int64_t feature_entries = 0;  // of sparse features, the most a batch of samples may hold
 

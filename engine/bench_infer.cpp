@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
+#include "engine/bench_batch.h"
 #include "engine/error.h"
 #include "engine/files.h"
 #include "engine/json.h"
@@ -27,18 +28,21 @@ double since(Clock::time_point t) { return std::chrono::duration<double>(Clock::
 
 constexpr const char* kHelp =
     "usage: fiedler bench infer MODEL [knobs]\n"
-    "  greedy generation by the CPU runtime: the model as plain scalar loops in f32, in f32, int8 and int4\n\n"
+    "  greedy generation by the CPU runtime: the model as plain scalar loops in f32, in f32, int8 and int4;\n"
+    "  then of many texts at once by the engine: on the GPU, where there is one, and on the CPU\n\n"
     "  --threads N                       threads (default 1)\n"
     "  --tokens N                        tokens to generate in one run (default 128)\n"
     "  --prompt-tokens N                 tokens of the prompt (default 64)\n"
     "  --runs N                          runs, of which the fastest counts (default 5)\n"
     "  --cache compact|exact|int8        what is kept of a token (default compact)\n"
     "  --forms LIST                      of plain,f32,int8,int4 (default all)\n"
+    "  --batch LIST                      texts at once (default 1,16,64,256; none: without)\n"
     "  --json FILE                       write all figures\n";
 
 struct Arguments {
     std::string model, json;
     std::vector<std::string> forms = {"plain", "f32", "int8", "int4"};
+    std::vector<std::int64_t> batches = {1, 16, 64, 256};
     std::int64_t threads = 1, tokens = 128, prompt_tokens = 64, runs = 5;
     CacheKind cache = CacheKind::compact;
     bool help = false;
@@ -70,6 +74,16 @@ std::vector<std::string> forms_of(const std::string& text) {
     return forms;
 }
 
+std::vector<std::int64_t> batches_of(const std::string& text) {
+    std::vector<std::int64_t> sizes;
+    for (std::size_t at = 0; text != "none" && at <= text.size();) {
+        const std::size_t end = std::min(text.find(',', at), text.size());
+        sizes.push_back(number_of("--batch", text.substr(at, end - at), 1, 65536));
+        at = end + 1;
+    }
+    return sizes;
+}
+
 Arguments parse(const std::vector<std::string>& words) {
     Arguments a;
     for (std::size_t i = 0; i < words.size(); ++i) {
@@ -99,6 +113,8 @@ Arguments parse(const std::vector<std::string>& words) {
             a.cache = cache_of(value);
         else if (flag == "--forms")
             a.forms = forms_of(value);
+        else if (flag == "--batch")
+            a.batches = batches_of(value);
         else if (flag == "--json")
             a.json = value;
         else
@@ -217,6 +233,34 @@ Json json_of(const Row& r) {
             {"share_of_read_rate", r.share}};
 }
 
+Json json_of(const BatchRow& r) {
+    return {{"device", r.device},
+            {"batch", r.size},
+            {"tokens_per_second", r.tokens_per_second},
+            {"first_token_seconds", r.first_token},
+            {"steps", r.steps},
+            {"slot_bytes", r.slot_bytes},
+            {"copy_bytes_per_second", r.copy_rate},
+            {"share_of_copy_rate", r.share},
+            {"cuda_graph", r.recorded}};
+}
+
+Json bench_all_batches(const Bundle& bundle, const Arguments& a) {
+    Json all = Json::array();
+    const BatchBench b{a.batches, a.tokens, a.prompt_tokens, a.runs, static_cast<int>(a.threads)};
+    print_batch_header();
+    const auto add = [&](DeviceKind device) {
+        for (const BatchRow& r : bench_batches(bundle, device, b)) all.push_back(json_of(r));
+    };
+    if (cuda_device_count() > 0) add(DeviceKind::cuda);
+    add(DeviceKind::cpu);
+    fmt::print(
+        "texts at once in bf16 on a GPU, in f32 on the CPU. first tok.: of all, from their prompts on. of copy: bytes "
+        "that\n"
+        "a step reads at least (weights, caches), a second, of the rate at which the device copies memory\n");
+    return all;
+}
+
 }  // namespace
 
 int run_bench_infer(const std::vector<std::string>& words) {
@@ -252,6 +296,7 @@ int run_bench_infer(const std::vector<std::string>& words) {
         "plain: loops as first written. first tok.: from opening the file to the first token. of read: bytes of the "
         "weights\n"
         "a second, of what was read from memory above; more than 100 %: the weights stay in a cache\n");
+    if (!a.batches.empty() && bundle.spec.causal) all["batches"] = bench_all_batches(bundle, a);
     if (!a.json.empty()) write_file_atomic(a.json, all.dump(1) + "\n");
     return 0;
 }

@@ -8,7 +8,6 @@
 #include "engine/error.h"
 #include "engine/evaluate.h"
 #include "engine/files.h"
-#include "engine/generate.h"
 #include "engine/log.h"
 #include "engine/molecule_source.h"
 #include "engine/position_plot.h"
@@ -73,38 +72,6 @@ int run_eval(const Invocation& call) {
     if (!c.plot.empty()) {
         write_file_atomic(c.plot, svg_of(e.by_position, "Loss by position: " + c.model));
         fmt::print("plot               {}\n", c.plot);
-    }
-    return 0;
-}
-
-int run_generate(const Invocation& call) {
-    const SignalGuard guard;
-    const Config& c = call.config;
-    const auto use = use_model(c.model, c);
-    const Bundle& bundle = use->bundle();
-    if (!bundle.tokenizer)
-        throw InputError(
-            fmt::format("model: {} has no {} beside it, so it cannot read a prompt", bundle.path, kTokenizerName));
-    if (!c.prompt.empty() && !c.prompt_file.empty())
-        throw InputError("prompt: give --prompt or --prompt-file, not both");
-    const std::string prompt = c.prompt_file.empty() ? c.prompt : read_file(c.prompt_file);
-    if (!bundle.spec.causal) throw InputError("model: a bidirectional model (causal = false) does not generate text");
-    const MakeDecoder decoder = [&](std::int64_t capacity) { return use->decoder(capacity); };
-    GenerateSettings g;
-    g.max_tokens = c.max_tokens;
-    for (std::int64_t i = 0; i < c.count && !stop_requested(); ++i) {
-        g.sampling = {c.sampling_temperature, c.top_k, c.top_p, static_cast<std::uint64_t>(c.seed + i)};
-        fmt::print("{}", prompt);
-        const Generated text = generate(decoder, *bundle.tokenizer, prompt, g, [](const std::string& piece) {
-            fmt::print("{}", piece);
-            std::fflush(stdout);
-            return !stop_requested();
-        });
-        fmt::print("\n");
-        std::fflush(stdout);
-        fmt::print(stderr, "[{} tokens, {:.0f} a second; prompt of {} in {:.0f} ms; cache {} bytes a token; {}]\n",
-                   text.tokens, double(text.tokens) / std::max(text.decode_seconds, 1e-9), text.prompt_tokens,
-                   text.prefill_seconds * 1e3, text.cache_bytes_per_token, use->name());
     }
     return 0;
 }

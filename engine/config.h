@@ -37,6 +37,7 @@ enum class ExportFormat { fdl, safetensors, gguf };
 enum class ExportType { automatic, f32, bf16 };
 enum class QuantBits { int8, int4 };
 enum class QuantScales { least_error, nearest };
+enum class PromptFormat { automatic, whole, lines, jsonl };
 enum class CacheChoice { compact, exact, int8 };     // as CacheKind (infer/session.h)
 enum class Task { text, nodes, molecules, series };  // what a model is trained on; all but text are samples (samples.h)
 enum class PoolChoice { mean, sum, attention, flatten };
@@ -114,6 +115,7 @@ struct Config {
     RecomputeChoice recompute = RecomputeChoice::automatic;
     GraphChoice cuda_graph = GraphChoice::automatic;
     AttentionChoice attention = AttentionChoice::automatic;
+    bool attention_skip = true;
     std::int64_t memory_budget = 0;
     std::int64_t val_every = 100, val_tokens = 65536;
     std::int64_t sample_every = 100, sample_tokens = 64;
@@ -125,7 +127,8 @@ struct Config {
     std::string model;
     std::vector<std::string> files;
     std::string prompt, prompt_file;
-    std::int64_t max_tokens = 256, count = 1;
+    PromptFormat prompt_format = PromptFormat::automatic;
+    std::int64_t max_tokens = 256, count = 1, batch = 0;
     double sampling_temperature = 0.8;
     std::int64_t top_k = 0;
     double top_p = 1;

@@ -40,6 +40,7 @@ struct RunPlan {
     bool document_mask = false;
     bool cuda_graph = true;  // CUDA only: a step that is like the one before is recorded, and replayed from then on
     AttentionChoice attention = AttentionChoice::automatic;
+    bool attention_skip = true;    // AttentionForward::skip
     std::int64_t hidden_rows = 0;  // ActivationPlan::mlp_rows; 0: chosen
     std::int64_t tokens = 0;       // of a micro-batch
     std::size_t bytes = 0;         // the arena's peak
@@ -56,6 +57,10 @@ class Decoder {
     virtual std::int64_t length() const = 0;
     virtual std::size_t cache_bytes_per_token() const = 0;
 };
+
+// Many sequences decoded at once: engine/batch_decoder.h.
+class BatchDecoder;
+struct BatchDecoderOptions;
 
 class Engine {
   public:
@@ -86,6 +91,8 @@ class Engine {
     virtual void read(Block, float* out) = 0;
     virtual void write(Block, const float* in) = 0;
     virtual std::unique_ptr<Decoder> decoder(std::int64_t capacity) = 0;
+    // InputError when not even one slot fits the memory.
+    virtual std::unique_ptr<BatchDecoder> batch_decoder(const BatchDecoderOptions&) = 0;
 };
 
 enum class DeviceKind { cpu, cuda };
@@ -103,6 +110,7 @@ struct EngineOptions {
     bool document_mask = false;
     GraphChoice cuda_graph = GraphChoice::automatic;
     AttentionChoice attention = AttentionChoice::automatic;
+    bool attention_skip = true;  // AttentionForward::skip
 };
 
 // Chooses micro-batch and recomputation so that the arena's peak fits the budget, without touching a device. InputError

@@ -438,11 +438,13 @@ Graph take_rows(const Graph& g, const std::vector<std::int32_t>& order, std::spa
     Graph out;
     out.nodes = static_cast<std::int64_t>(order.size());
     out.offsets.assign(order.size() + 1, 0);
-    for (Size i = 0; i < order.size(); ++i) {
-        const auto old = static_cast<Size>(order[i]);
-        out.offsets[i + 1] = out.offsets[i] + g.offsets[old + 1] - g.offsets[old];
-        if (!g.names.empty()) out.names.push_back(g.names[old]);
-    }
+    parallel_for(threads_for(out.nodes), out.nodes, [&](std::int64_t i) {
+        const auto old = static_cast<Size>(order[static_cast<Size>(i)]);
+        out.offsets[static_cast<Size>(i) + 1] = g.offsets[old + 1] - g.offsets[old];
+    });
+    std::partial_sum(out.offsets.begin(), out.offsets.end(), out.offsets.begin());
+    for (Size i = 0; !g.names.empty() && i < order.size(); ++i)
+        out.names.push_back(g.names[static_cast<Size>(order[i])]);
     out.columns.resize(static_cast<Size>(out.offsets.back()));
     out.weights.resize(out.columns.size());
 #pragma omp parallel if (out.nodes + g.edges() >= kSmall)

@@ -21,8 +21,8 @@ namespace fiedler {
 struct Graph {
     std::int64_t nodes = 0;
     std::vector<std::int64_t> offsets{0};  // [nodes + 1]
-    std::vector<std::int32_t> columns;     // [2 edges]
-    std::vector<float> weights;            // [2 edges]
+    RawVector<std::int32_t> columns;       // [2 edges]
+    RawVector<float> weights;              // [2 edges]
     std::vector<std::string> names;        // as the input spells its nodes; empty: node i is called "i"
     std::int64_t edges() const { return static_cast<std::int64_t>(columns.size()) / 2; }
 };

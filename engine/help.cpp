@@ -77,7 +77,7 @@ constexpr CommandText kCommands[] = {
     {Command::prepare, "prepare", "DATA...", "turn a corpus into a tokenizer and token shards"},
     {Command::train, "train", "--data DATA...", "train a model; raw text is prepared first"},
     {Command::eval, "eval", "MODEL --data DATA...", "validation loss and bits per byte of a corpus"},
-    {Command::generate, "generate", "MODEL [--prompt TEXT]", "continue a text"},
+    {Command::generate, "generate", "MODEL [--prompt TEXT]", "continue a text, or many at once"},
     {Command::plan, "plan", "[--preset NAME]", "the memory table of a training run, without a GPU"},
     {Command::inspect, "inspect", "FILE...", "what any Fiedler file holds"},
     {Command::spectrum, "spectrum", "GRAPH [-k N]", "the smallest eigenpairs of a graph's Laplacian, and a plot"},

@@ -287,10 +287,10 @@ std::vector<Knob> run_knobs() {
     return {
         {"out",
          &C::out,
-         kTrain | kPrepare | kSpectrum | kExport | kImport | kQuantize | kPredict,
+         kTrain | kPrepare | kSpectrum | kExport | kImport | kQuantize | kGenerate | kPredict,
          "what to write: the folder of the run (log, checkpoints, weights), of the dataset or of the spectrum; export, "
-         "import, quantize and predict: the file",
-         {.zero = "runs/PRESET; prepare: below data-cache; spectrum: runs/spectrum-GRAPH"}},
+         "import, quantize and predict: the file; generate: a .jsonl file, a line for each text",
+         {.zero = "runs/PRESET; prepare: below data-cache; spectrum: runs/spectrum-GRAPH; generate: to the terminal"}},
         {"init-from",
          &C::init_from,
          kTrain,
@@ -319,9 +319,10 @@ std::vector<Knob> run_knobs() {
          {.choices = {"auto", "none", "mlp", "layer"}}},
         {"cuda-graph",
          choice<&C::cuda_graph>(),
-         kTrain | kBench,
-         "record a step on the GPU once and replay it; auto does, but not with document-mask (every step has another "
-         "number of documents) nor over several processes",
+         kTrain | kBench | kGenerate,
+         "record a step on the GPU once and replay it, of training or of texts generated at once; auto does, but not "
+         "with "
+         "document-mask (every step has another number of documents) nor over several processes",
          {.choices = {"auto", "on", "off"}}},
         {"attention",
          choice<&C::attention>(),
@@ -330,6 +331,10 @@ std::vector<Knob> run_knobs() {
          "auto "
          "takes the tree where sequences are long enough for it to be the faster",
          {.choices = {"auto", "dense", "tree"}}},
+        {"attention-skip", &C::attention_skip, kShape | kEval | kGenerate,
+         "leave out blocks of keys that the gate has put under the rounding of what a query has (exact in f32); "
+         "without: "
+         "computes them all"},
         {"memory-budget",
          &C::memory_budget,
          kShape | kEval | kGenerate | kSpectrum | kPredict,
@@ -386,13 +391,25 @@ std::vector<Knob> use_knobs() {
          {.positional = kEval | kGenerate | kExport | kImport | kQuantize | kPredict}},
         {"files", &C::files, kInspect, "files or checkpoints to look into", {.positional = kInspect}},
         {"prompt", &C::prompt, kGenerate, "text to go on from", {.zero = "a new document"}},
-        {"prompt-file", &C::prompt_file, kGenerate, "file with the text to go on from"},
+        {"prompt-file", &C::prompt_file, kGenerate, "file with the text to go on from, or with many (prompt-format)"},
+        {"prompt-format",
+         choice<&C::prompt_format>(),
+         kGenerate,
+         "what prompt-file is: whole, one prompt; lines, one on each line; jsonl, an object with \"prompt\" on each "
+         "line; "
+         "auto: jsonl where the name ends in .jsonl, else whole",
+         {.choices = {"auto", "whole", "lines", "jsonl"}}},
         {"max-tokens",
          &C::max_tokens,
          kGenerate,
          "tokens to generate, at most",
          {.low = 1, .high = 1e9, .unit = Unit::tokens}},
-        {"count", &C::count, kGenerate, "texts to generate", {.low = 1, .high = 1e6}},
+        {"count", &C::count, kGenerate, "texts to generate of each prompt", {.low = 1, .high = 1e6}},
+        {"batch",
+         &C::batch,
+         kGenerate,
+         "texts generated at once; as one ends, the next prompt takes its slot",
+         {.low = 0, .high = 65536, .zero = "by memory, up to 256 on a GPU and 16 on the CPU"}},
         {"sampling-temperature",
          &C::sampling_temperature,
          kTrain | kGenerate,

@@ -140,7 +140,8 @@ void Model<Dev, T>::forward_attention(int l, const DeviceBatch& batch) {
                                                              .seq = batch.seq,
                                                              .longest = spec_.context,
                                                              .heads = spec_.heads,
-                                                             .causal = spec_.causal});
+                                                             .causal = spec_.causal,
+                                                             .skip = plan_.attention_skip});
         return;
     }
     Range range("attention");
@@ -154,7 +155,8 @@ void Model<Dev, T>::forward_attention(int l, const DeviceBatch& batch) {
                                                 .heads = spec_.heads,
                                                 .scalars = spec.scalars,
                                                 .window = spec.window,
-                                                .causal = spec_.causal});
+                                                .causal = spec_.causal,
+                                                .skip = plan_.attention_skip});
 }
 
 // a, b and F of a scalar layer.

@@ -127,7 +127,8 @@ void Model<Dev, T>::backward_scalars(int l, const DeviceBatch& batch, const Mat<
                                                                .seq = batch.seq,
                                                                .longest = spec_.context,
                                                                .heads = spec_.heads,
-                                                               .causal = spec_.causal});
+                                                               .causal = spec_.causal,
+                                                               .skip = plan_.attention_skip});
     } else {
         Range range("attention");
         attention_backward(dev_, AttentionBackward<T>{.da = da,
@@ -148,7 +149,8 @@ void Model<Dev, T>::backward_scalars(int l, const DeviceBatch& batch, const Mat<
                                                       .heads = spec_.heads,
                                                       .scalars = spec.scalars,
                                                       .window = spec.window,
-                                                      .causal = spec_.causal});
+                                                      .causal = spec_.causal,
+                                                      .skip = plan_.attention_skip});
     }
     if (spec.kind == LayerKind::coordinate) {
         const Mat<T> down = s.daux.columns(0, scalar_columns);

@@ -9,6 +9,7 @@
 
 #include "engine/bench_command.h"
 #include "engine/commands.h"
+#include "engine/cpu_quota.h"
 #include "engine/error.h"
 #include "engine/spectrum_command.h"
 #include "engine/train.h"
@@ -85,6 +86,7 @@ int report(std::string_view message, int code) {
 
 int main_reporting(int argc, char** argv) {
     try {
+        limit_threads_to_quota();
         const int code = main_of({argv + 1, argv + argc});
         if (std::fflush(stdout) != 0 || std::ferror(stdout))
             return report("standard output: cannot write; free some space or choose another file", 2);

@@ -101,6 +101,7 @@ class Model {
     LayerActivations<T>& layer_activations(int l) { return acts_.layer(l); }
     LayerWeights<T> layer_weights(int l) const;
     const FeatureLaplacian<A>& laplacian() const { return laplacian_; }
+    const Mat<const T>& spectral_table() const { return spectral_; }  // U; absent without a spectral embedding
 
   private:
     void head(const Mat<T>& logits, std::int64_t first);

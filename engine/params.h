@@ -24,7 +24,6 @@ enum class Init {
     log_temperature,
     log_tau,
     features,     // normal, by the width of a row: 1 / sqrt(cols)
-    bag,          // the same for a table of rows: `value` is the deviation
     graph_conv,   // each hop: own and neighbours' weight 1/2
     graph_ident,  // own weight 1, neighbours' 0
     axes          // queries and keys: row i of each half has 1 in column i modulo `value`, 0 elsewhere

@@ -31,6 +31,7 @@ EngineOptions engine_options(const Config& c, DeviceKind device, bool training) 
     o.document_mask = c.document_mask;
     o.cuda_graph = c.cuda_graph;
     o.attention = c.attention;
+    o.attention_skip = c.attention_skip;
     return o;
 }
 
@@ -61,6 +62,7 @@ RunPlan measured(const ModelSpec& spec, const EngineOptions& o, std::int32_t mic
     p.training = o.training;
     p.document_mask = o.document_mask;
     p.attention = o.attention;
+    p.attention_skip = o.attention_skip;
     p.cuda_graph = o.device == DeviceKind::cuda && !o.document_mask && o.cuda_graph != GraphChoice::off;
     p.tokens = std::int64_t(micro) * spec.context;
     if (o.device == DeviceKind::cuda)

@@ -11,6 +11,7 @@
 #include "engine/error.h"
 #include "engine/run_parts.h"
 #include "engine/runner_instances.h"
+#include "engine/slot_decoder.h"
 #include "kernels/matmul.h"
 #include "kernels/tuning.h"
 
@@ -135,6 +136,7 @@ ActivationPlan activation_plan(const ModelSpec& spec, const RunPlan& run, bool c
     };
     p.tree_from = from(tuning::attention_tree_from(cuda));
     p.runs_from = from(tuning::kAttentionRunsFrom);
+    p.attention_skip = run.attention_skip;
     return p;
 }
 
@@ -160,6 +162,7 @@ Runner<Dev, T>::Runner(std::unique_ptr<Dev> dev, const ModelSpec& spec, const Ru
       plan_(plan),
       constants_(std::move(constants)),
       activation_plan_(activation_plan(spec_, plan_, std::is_same_v<T, bf16>)),
+      budget_(budget),
       comm_(make_comm(World{})) {
     if (constants_.laplacian.dim == 0) constants_.laplacian = path_laplacian(spec_.head_dim());
     if (constants_.laplacian.dim != spec_.head_dim() ||
@@ -368,6 +371,21 @@ std::unique_ptr<Decoder> Runner<Dev, T>::decoder(std::int64_t capacity) {
             return upload(b);
         },
         plan_.tokens);
+}
+
+template <class Dev, class T>
+std::unique_ptr<BatchDecoder> Runner<Dev, T>::batch_decoder(const BatchDecoderOptions& asked) {
+    BatchDecoderOptions options = asked;
+    options.cuda_graph = options.cuda_graph && plan_.cuda_graph;
+    std::size_t left = 0;  // 0: not known
+    if (budget_ > 0) left = budget_ > arena_.peak() ? budget_ - arena_.peak() : 1;
+    if constexpr (std::is_same_v<Dev, Cuda>) {
+        std::size_t free_bytes = 0, total = 0;
+        memory_info(*dev_, free_bytes, total);
+        free_bytes = free_bytes / 20 * 19;  // the recorded step and the libraries take some beside
+        left = left > 0 ? std::min(left, free_bytes) : free_bytes;
+    }
+    return std::make_unique<SlotDecoder<Dev, T>>(*dev_, *model_, layout_->params, options, left);
 }
 
 template class StepBlock<float>;

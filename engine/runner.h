@@ -136,6 +136,7 @@ class Runner final : public Engine {
     void read(Block, float* out) override;
     void write(Block, const float* in) override;
     std::unique_ptr<Decoder> decoder(std::int64_t capacity) override;
+    std::unique_ptr<BatchDecoder> batch_decoder(const BatchDecoderOptions&) override;
 
     // For tests: gradients of one batch (mean loss of its tokens), the model and its parts.
     double loss_and_gradients(const Batch&, std::vector<A>& grads);
@@ -172,6 +173,7 @@ class Runner final : public Engine {
     RunPlan plan_;
     ModelConstants constants_;
     ActivationPlan activation_plan_;
+    std::size_t budget_;
     Arena arena_;
     std::unique_ptr<RunLayout<T>> layout_;
     std::unique_ptr<Model<Dev, T>> model_;

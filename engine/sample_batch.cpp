@@ -87,26 +87,39 @@ void PreparedSamples<T>::prepare_features(const SampleBatch& b, const ModelSpec&
 template <class T>
 void PreparedSamples<T>::prepare_edges(const SampleBatch& b, const ModelSpec& spec) {
     edge_offsets_.clear(), edge_columns_.clear(), edge_types_.clear(), coefficients_.clear();
+    edges_ = static_cast<std::int64_t>(b.edge_columns.size());
     if (!spec.graph_conv()) return;
-    const std::int64_t n = b.nodes();
-    if (static_cast<std::int64_t>(b.edge_offsets.size()) != n + 1) misfit("edges");
-    edge_offsets_ = b.edge_offsets, edge_columns_ = b.edge_columns, edge_types_ = b.edge_types;
-    const auto weight = [&](std::int32_t e) {
-        return b.edge_weights.empty() ? 1.0 : double(b.edge_weights[static_cast<std::size_t>(e)]);
-    };
-    std::vector<double> root(static_cast<std::size_t>(n), 0);  // 1 / sqrt(d_i)
-    for (std::size_t i = 0; i < root.size(); ++i) {
-        double degree = 0;
-        for (std::int32_t e = edge_offsets_[i]; e < edge_offsets_[i + 1]; ++e) degree += weight(e);
+    const auto n = static_cast<std::size_t>(b.nodes());
+    if (b.edge_offsets.size() != n + 1) misfit("edges");
+    const bool loops = spec.samples->edge_types == 1;
+    const auto weight = [&](std::size_t e) { return b.edge_weights.empty() ? 1.0 : double(b.edge_weights[e]); };
+    std::vector<double> root(n);  // 1 / sqrt(d_i)
+    for (std::size_t i = 0; i < n; ++i) {
+        double degree = loops ? 1 : 0;
+        for (auto e = static_cast<std::size_t>(b.edge_offsets[i]); e < static_cast<std::size_t>(b.edge_offsets[i + 1]);
+             ++e)
+            degree += weight(e);
         root[i] = degree > 0 ? 1 / std::sqrt(degree) : 0;
     }
-    coefficients_.resize(edge_columns_.size());
-    for (std::size_t i = 0; i < root.size(); ++i)
-        for (std::int32_t e = edge_offsets_[i]; e < edge_offsets_[i + 1]; ++e) {
-            const auto at = static_cast<std::size_t>(e);
-            coefficients_[at] =
-                static_cast<float>(weight(e) * root[i] * root[static_cast<std::size_t>(edge_columns_[at])]);
+    const auto add = [&](std::size_t i, std::int32_t column, double w) {
+        edge_columns_.push_back(column);
+        coefficients_.push_back(static_cast<float>(w * root[i] * root[static_cast<std::size_t>(column)]));
+    };
+    if (!loops) edge_types_ = b.edge_types;
+    edge_offsets_.push_back(0);
+    for (std::size_t i = 0; i < n; ++i) {
+        bool looped = !loops;
+        for (auto e = static_cast<std::size_t>(b.edge_offsets[i]); e < static_cast<std::size_t>(b.edge_offsets[i + 1]);
+             ++e) {
+            if (!looped && b.edge_columns[e] > static_cast<std::int32_t>(i)) {
+                add(i, static_cast<std::int32_t>(i), 1);
+                looped = true;
+            }
+            add(i, b.edge_columns[e], weight(e));
         }
+        if (!looped) add(i, static_cast<std::int32_t>(i), 1);
+        edge_offsets_.push_back(static_cast<std::int32_t>(edge_columns_.size()));
+    }
 }
 
 template <class T>
@@ -226,7 +239,10 @@ std::size_t PreparedSamples<T>::most_bytes(const ModelSpec& spec, const SampleCa
         if (training) array(m.features + 1, 4), array(most.feature_entries, 4), array(most.feature_entries, 4);
     }
     array(most.nodes * spec.spectral_columns(), sizeof(T));
-    if (spec.graph_conv()) array(most.nodes + 1, 4), array(most.edges, 4), array(most.edges, 1), array(most.edges, 4);
+    if (spec.graph_conv()) {
+        const std::int64_t edges = most.edges + (m.edge_types == 1 ? most.nodes : 0);
+        array(most.nodes + 1, 4), array(edges, 4), array(edges, 1), array(edges, 4);
+    }
     array(rows, 4), array(rows * m.outputs, 4), array(rows, 4), array(rows, 4);
     array(1, 8), array(1, 8);
     return total;

@@ -33,8 +33,7 @@ std::int32_t sample(const std::vector<float>& logits, const SamplingSettings& se
         kept = std::max<std::size_t>(n, 1);
         sum = std::accumulate(weight.begin(), weight.begin() + static_cast<std::ptrdiff_t>(kept), 0.0);
     }
-    constexpr std::uint64_t kStream = 0x73616d706c65;  // "sample"
-    double left = rng::uniform(settings.seed, kStream, position) * sum;
+    double left = rng::uniform(settings.seed, rng::kSampleStream, position) * sum;
     for (std::size_t i = 0; i < kept; ++i)
         if ((left -= weight[i]) < 0) return order[i];
     return order[kept - 1];  // rounding: left is not below zero after the last weight

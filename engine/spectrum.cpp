@@ -235,8 +235,11 @@ std::vector<SolverLevel<A>> levels_of(const Ordered& ordered, LaplacianKind kind
     for (const CoarseGraph& c : coarse) {
         SolverLevel<A>& above = levels.back();
         above.group = c.group;
-        for (Size i = 0; i < c.group.size(); ++i)
-            above.group_scale.push_back(static_cast<A>(std::sqrt((*finer)[i] / c.masses[Size(c.group[i])])));
+        above.group_scale.resize(c.group.size());
+        parallel_for(Cpu{}, std::int64_t(c.group.size()), [&](std::int64_t i) {
+            above.group_scale[Size(i)] =
+                static_cast<A>(std::sqrt((*finer)[Size(i)] / c.masses[Size(c.group[Size(i)])]));
+        });
         SolverLevel<A> level;
         level.matrix = laplacian_of<A>(c.graph, c.masses);
         // A component's first node is the seed of its first group, and its groups follow one another.

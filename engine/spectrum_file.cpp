@@ -89,8 +89,8 @@ Graph read_graph_fdl(const std::string& path) {
     g.nodes = count_field(file, "nodes", INT32_MAX);
     const std::int64_t edges = count_field(file, "edges", std::int64_t{1} << 48);
     g.offsets = read_tensor<std::int64_t>(file, "offsets", {g.nodes + 1});
-    g.columns = read_tensor<std::int32_t>(file, "columns", {2 * edges});
-    g.weights = read_tensor<float>(file, "weights", {2 * edges});
+    g.columns = read_tensor<std::int32_t, RawVector<std::int32_t>>(file, "columns", {2 * edges});
+    g.weights = read_tensor<float, RawVector<float>>(file, "weights", {2 * edges});
     if (file.find("name_offsets")) g.names = read_texts(file, "name", g.nodes);
     check_rows(path, g);
     check_symmetry(path, g);

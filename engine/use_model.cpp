@@ -26,6 +26,9 @@ class EngineInUse final : public ModelInUse {
                 [this](const Batch& b) { return engine_->token_losses(b); }};
     }
     std::unique_ptr<Decoder> decoder(std::int64_t capacity) override { return engine_->decoder(capacity); }
+    std::unique_ptr<BatchDecoder> batch_decoder(const BatchDecoderOptions& o) override {
+        return engine_->batch_decoder(o);
+    }
 
   private:
     std::unique_ptr<Engine> engine_;

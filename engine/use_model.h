@@ -4,6 +4,7 @@
 #include <memory>
 #include <string>
 
+#include "engine/batch_decoder.h"
 #include "engine/bundle.h"
 #include "engine/evaluate.h"
 #include "engine/generate.h"
@@ -18,6 +19,8 @@ class ModelInUse {
     virtual std::string name() = 0;                   // of what runs it
     virtual LossSource losses() = 0;
     virtual std::unique_ptr<Decoder> decoder(std::int64_t capacity) = 0;
+    // Absent where sequences are decoded one after another (the CPU runtime).
+    virtual std::unique_ptr<BatchDecoder> batch_decoder(const BatchDecoderOptions&) { return nullptr; }
 
   protected:
     Bundle bundle_;

@@ -49,9 +49,10 @@ __global__ void __launch_bounds__(Shape<D, R>::kBlockThreads, Shape<D, R>::kTune
             float least = parts[0];
 #pragma unroll
             for (int i = 1; i < S::kKeys / kWarp; ++i) least = fminf(least, parts[i]);
-            if (!(view.reach - least < -kFaded)) live |= 1;
+            const float faded = p.skip ? kFaded : INFINITY;
+            if (!(view.reach - least < -faded)) live |= 1;
             if (!(view.gate - least <= kGateRange<R>)) unbounded = max(unbounded, next);
-            if (!(view.far_reach - least < -kFaded)) loader.values(next & 1, next * S::kKeys, view.block.z);
+            if (!(view.far_reach - least < -faded)) loader.values(next & 1, next * S::kKeys, view.block.z);
             loader.keys(next & 1, raw, F, view.centre, view.gate, next > unbounded);
             loader.read(raw, (next - 1) * S::kKeys, view.block.z, view.block.x, view.block.y);
         }

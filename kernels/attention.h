@@ -22,6 +22,8 @@
 //            Cuda, sm_90, D = 64, R = 1 or 4, no window, equal sequences of a multiple of 64 tokens: the backward pass
 //            is a kernel of its own (attention_backward_sm90.cu); R = 1: scalars that differ by a rounding of a product
 //            may count as equal there. The way depends on shapes and the device alone.
+// skip       Cuda: tiles in which the gate alone puts every weight under e^-25 (2^-36) of what its query has from itself are
+//            left out: less than the rounding of f32, a thousand of them together. false: all are computed.
 // decode     one query, `length` cached keys of one sequence (query i = length - 1), causal: o as above.
 #pragma once
 #include <algorithm>
@@ -43,7 +45,7 @@ struct AttentionForward {
     Mat<const T> v;
     Packed seq;
     std::int32_t heads = 1, scalars = 1, window = 0;
-    bool causal = true;
+    bool causal = true, skip = true;
 };
 
 template <class T>
@@ -60,7 +62,7 @@ struct AttentionBackward {
     Packed seq;
     std::int32_t longest = 0;  // no sequence of ragged `seq` is longer; 0: not known
     std::int32_t heads = 1, scalars = 1, window = 0;
-    bool causal = true;
+    bool causal = true, skip = true;
 };
 
 template <class T>

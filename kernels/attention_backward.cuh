@@ -553,7 +553,8 @@ __global__ void __launch_bounds__(kThreads, (BackwardShape<D, R>::kBlocks))
                 cp_async_wait<0>();
             }
             __syncthreads();
-            keys.add_tile(shared, shared.sums[warp_number()], shared.queries[q % 2], q * kTile, p.F.data != nullptr);
+            keys.add_tile(shared, shared.sums[warp_number()], shared.queries[q % 2], q * kTile,
+                          p.F.data != nullptr && p.skip);
             __syncthreads();  // also: the next round loads the tile after next into this stage
             const std::int64_t padded = ceil_div(tokens, kTile) * std::int64_t(kTile);
             store_sums(shared,

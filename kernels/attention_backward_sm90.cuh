@@ -217,7 +217,7 @@ struct Keys {
         const bool direct = __any_sync(0xffffffffu, !(most <= kMost) || !(least >= -kMost)) != 0;
         careful = direct;
         const int thread = thread_anew();
-        if (thread < 4) shared.faded[thread] = gated ? -(kFaded + most) * kLog2e : -INFINITY;
+        if (thread < 4) shared.faded[thread] = gated && p.skip ? -(kFaded + most) * kLog2e : -INFINITY;
         if (thread == 0) shared.centre = centre;
 #pragma unroll
         for (int c = 0; c < C; ++c) scale[c] = direct ? 1.f : exp2_fast(scale[c] * kLog2e);

@@ -82,7 +82,7 @@ void bag_transpose(BagTransposed& out, Vec<const std::int32_t> offsets, Vec<cons
 
 inline constexpr std::int64_t kBagPiece = 128;  // entries of the transposed matrix that one block sums, on Cuda
 inline std::int64_t bag_scratch_elements(std::int64_t entries, std::int64_t channels) {
-    return 2 * ((entries + kBagPiece - 1) / kBagPiece) * channels;
+    return ((entries + kBagPiece - 1) / kBagPiece) * (2 * channels + 1);
 }
 
 template <class T>  // float, double

@@ -92,7 +92,7 @@ Traffic traffic(const GraphConvBackward<T, X>& p) {
 }
 
 // Nodes whose part of dw one block sums, on Cuda: some, or more where that made too many partial sums.
-inline constexpr std::int64_t kGraphConvBlockNodes = 64, kGraphConvMaxBlocks = 1024;
+inline constexpr std::int64_t kGraphConvBlockNodes = 64, kGraphConvMaxBlocks = 2048;
 inline std::int64_t graph_conv_block_nodes(std::int64_t nodes) {
     const std::int64_t share = (nodes + kGraphConvMaxBlocks - 1) / kGraphConvMaxBlocks;
     return std::max(kGraphConvBlockNodes, (share + 15) / 16 * 16);

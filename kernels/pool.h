@@ -13,9 +13,10 @@
 //            z: [tokens, heads] acc_t<T>, dz: [tokens, heads] T (ready for matmul), any ld; lse: [sequences, heads]
 //            acc_t<T>, ld == heads. All four for attention alone; heads = z.cols.
 // Backward   takes y as the forward pass stored it.
-// longest    tokens of the longest sequence or more, 0: not known. Spares launches; the results are the same.
+// longest    of ragged sequences: tokens of the longest one or more, 0: not known. Spares launches; the results are the
+//            same.
 // Scratch    forward on Cuda: pool_scratch_elements(tokens, channels, heads) acc_t<T>, heads 0 for mean and sum; none if
-//            1 <= longest <= kPoolChunk
+//            1 <= longest <= kPoolChunk, or the sequences are of one such length
 // Writes     y, lse, dx, dz overwritten. No output may alias an input.
 // Numerics   acc_t<T>, fixed order, no atomics: bit-equal from run to run. A sequence's results depend on its own rows
 //            alone, wherever it lies: chunks of kPoolChunk rows are counted from its own first row.

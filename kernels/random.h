@@ -28,4 +28,6 @@ FIEDLER_HD inline std::uint64_t bits(std::uint64_t seed, std::uint64_t stream, s
     return member(stream_start(seed, stream), index);
 }
 
+inline constexpr std::uint64_t kSampleStream = 0x73616d706c65;  // "sample": of the tokens that a text is made of
+
 }  // namespace fiedler::rng

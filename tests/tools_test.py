@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pathlib
+import random
 import stat
 import subprocess
 import sys
@@ -29,6 +30,7 @@ def load(name):
 
 import bench_peers  # noqa: E402
 import gpu_report  # noqa: E402
+import graph_peers  # noqa: E402
 import sources_hash  # noqa: E402
 import train_peers  # noqa: E402
 
@@ -264,6 +266,39 @@ class TrainPeers(unittest.TestCase):
         with self.assertRaises(SystemExit) as stopped, contextlib.redirect_stderr(io.StringIO()):
             train_peers.main(["--out", "unused.json", "--models", "gpt5"])
         self.assertEqual(stopped.exception.code, 2)
+
+
+class GraphPeers(unittest.TestCase):
+    def test_molecules_are_connected_and_about_25_atoms(self):
+        rng = random.Random(1)
+        molecules = [graph_peers.random_molecule(rng) for _ in range(500)]
+        self.assertAlmostEqual(sum(m.atoms for m in molecules) / 500, 25, delta=1.5)
+        for atoms, bonds in molecules:
+            self.assertEqual(len(bonds), len(set(bonds)))
+            reached = {0}
+            for a, b in sorted(bonds, key=lambda bond: bond[1]):
+                self.assertTrue(0 <= a < b < atoms)
+                self.assertIn(a, reached)
+                reached.add(b)
+            self.assertEqual(len(reached), atoms)
+
+    def test_batches_count_atoms_through(self):
+        graph, sources, ends = graph_peers.packed([graph_peers.Molecule(2, [(0, 1)]), graph_peers.Molecule(3, [(1, 2)])])
+        self.assertEqual(graph, [0, 0, 1, 1, 1])
+        self.assertEqual(list(zip(sources, ends)), [(0, 1), (1, 0), (3, 4), (4, 3)])
+
+    def test_the_fastest_batch_counts_and_failures_are_told(self):
+        rows = [{"batch": 8, "molecules_per_second": 5}, {"batch": 16, "molecules_per_second": 9},
+                {"batch": 32, "failure": "no memory"}]
+        best = graph_peers.fastest(rows)
+        self.assertEqual((best["batch"], best["by_batch"]), (16, {"8": 5, "16": 9, "32": "no memory"}))
+        self.assertEqual(graph_peers.fastest(rows[2:]), {"failure": "batch 32: no memory"})
+
+    def test_bad_sizes_are_refused(self):
+        for arguments in (["--heads", "3"], ["--batches", "1"], ["--batches", "x"], ["--layers", "0"]):
+            with self.assertRaises(SystemExit) as stopped, contextlib.redirect_stderr(io.StringIO()):
+                graph_peers.main(arguments)
+            self.assertEqual(stopped.exception.code, 2)
 
 
 class GpuCheck(Folder):

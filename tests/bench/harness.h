@@ -20,6 +20,7 @@
 #include "kernels/device.h"
 #include "kernels/dtype.h"
 #include "kernels/traffic.h"
+#include "kernels/view.h"
 
 #ifndef FIEDLER_BENCH_CUDA
 #define FIEDLER_BENCH_CUDA FIEDLER_CUDA
@@ -69,6 +70,12 @@ class Suite {
     T* random(std::int64_t n, double scale = 1.0);  // Storage, float, or int32 in [0, scale)
     template <class T>
     T* zeros(std::int64_t n);
+    template <class T>
+    Vec<const T> copy_of(const std::vector<T>& v) {
+        T* memory = reinterpret_cast<T*>(zeros<std::byte>(static_cast<std::int64_t>(v.size() * sizeof(T))));
+        copy_to_device(device, memory, v.data(), v.size() * sizeof(T));
+        return {memory, static_cast<std::int64_t>(v.size())};
+    }
     void add(std::string name, Traffic t, std::function<void()> run, bool tensor_cores = false) {
         cases.push_back({family, std::move(name), t, std::move(run), tensor_cores});
     }

@@ -21,6 +21,7 @@ struct Case {
     bool causal = true, gate = false;
     Points points = Points::kNormal;
     std::int32_t slabs = 0;  // room for the backward's parts of da on the GPU; 0: as much as is of use
+    bool skip = true;
 
     bool uniform() const {
         return std::all_of(lengths.begin(), lengths.end(), [&](auto n) { return n == lengths[0]; });
@@ -32,6 +33,7 @@ struct Case {
         s << ", H " << heads << ", R " << scalars << ", D " << width << ", window " << window;
         s << (causal ? ", causal" : "") << (gate ? ", gate" : "") << ", points " << int(points);
         if (slabs > 0) s << ", slabs " << slabs;
+        if (!skip) s << ", no skipping";
         return s.str();
     }
 };
@@ -218,7 +220,7 @@ struct Trial {
         p.o = rows(o), p.lse = numbers(lse), p.a = scalars(a), p.b = scalars(b), p.v = rows(v);
         if (in.c.gate) p.F = numbers(F);
         p.seq = packed(), p.heads = in.c.heads, p.scalars = in.c.scalars, p.window = in.c.window,
-        p.causal = in.c.causal;
+        p.causal = in.c.causal, p.skip = in.c.skip;
         attention_forward(dev, p);
     }
     AttentionBackward<T> backward_arguments() const {
@@ -228,7 +230,7 @@ struct Trial {
         p.partial = partial.vec(), p.longest = longest(in);
         if (in.c.gate) p.F = numbers(F), p.dF = numbers(dF);
         p.seq = packed(), p.heads = in.c.heads, p.scalars = in.c.scalars, p.window = in.c.window,
-        p.causal = in.c.causal;
+        p.causal = in.c.causal, p.skip = in.c.skip;
         return p;
     }
     void backward() { attention_backward(dev, backward_arguments()); }
@@ -681,7 +683,10 @@ TEST(Attention, GpuGateClosesCompletely) {
             if (i % 190 == 189) closed += 200;
             in.F[i] = round_to<float>({in.F[i] - double(closed)})[0];
         }
-        check_gpu(in);
+        for (const bool skip : {true, false}) {
+            in.c.skip = skip;
+            check_gpu(in);
+        }
     }
 }
 // The ways of the backward pass that this device and build have, for a case that all of them take.
@@ -751,6 +756,31 @@ TEST(Attention, GpuBackwardMatchesReferenceWithAnyGate) {
         check("opens", -0.01, 0);
         check("opens out of bounds", -1, -50);
     }
+}
+// What is skipped is below a rounding, and there is something to skip.
+TEST(Attention, GpuSkippingChangesNothingInFloat) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const std::int32_t scalars : {1, 4, 8})
+        for (const AttentionPath path : {AttentionPath::general, AttentionPath::sm90}) {
+            Case c{.lengths = {1024}, .heads = 2, .scalars = scalars, .width = 64, .gate = true};
+            if (path == AttentionPath::sm90 && !sm90_takes(c)) continue;
+            const auto run = [&](bool skip) {
+                c.skip = skip;
+                Inputs in(c);
+                set_gate(in, 0.001, 30);
+                Trial<bf16, Cuda> trial(gpu(), in);
+                trial.forward();
+                EXPECT_TRUE(attention_backward_by_path(gpu(), trial.backward_arguments(), path));
+                return trial.outputs();
+            };
+            const Outputs with = run(true), without = run(false);
+            EXPECT_TRUE(close_to(with.lse, without.lse, 1e-6));
+            EXPECT_TRUE(close_to(with.o, without.o, 4e-3));  // a rounding of bf16
+            EXPECT_TRUE(close_to(with.dv, without.dv, 4e-3));
+            EXPECT_TRUE(close_to(with.da, without.da, 1e-5));
+            EXPECT_TRUE(close_to(with.db, without.db, 1e-5));
+            EXPECT_TRUE(close_to(with.dF, without.dF, 1e-5));
+        }
 }
 TEST(Attention, GpuScalarGradientsOfEqualScalarsAreExactlyZeroOnEveryPath) {
     FIEDLER_GPU_OR_SKIP();

@@ -6,33 +6,43 @@
 // a rounding step at most.
 // Outputs that the GPU keeps in f32 (scalars, gates, softmax statistics, weight gradients) are left alone.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "kernels/adamw.h"
 #include "kernels/attention.h"
 #include "kernels/attention_tree.h"
+#include "kernels/bag.h"
 #include "kernels/conv.h"
 #include "kernels/coordinate.h"
 #include "kernels/dot.h"
+#include "kernels/dropout.h"
 #include "kernels/embedding.h"
 #include "kernels/energy.h"
 #include "kernels/gate.h"
+#include "kernels/graph_conv.h"
 #include "kernels/head.h"
 #include "kernels/loss.h"
 #include "kernels/matmul.h"
 #include "kernels/mlp.h"
 #include "kernels/norm.h"
+#include "kernels/objective.h"
+#include "kernels/pool.h"
 #include "kernels/rotary.h"
 
 namespace fiedler {
 
 struct RoundingCpu : Cpu {
-    // Outputs of matmul_forward that stay f32: the layers' scalars and gate logits.
+    // Outputs of matmul_forward and graph_conv_forward that stay f32: the layers' scalars and gate logits, a model's
+    // outputs.
     std::vector<const float*> f32_products;
     std::uint32_t dither = 0;  // 0: round to nearest; else the seed of the dither
     mutable std::uint32_t calls = 0;
     const Cpu& plain() const { return *this; }
+    bool stays_f32(const float* data) const {
+        return std::find(f32_products.begin(), f32_products.end(), data) != f32_products.end();
+    }
 
     float rounded(float x, std::uint32_t index) const {
         if (dither == 0) return float(bf16(x));
@@ -75,9 +85,7 @@ inline void mlp_backward(const RoundingCpu& d, const MlpBackward<float>& p) {
 }
 inline void matmul_forward(const RoundingCpu& d, const MatmulForward<float, float>& p) {
     matmul_forward(d.plain(), p);
-    for (const float* kept : d.f32_products)
-        if (p.y.data == kept) return;
-    d.round(p.y);
+    if (!d.stays_f32(p.y.data)) d.round(p.y);
 }
 inline void matmul_dx(const RoundingCpu& d, const MatmulDx<float>& p) { matmul_dx(d.plain(), p), d.round(p.dx); }
 inline void attention_forward(const RoundingCpu& d, const AttentionForward<float>& p) {
@@ -109,6 +117,27 @@ inline void gate_backward(const RoundingCpu& d, const GateBackward<float>& p) {
 inline void loss_forward(const RoundingCpu& d, const LossForward<float>& p) {
     loss_forward(d.plain(), p);
     if (p.gradient) d.round(p.logits);
+}
+
+inline void graph_conv_forward(const RoundingCpu& d, const GraphConvForward<float>& p) {
+    graph_conv_forward(d.plain(), p);
+    if (!d.stays_f32(p.y.data)) d.round(p.y);
+}
+inline void graph_conv_backward(const RoundingCpu& d, const GraphConvBackward<float>& p) {
+    graph_conv_backward(d.plain(), p), d.round(p.dx);
+}
+inline void bag_forward(const RoundingCpu& d, const BagForward<float>& p) { bag_forward(d.plain(), p), d.round(p.x); }
+inline void pool_forward(const RoundingCpu& d, const PoolForward<float>& p) {
+    pool_forward(d.plain(), p), d.round(p.y);
+}
+inline void pool_backward(const RoundingCpu& d, const PoolBackward<float>& p) {
+    pool_backward(d.plain(), p), d.round(p.dx);
+    if (p.dz) d.round(p.dz);
+}
+inline void dropout(const RoundingCpu& d, const Dropout<float>& p) { dropout(d.plain(), p), d.round(p.y); }
+inline void objective(const RoundingCpu& d, const Objective<float>& p) {
+    objective(d.plain(), p);
+    if (p.doutputs) d.round(p.doutputs);
 }
 
 inline void head(const RoundingCpu& d, const Head<float>& p) { head_by_products(d, p); }
