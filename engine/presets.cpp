@@ -43,9 +43,10 @@ std::vector<Preset> all_presets() {
                          {"dropout", "0.1"},      {"epochs", "100"},      {"batch-nodes", "1024"}, {"lr", "1e-3"},
                          {"weight-decay", "0.05"}};
     const Values series =
-        samples + Values{{"task", "series"},      {"pattern", "b"},    {"layers", "1"},    {"channels", "32"},
-                         {"heads", "2"},          {"pool", "flatten"}, {"dropout", "0.1"}, {"epochs", "5"},
-                         {"batch-nodes", "2816"}, {"lr", "2e-3"},      {"patience", "3"},  {"weight-decay", "0.05"}};
+        samples + Values{{"task", "series"},      {"loss", "absolute"},    {"pattern", "b"},    {"layers", "1"},
+                         {"channels", "32"},      {"heads", "2"},          {"pool", "flatten"}, {"dropout", "0.2"},
+                         {"epochs", "4"},         {"batch-nodes", "2816"}, {"lr", "1e-3"},      {"patience", "3"},
+                         {"weight-decay", "0.05"}};
     return {
         {"tiny",
          "about 1M parameters, for a CPU: sssb, 4 layers, 128 channels, 4 heads, vocabulary 2,048, context 256",
@@ -108,6 +109,9 @@ std::vector<Preset> all_presets() {
          series + Values{{"series-mode", "channels"}, {"spectral-dims", "4"}, {"batch-nodes", "224"}}},
         {"series-linear", "DLinear, the baseline: a linear map of trend and remainder of each channel",
          series + Values{{"series-mode", "linear"},
+                         {"loss", "squared"},
+                         {"lr", "2e-3"},
+                         {"epochs", "5"},
                          {"instance-norm", "false"},
                          {"layers", "0"},
                          {"last-norm", "false"},

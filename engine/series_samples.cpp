@@ -294,8 +294,8 @@ void SeriesSamples::join_patches() {
 void SeriesSamples::join_channels() {
     const Graph g = build_graph(width(), trained_.edges);
     edge_offsets_.assign(g.offsets.begin(), g.offsets.end());
-    edge_columns_ = g.columns;
-    edge_weights_ = g.weights;
+    edge_columns_.assign(g.columns.begin(), g.columns.end());
+    edge_weights_.assign(g.weights.begin(), g.weights.end());
     shape_.edge_types = 1;
     const std::int64_t k = shape_.spectral_dims = options_.spectral_dims;
     if (k == 0) return;
