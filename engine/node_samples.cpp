@@ -232,8 +232,8 @@ void NodeSamples::gather(std::span<const std::int64_t> samples, Part part, Sampl
         out.feature_values = features_.values;
     }
     out.edge_offsets.assign(graph_.offsets.begin(), graph_.offsets.end());
-    out.edge_columns = graph_.columns;
-    if (weighted_) out.edge_weights = graph_.weights;
+    out.edge_columns.assign(graph_.columns.begin(), graph_.columns.end());
+    if (weighted_) out.edge_weights.assign(graph_.weights.begin(), graph_.weights.end());
     out.spectral = spectral_;
     out.classes.resize(part_of_.size());
     for (std::size_t i = 0; i < part_of_.size(); ++i) out.classes[i] = part_of_[i] == part ? class_of_[i] : -1;
