@@ -135,7 +135,8 @@ PoolOf pool_of(const Config& c, const SampleShape& shape) {
 }  // namespace
 
 ModelSpec model_spec(const Config& c) {
-    if (c.task != Task::text) throw std::logic_error("model_spec: a model of samples needs their shape");
+    if (c.task != Task::text)
+        throw InputError("task: a model of samples is made from its data; `fiedler train` says what it needs");
     if (c.layers < 1) throw InputError("layers: a model of text needs at least 1");
     ModelSpec s = common_spec(c);
     s.vocab = static_cast<std::int32_t>(c.vocab);
