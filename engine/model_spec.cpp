@@ -136,8 +136,7 @@ PoolOf pool_of(const Config& c, const SampleShape& shape) {
 
 ModelSpec model_spec(const Config& c) {
     if (c.task != Task::text)
-        throw InputError(
-            "task: a model of nodes, molecules or series takes its shape from the data; this command is for text");
+        throw InputError("task: a model of samples is made from its data; `fiedler train` says what it needs");
     if (c.layers < 1) throw InputError("layers: a model of text needs at least 1");
     ModelSpec s = common_spec(c);
     s.vocab = static_cast<std::int32_t>(c.vocab);
