@@ -168,6 +168,10 @@ void Activations<T>::place_scratch(Arena& arena, const ActivationPlan& plan) {
     if (!spec_.samples)
         matrix(scratch_.spectral, "spectral", spec_.spectral_columns(),
                plan.training ? Lifetime::saved : Lifetime::scratch);
+    if (spec_.samples) scratch_.input_hops.resize(static_cast<std::size_t>(spec_.samples->input_hops));
+    for (std::size_t hop = 0; hop < scratch_.input_hops.size(); ++hop)
+        matrix(scratch_.input_hops[hop], ("input.hops" + std::to_string(hop)).c_str(), c,
+               plan.training ? Lifetime::saved : Lifetime::scratch);
     matrix(scratch_.x_last, "x_last", c);
     matrix(scratch_.n_last, "n_last", c);
     vector(scratch_.rstd_last, "rstd_last");
@@ -213,7 +217,7 @@ void Activations<T>::place_outputs(Arena& arena, const ActivationPlan& plan) {
     scratch_.counts = arena.vec<std::int32_t>("counts", rows, Lifetime::scratch);
     scratch_.ones = arena.mat<T>("ones", std::max(rows, plan.tokens), 8, Lifetime::persistent);
     if (plan.training) matrix(scratch_.doutputs, "doutputs", rows, m.outputs);
-    if (m.pool == PoolOf::mean || m.pool == PoolOf::attention) {
+    if (m.pool != PoolOf::none && m.pool != PoolOf::flatten) {
         matrix(scratch_.pooled, "pooled", rows, c);
         if (plan.training) matrix(scratch_.dpooled, "dpooled", rows, c);
     }
@@ -272,6 +276,8 @@ std::int64_t Activations<T>::partial_elements(const ActivationPlan& plan) const 
     if (spec_.samples) {
         elements = std::max(elements, bag_scratch_elements(plan.feature_entries, spec_.channels));
         elements = std::max(elements, pool_scratch_elements(n, spec_.channels, spec_.heads));
+        if (spec_.samples->input_hops > 0)
+            elements = std::max(elements, graph_conv_scratch_elements(n, spec_.samples->edge_types, spec_.channels));
     }
     for (const LayerSpec& l : spec_.layer) {
         if (spec_.graph_conv())

@@ -81,9 +81,10 @@ struct ScratchActivations {  // shared by all layers
     // Samples; rows are those of the plan, not of the batch.
     Mat<T> pooled, dpooled, doutputs, dz;  // dpooled, doutputs, dz: training
     Mat<A> outputs, predictions, z, pool_lse;
-    Vec<std::int32_t> counts;  // targets of each row that are known
-    Mat<T> ones;               // [the larger of tokens and rows, 8]: 1 in the first column, which the owner fills
-    Mat<T> dscalars;           // training
+    Vec<std::int32_t> counts;        // targets of each row that are known
+    Mat<T> ones;                     // [the larger of tokens and rows, 8]: 1 in the first column, which the owner fills
+    Mat<T> dscalars;                 // training
+    std::vector<Mat<T>> input_hops;  // what each hop of the input reads
 };
 
 template <class T>

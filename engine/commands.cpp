@@ -9,6 +9,7 @@
 #include "engine/evaluate.h"
 #include "engine/files.h"
 #include "engine/log.h"
+#include "engine/molecule_source.h"
 #include "engine/position_plot.h"
 #include "engine/prepare_config.h"
 #include "engine/runner.h"
@@ -22,6 +23,9 @@ namespace fiedler {
 int run_prepare(const Invocation& call) {
     const SignalGuard guard;
     const Config& c = call.config;
+    if (c.task == Task::molecules) return run_prepare_molecules(c);
+    if (c.task != Task::text)
+        input_error("task: {} need no preparing; give their files to `train`", value_text(c, *find_knob("task")));
     if (c.data.empty()) throw InputError("data: nothing to prepare; name files or folders of text or source code");
     const PrepareOptions options = prepare_options(c);
     std::string folder = c.out;

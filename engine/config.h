@@ -19,7 +19,9 @@
 #include "engine/json.h"
 #include "engine/knn_graph.h"
 #include "engine/model_spec.h"
+#include "engine/molecules.h"
 #include "engine/schedule.h"
+#include "engine/series_table.h"
 #include "engine/spectrum.h"
 #include "engine/token_graph.h"
 
@@ -38,7 +40,8 @@ enum class QuantScales { least_error, nearest };
 enum class PromptFormat { automatic, whole, lines, jsonl };
 enum class CacheChoice { compact, exact, int8 };     // as CacheKind (infer/session.h)
 enum class Task { text, nodes, molecules, series };  // what a model is trained on; all but text are samples (samples.h)
-enum class PoolChoice { mean, attention, flatten };
+enum class PoolChoice { mean, sum, attention, flatten };
+enum class LossChoice { squared, absolute, huber };  // of numbers
 enum class PartChoice { train, val, test, all };
 
 struct Config {
@@ -59,10 +62,10 @@ struct Config {
     std::int64_t spectral_dims = 0;
     std::string spectral_source = "corpus", spectral_rows = "unit", feature_laplacian = "auto";
     // model, of samples only
-    std::int64_t hops = 1;
+    std::int64_t hops = 1, input_hops = 0;
     bool local = true, last_norm = true, input_bias = true, spectral_start = false;
     PoolChoice pool = PoolChoice::mean;
-    double dropout = 0, input_dropout = 0;
+    double dropout = 0, input_dropout = 0, node_dropout = 0;
 
     // data
     std::vector<std::string> data;
@@ -75,6 +78,21 @@ struct Config {
     std::string features, node_labels, split;  // of the nodes of --graph
     bool normalise_features = true;
     PartChoice part = PartChoice::test;
+    // molecules
+    std::string smiles_column, id_column, split_shares = "0.8,0.1,0.1", save_split;
+    std::vector<std::string> targets;
+    bool skip_bad = false, eigenvalues = false;
+    MoleculeTargets target_kind = MoleculeTargets::automatic;
+    BondTypes bonds = BondTypes::conjugated;
+    std::int64_t walk_steps = 0, split_seed = -1, fold = 0, folds = 0;
+    double mask = 0;
+    // series
+    std::string date_column;
+    std::vector<std::string> columns;
+    SeriesMode series_mode = SeriesMode::independent;
+    std::int64_t look_back = 96, horizon = 96, patch = 16, patch_stride = 8, channel_neighbours = 4;
+    bool instance_norm = true, path_edges = true, allow_gaps = false;
+    bool beyond = false;  // no knob: predict without --part
 
     // train
     std::int64_t steps = 300, batch_tokens = 4096, micro_batch = 0;
@@ -85,10 +103,12 @@ struct Config {
     double beta1 = 0.9, beta2 = 0.95, adam_eps = 1e-8, weight_decay = 0.1, clip = 1;
     double skip_outliers = 0;
     bool skip_nonfinite = true;
+    LossChoice loss = LossChoice::squared;
+    double label_smoothing = 0;
     std::int64_t batch_nodes = 4096, epochs = 0, patience = 0, seeds = 1;  // samples
 
     // run
-    std::string out, resume;
+    std::string out, resume, init_from;
     std::int64_t seed = 1;
     DeviceChoice device = DeviceChoice::automatic;
     std::int64_t threads = 0;

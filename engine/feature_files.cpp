@@ -51,16 +51,17 @@ void read_row(std::string_view line, std::int64_t columns, std::vector<Entry>& r
             line_fault("column {} is there twice; give each column of a row once", row[i].column);
 }
 
+// The first row that is not empty has a pair; or all are empty, below three numbers.
 bool is_sparse(std::string_view text) {
-    const std::string_view head = take_line(text);
-    std::string_view next = text;
-    while (!next.empty()) {  // the first row that is not empty has a pair
-        const std::string_view line = trimmed(take_line(next));
+    LineFields head(kBlanks);
+    head.split(take_line(text));
+    bool more = false;
+    while (!text.empty()) {
+        const std::string_view line = trimmed(take_line(text));
+        more = true;
         if (!line.empty()) return line.find(':') != line.npos;
     }
-    LineFields fields(kBlanks);
-    fields.split(head);
-    return fields.count() == 3 && trimmed(text).empty() && text.size() > 0;
+    return more && head.count() == 3;
 }
 
 FeatureRows read_sparse(const TextFile& file) {

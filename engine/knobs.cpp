@@ -2,29 +2,11 @@
 #include <algorithm>
 
 #include "engine/config.h"
+#include "engine/knob_rows.h"
 
 namespace fiedler {
 
 namespace {
-
-constexpr unsigned kPrepare = bit_of(Command::prepare), kTrain = bit_of(Command::train), kEval = bit_of(Command::eval),
-                   kGenerate = bit_of(Command::generate), kPlan = bit_of(Command::plan),
-                   kInspect = bit_of(Command::inspect), kSpectrum = bit_of(Command::spectrum),
-                   kBench = bit_of(Command::bench), kExport = bit_of(Command::export_model),
-                   kImport = bit_of(Command::import_model), kQuantize = bit_of(Command::quantize),
-                   kPredict = bit_of(Command::predict);
-// kMade: what the model is made with, from data that a benchmark does not have.
-constexpr unsigned kMade = kTrain | kPlan, kShape = kMade | kBench, kMeasure = kEval | kQuantize,
-                   kCorpus = kPrepare | kTrain,
-                   kDevice = kTrain | kEval | kGenerate | kSpectrum | kBench | kQuantize | kPredict,
-                   kSamples = kTrain | kEval | kPredict;  // what names the files of samples
-constexpr double kMany = 1e15, kBig = 1e300;
-
-template <auto member>
-ChoiceField choice() {
-    return {[](const Config& c) { return static_cast<int>(c.*member); },
-            [](Config& c, int v) { c.*member = static_cast<std::remove_reference_t<decltype(c.*member)>>(v); }};
-}
 
 std::vector<Knob> model_knobs() {
     using C = Config;
@@ -32,7 +14,7 @@ std::vector<Knob> model_knobs() {
         {"preset", &C::preset, kShape | kPrepare, "a bundle of knobs, by name"},
         {"task",
          choice<&C::task>(),
-         kTrain,
+         kTrain | kPrepare,
          "what the model learns from: text; nodes of one graph; molecules; time series",
          {.choices = {"text", "nodes", "molecules", "series"}}},
         {"pattern", &C::pattern, kShape,
@@ -118,6 +100,11 @@ std::vector<Knob> model_knobs() {
          kTrain,
          "samples: how often the graph convolution is applied before attention",
          {.low = 1, .high = 64}},
+        {"input-hops",
+         &C::input_hops,
+         kTrain,
+         "samples: how often a graph convolution is applied to the features' product, before the first layer",
+         {.low = 0, .high = 64}},
         {"local", &C::local, kTrain, "samples: what the graph convolution gives goes on beside attention, too"},
         {"last-norm", &C::last_norm, kTrain, "samples: the norm before the outputs"},
         {"input-bias", &C::input_bias, kTrain, "samples: a bias beside the product of the features"},
@@ -126,9 +113,10 @@ std::vector<Knob> model_knobs() {
         {"pool",
          choice<&C::pool>(),
          kTrain,
-         "samples with one target a sample: its nodes' mean, a learned weighting of them, or all side by side (equal "
+         "samples with one target a sample: its nodes' mean, their sum, a learned weighting, or all side by side "
+         "(equal "
          "numbers of nodes only)",
-         {.choices = {"mean", "attention", "flatten"}}},
+         {.choices = {"mean", "sum", "attention", "flatten"}}},
         {"dropout",
          &C::dropout,
          kTrain,
@@ -139,6 +127,11 @@ std::vector<Knob> model_knobs() {
          kTrain,
          "samples: share of the features that is dropped in training",
          {.low = 0, .high = 0.99}},
+        {"node-dropout",
+         &C::node_dropout,
+         kTrain,
+         "samples: share of the nodes all of whose features are dropped in training",
+         {.low = 0, .high = 0.99}},
     };
 }
 
@@ -147,12 +140,13 @@ std::vector<Knob> data_knobs() {
     return {
         {"data",
          &C::data,
-         kCorpus | kMeasure,
-         "files or folders of text, source code or JSONL",
+         kCorpus | kMeasure | kPredict,
+         "files or folders of text, source code or JSONL; molecules: a CSV with SMILES, or what `prepare` made of it; "
+         "series: a CSV with dates",
          {.positional = kPrepare, .on_resume = OnResume::may_change}},
         {"data-cache",
          &C::data_cache,
-         kCorpus | kMeasure,
+         kCorpus | kMeasure | kPredict,
          "folder for prepared data",
          {.zero = "data/cache", .on_resume = OnResume::may_change}},
         {"text-field", &C::text_field, kCorpus | kMeasure, "field of a JSONL record that holds the text"},
@@ -191,8 +185,10 @@ std::vector<Knob> data_knobs() {
         {"split",
          &C::split,
          kSamples,
-         "file of the parts: a column of train, val, test or none, or ids and parts; or how a task splits by itself",
-         {.zero = "by the task", .on_resume = OnResume::may_change}},
+         "nodes: file of the parts, a column of train, val, test or none, or ids and parts; molecules: random, "
+         "scaffold, "
+         "or a file that --save-split wrote; series: rows or shares of train, val and test, in this order",
+         {.zero = "molecules: random; series: 0.7,0.1,0.2", .on_resume = OnResume::may_change}},
         {"normalise-features", &C::normalise_features, kTrain, "nodes: each row of features sums to 1"},
         {"part",
          choice<&C::part>(),
@@ -253,6 +249,16 @@ std::vector<Knob> train_knobs() {
          {.low = 0, .high = 1e6, .zero = "never"}},
         {"skip-nonfinite", &C::skip_nonfinite, kTrain,
          "skip and report a step with NaN or infinite gradients; without it the run stops there"},
+        {"loss",
+         choice<&C::loss>(),
+         kTrain,
+         "samples with numbers as targets: what is minimised (huber: squared up to 1, then absolute)",
+         {.choices = {"squared", "absolute", "huber"}}},
+        {"label-smoothing",
+         &C::label_smoothing,
+         kTrain,
+         "samples with classes or binary targets: share of a target that is spread over all",
+         {.low = 0, .high = 0.99}},
         {"epochs",
          &C::epochs,
          kTrain,
@@ -285,6 +291,11 @@ std::vector<Knob> run_knobs() {
          "what to write: the folder of the run (log, checkpoints, weights), of the dataset or of the spectrum; export, "
          "import, quantize and predict: the file; generate: a .jsonl file, a line for each text",
          {.zero = "runs/PRESET; prepare: below data-cache; spectrum: runs/spectrum-GRAPH; generate: to the terminal"}},
+        {"init-from",
+         &C::init_from,
+         kTrain,
+         "samples: a model to start from: every tensor of the same name and shape, the outputs only for equal targets",
+         {.zero = "random weights"}},
         {"resume",
          &C::resume,
          kTrain,
@@ -587,9 +598,10 @@ std::vector<Knob> spectrum_knobs() {
          "a result that has not converged is one (exit code 0), and a file of one may be given (--start, "
          "--spectral-source, --feature-laplacian)"},
         {"json", &C::json, kSpectrum, "one line of JSON on standard output; words go to standard error"},
-        {"plot", &C::plot, kSpectrum | kEval,
-         "file (.svg) for a plot. spectrum: the eigenvalues, and the nodes on two eigenvectors; eval: the loss by "
-         "position"},
+        {"plot", &C::plot, kSpectrum | kEval | kPredict,
+         "file (.svg) for a plot. spectrum: the eigenvalues, and the nodes on two eigenvectors; eval of text: the loss "
+         "by position; predict: the first graph or molecule on its eigenvectors, coloured by prediction or by what its "
+         "atoms contribute; the last forecast of a series, against what came"},
         {"labels",
          &C::labels,
          kSpectrum,
@@ -621,6 +633,7 @@ std::vector<Knob> all_knobs() {
     };
     add(KnobGroup::model, model_knobs());
     add(KnobGroup::data, data_knobs());
+    add(KnobGroup::data, shaped_data_knobs());
     add(KnobGroup::train, train_knobs());
     add(KnobGroup::run, run_knobs());
     add(KnobGroup::use, use_knobs());

@@ -97,7 +97,7 @@ void Model<Dev, T>::forward_attention(int l, const DeviceBatch& batch) {
         }
     }
     if (spec_.graph_conv()) {
-        forward_graph_conv(l, batch);
+        convolve(batch, w.conv, chain_of_layer(l));
     } else if (w.conv) {
         Range range("conv");
         conv_forward(dev_, ConvForward<T>{.y = act.mixed, .x = act.projected, .w = w.conv, .seq = batch.seq});

@@ -71,7 +71,7 @@ void Model<Dev, T>::backward_attention(int l, const DeviceBatch& batch) {
         matmul_dx(dev_, MatmulDx<T>{.dx = dv, .dy = s.dx, .w = w.local, .accumulate = true});
     }
     if (spec_.graph_conv()) {
-        dprojected = backward_graph_conv(l, batch, dmixed, dprojected);
+        dprojected = convolve_backward(batch, w.conv, g.conv, chain_of_layer(l), dmixed, dprojected);
     } else if (w.conv) {
         Range range("conv");
         conv_backward(dev_, ConvBackward<T>{.dx = dprojected,

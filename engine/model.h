@@ -126,8 +126,12 @@ class Model {
     Mat<T> pooled(const DeviceBatch&, bool gradient);  // what the outputs' product reads: last() itself, or made of it
     void forward_outputs(const DeviceBatch&);
     void backward_outputs(const DeviceBatch&);
-    void forward_graph_conv(int l, const DeviceBatch&);
-    Mat<T> backward_graph_conv(int l, const DeviceBatch&, Mat<T> dmixed, Mat<T> dprojected);
+    // Hops of graph_conv: chain[0] -> chain[1] -> ... ; the hops' weights lie below each other.
+    void convolve(const DeviceBatch&, const Mat<const A>& w, const std::vector<Mat<T>>& chain) const;
+    // The gradient of chain[0] from dy, that of chain.back(), in dy's memory or in that of `other`.
+    Mat<T> convolve_backward(const DeviceBatch&, const Mat<const A>& w, const Mat<A>& dw,
+                             const std::vector<Mat<T>>& chain, Mat<T> dy, Mat<T> other) const;
+    std::vector<Mat<T>> chain_of_layer(int l) const;
     void forward_norm1(int l, const DeviceBatch&);
     void forward_mid(int l);
     LayerGrads<T> layer_grads(int l) const;

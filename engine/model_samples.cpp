@@ -23,12 +23,14 @@ void Model<Dev, T>::drop(const DeviceBatch& batch, const Mat<T>& y, const Mat<T>
                              .p = spec_.samples->dropout});
 }
 
-// x = features Win + bin + U Ws
 template <class Dev, class T>
-void Model<Dev, T>::embed_samples(const DeviceBatch& batch, const Mat<T>& x) const {
+void Model<Dev, T>::embed_samples(const DeviceBatch& batch, const Mat<T>& x0) const {
     const DeviceSamples& b = *batch.samples;
     const T* w = params_.weights.data;
     const bool biased = table_.input_bias >= 0;
+    std::vector<Mat<T>> chain = acts_.scratch().input_hops;
+    chain.push_back(x0);
+    const Mat<T> x = chain.front();
     Range range("embedding");
     if (biased)
         matmul_forward(dev_, MatmulForward<T, T>{.y = x,
@@ -46,10 +48,11 @@ void Model<Dev, T>::embed_samples(const DeviceBatch& batch, const Mat<T>& x) con
                                         .values = b.feature_values,
                                         .table = table_.matrix(w, table_.embedding),
                                         .accumulate = biased});
+    if (chain.size() > 1) convolve(batch, table_.matrix<const A>(params_.master.data, table_.input_conv), chain);
     if (b.spectral)
         matmul_forward(dev_,
                        MatmulForward<T, T>{
-                           .y = x, .x = spectral_of(batch), .w = table_.matrix(w, table_.spectral), .residual = x});
+                           .y = x0, .x = spectral_of(batch), .w = table_.matrix(w, table_.spectral), .residual = x0});
 }
 
 template <class Dev, class T>
@@ -58,58 +61,67 @@ void Model<Dev, T>::embed_samples_backward(const DeviceBatch& batch) const {
     ScratchActivations<T>& s = acts_.scratch();
     A* g = params_.grads.data;
     Range range("embedding");
+    if (b.spectral)
+        matmul_dw(dev_, MatmulDw<T>{.dw = table_.matrix(g, table_.spectral), .dy = s.dx, .x = spectral_of(batch)});
+    Mat<T> dx = s.dx;
+    if (!s.input_hops.empty()) {
+        std::vector<Mat<T>> chain = s.input_hops;
+        chain.push_back({});  // the last one is not looked at
+        dx = convolve_backward(batch, table_.matrix<const A>(params_.master.data, table_.input_conv),
+                               table_.matrix(g, table_.input_conv), chain, s.dx, s.dn);
+    }
     if (table_.input_bias >= 0)
-        matmul_dw(
-            dev_,
-            MatmulDw<T>{.dw = table_.matrix(g, table_.input_bias), .dy = s.dx, .x = s.ones.slice_rows(0, s.dx.rows)});
+        matmul_dw(dev_,
+                  MatmulDw<T>{.dw = table_.matrix(g, table_.input_bias), .dy = dx, .x = s.ones.slice_rows(0, dx.rows)});
     if (spec_.samples->dense)
-        matmul_dw(dev_, MatmulDw<T>{.dw = table_.matrix(g, table_.embedding), .dy = s.dx, .x = dense_of(batch)});
+        matmul_dw(dev_, MatmulDw<T>{.dw = table_.matrix(g, table_.embedding), .dy = dx, .x = dense_of(batch)});
     else
         bag_backward(dev_, BagBackward<T>{.dtable = table_.matrix(g, table_.embedding),
                                           .offsets = b.by_feature_offsets,
                                           .rows = b.feature_nodes,
                                           .values = b.by_feature_values,
-                                          .dx = s.dx,
+                                          .dx = dx,
                                           .scratch = s.partials});
-    if (b.spectral)
-        matmul_dw(dev_, MatmulDw<T>{.dw = table_.matrix(g, table_.spectral), .dy = s.dx, .x = spectral_of(batch)});
 }
 
-// The hops' weights lie below each other; a hop reads the one before it.
 template <class Dev, class T>
-void Model<Dev, T>::forward_graph_conv(int l, const DeviceBatch& batch) {
+void Model<Dev, T>::convolve(const DeviceBatch& batch, const Mat<const A>& w, const std::vector<Mat<T>>& chain) const {
     Range range("graph_conv");
-    LayerActivations<T>& act = acts_.layer(l);
-    const Mat<const A> w = layer_weights(l).conv;
     const std::int64_t rows = spec_.samples->edge_types + 1;
-    const std::size_t hops = act.hops.size() + 1;
-    for (std::size_t hop = 0; hop < hops; ++hop)
-        graph_conv_forward(dev_, GraphConvForward<T>{.y = hop + 1 < hops ? act.hops[hop] : act.mixed,
-                                                     .x = hop > 0 ? act.hops[hop - 1] : act.projected,
+    for (std::size_t hop = 0; hop + 1 < chain.size(); ++hop)
+        graph_conv_forward(dev_, GraphConvForward<T>{.y = chain[hop + 1],
+                                                     .x = chain[hop],
                                                      .w = w.slice_rows(static_cast<std::int64_t>(hop) * rows, rows),
                                                      .graph = batch.samples->graph});
 }
 
-// The gradient of `projected`, in one of the two buffers given; dmixed holds that of `mixed` on entry.
 template <class Dev, class T>
-Mat<T> Model<Dev, T>::backward_graph_conv(int l, const DeviceBatch& batch, Mat<T> dmixed, Mat<T> dprojected) {
+Mat<T> Model<Dev, T>::convolve_backward(const DeviceBatch& batch, const Mat<const A>& w, const Mat<A>& dw,
+                                        const std::vector<Mat<T>>& chain, Mat<T> dy, Mat<T> other) const {
     Range range("graph_conv");
-    LayerActivations<T>& act = acts_.layer(l);
-    const Mat<const A> w = layer_weights(l).conv;
-    const Mat<A> dw = layer_grads(l).conv;
     const std::int64_t rows = spec_.samples->edge_types + 1;
-    for (std::size_t hop = act.hops.size() + 1; hop-- > 0;) {
+    for (std::size_t hop = chain.size() - 1; hop-- > 0;) {
         const std::int64_t first = static_cast<std::int64_t>(hop) * rows;
-        graph_conv_backward(dev_, GraphConvBackward<T>{.dx = dprojected,
+        graph_conv_backward(dev_, GraphConvBackward<T>{.dx = other,
                                                        .dw = dw.slice_rows(first, rows),
-                                                       .dy = dmixed,
-                                                       .x = hop > 0 ? act.hops[hop - 1] : act.projected,
+                                                       .dy = dy,
+                                                       .x = chain[hop],
                                                        .w = w.slice_rows(first, rows),
                                                        .graph = batch.samples->graph,
                                                        .scratch = acts_.scratch().partials});
-        std::swap(dmixed, dprojected);
+        std::swap(dy, other);
     }
-    return dmixed;
+    return dy;
+}
+
+// From the layer's products to what attention reads.
+template <class Dev, class T>
+std::vector<Mat<T>> Model<Dev, T>::chain_of_layer(int l) const {
+    const LayerActivations<T>& act = acts_.layer(l);
+    std::vector<Mat<T>> chain = {act.projected};
+    chain.insert(chain.end(), act.hops.begin(), act.hops.end());
+    chain.push_back(act.mixed);
+    return chain;
 }
 
 template <class Dev, class T>
@@ -122,6 +134,7 @@ Mat<T> Model<Dev, T>::pooled(const DeviceBatch& batch, bool gradient) {
         case PoolOf::flatten:
             return {rows.data, batch.seq.count, spec_.pooled_columns()};
         case PoolOf::mean:
+        case PoolOf::sum:
         case PoolOf::attention:
             break;
     }
@@ -129,7 +142,16 @@ Mat<T> Model<Dev, T>::pooled(const DeviceBatch& batch, bool gradient) {
 }
 
 namespace {
-PoolKind kernel_kind(PoolOf p) { return p == PoolOf::mean ? PoolKind::mean : PoolKind::attention; }
+PoolKind kernel_kind(PoolOf p) {
+    return p == PoolOf::mean ? PoolKind::mean : p == PoolOf::sum ? PoolKind::sum : PoolKind::attention;
+}
+ObjectiveKind kernel_kind(const SampleModel& m) {
+    if (m.kind == TargetKind::classes) return ObjectiveKind::classes;
+    if (m.kind == TargetKind::binary) return ObjectiveKind::binary;
+    return m.loss == LossOf::squared    ? ObjectiveKind::squared
+           : m.loss == LossOf::absolute ? ObjectiveKind::absolute
+                                        : ObjectiveKind::huber;
+}
 }  // namespace
 
 // From the last layer's (normalised) output to `outputs`.
@@ -140,7 +162,7 @@ void Model<Dev, T>::forward_outputs(const DeviceBatch& batch) {
     const SampleModel& m = *spec_.samples;
     const Mat<T> n = last(), in = pooled(batch, false);
     drop(batch, n, n, spec_.layers(), Site::last);
-    if (m.pool == PoolOf::mean || m.pool == PoolOf::attention) {
+    if (m.pool != PoolOf::none && m.pool != PoolOf::flatten) {
         Range range("pool");
         const bool weighted = m.pool == PoolOf::attention;
         const Mat<A> z = weighted ? s.z.slice_rows(0, n.rows) : Mat<A>();
@@ -176,7 +198,7 @@ void Model<Dev, T>::backward_outputs(const DeviceBatch& batch) {
         matmul_dw(dev_, MatmulDw<T>{.dw = table_.matrix(g, table_.head), .dy = dout, .x = in});
         matmul_dx(dev_, MatmulDx<T>{.dx = din, .dy = dout, .w = table_.matrix(w, table_.head)});
     }
-    if (m.pool == PoolOf::mean || m.pool == PoolOf::attention) {
+    if (m.pool != PoolOf::none && m.pool != PoolOf::flatten) {
         Range range("pool");
         const bool weighted = m.pool == PoolOf::attention;
         const Mat<T> dz = weighted ? s.dz.slice_rows(0, n.rows) : Mat<T>();
@@ -211,10 +233,10 @@ void Model<Dev, T>::sample_loss(const DeviceBatch& batch, Vec<A> total, Vec<std:
     const Mat<const A> shown = predictions(batch);
     const std::int64_t rows = shown.rows;
     const bool known = b.classes || b.targets;
-    constexpr ObjectiveKind kinds[] = {ObjectiveKind::classes, ObjectiveKind::binary, ObjectiveKind::squared};
     Range range("objective");
     Objective<T> p;
-    p.kind = kinds[static_cast<int>(spec_.samples->kind)];
+    p.kind = kernel_kind(*spec_.samples);
+    p.smoothing = gradient ? A(spec_.samples->smoothing) : A(0);
     p.outputs = s.outputs.slice_rows(0, rows);
     if (known) {
         p.losses = Vec<A>(s.losses.data, rows);

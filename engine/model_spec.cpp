@@ -129,15 +129,14 @@ PoolOf pool_of(const Config& c, const SampleShape& shape) {
         throw InputError(
             "pool: flatten is for samples with equal numbers of nodes; these differ: choose mean or "
             "attention");
-    return c.pool == PoolChoice::mean        ? PoolOf::mean
-           : c.pool == PoolChoice::attention ? PoolOf::attention
-                                             : PoolOf::flatten;
+    return static_cast<PoolOf>(static_cast<int>(c.pool) + 1);
 }
 
 }  // namespace
 
 ModelSpec model_spec(const Config& c) {
-    if (c.task != Task::text) throw std::logic_error("model_spec: a model of samples needs their shape");
+    if (c.task != Task::text)
+        throw InputError("task: a model of samples is made from its data; `fiedler train` says what it needs");
     if (c.layers < 1) throw InputError("layers: a model of text needs at least 1");
     ModelSpec s = common_spec(c);
     s.vocab = static_cast<std::int32_t>(c.vocab);
@@ -165,6 +164,7 @@ ModelSpec model_spec(const Config& c, const SampleShape& shape, std::int64_t lon
     m.input_bias = c.input_bias;
     m.edge_types = shape.edge_types;
     m.hops = static_cast<std::int32_t>(c.hops);
+    m.input_hops = c.conv && shape.edge_types > 0 ? static_cast<std::int32_t>(c.input_hops) : 0;
     m.local = c.local && c.conv && shape.edge_types > 0;
     m.spectral_start = c.spectral_start;
     m.last_norm = c.last_norm;
@@ -174,6 +174,9 @@ ModelSpec model_spec(const Config& c, const SampleShape& shape, std::int64_t lon
     m.nodes_per_sample = shape.nodes_per_sample;
     m.dropout = static_cast<float>(c.dropout);
     m.input_dropout = static_cast<float>(c.input_dropout);
+    m.node_dropout = static_cast<float>(c.node_dropout);
+    m.loss = static_cast<LossOf>(c.loss);
+    m.smoothing = static_cast<float>(c.label_smoothing);
     s.samples = m;
     return s;
 }

@@ -25,25 +25,29 @@ struct LayerSpec {
 
 // What a model of samples has in place of tokens and a vocabulary (samples.h):
 //
-//   x0   = features Win + bin + U Ws     U: the nodes' spectral embedding, given with each batch
+//   x0   = conv(features Win + bin) + U Ws     conv: graph_conv, `input_hops` times; U: the nodes' spectral embedding,
+//                                              given with each batch
 //   block as DESIGN 1's, bidirectional within each sample, without a gate; where the causal convolution is, graph_conv on
 //          the values (`hops` times) and on the scalars. spectral_start: scalars += U S, S starting at one column of U each.
 //          local: x += conv(v) Wl beside attention's v Wo.
 //   y    = [pool over the sample] RMSNorm(x) Wout + bout, one row for each node or sample
 //
-// Dropout (training): on every input of a layer's products and on the last norm's output; on the features by the reader
-// of batches (sample_batch.h).
-enum class PoolOf { none, mean, attention, flatten };  // none: a row for each node
+// Dropout (training): on every input of a layer's products and on the last norm's output; on the features, and on all of
+// a node's features at once, by the reader of batches (sample_batch.h).
+enum class PoolOf { none, mean, sum, attention, flatten };  // none: a row for each node
+enum class LossOf { squared, absolute, huber };
 struct SampleModel {
     std::int64_t features = 0;
     bool dense = false, input_bias = true;
-    std::int32_t edge_types = 0, hops = 1;  // edge_types 0: no graph_conv
+    std::int32_t edge_types = 0, hops = 1, input_hops = 0;  // edge_types 0: no graph_conv
     bool local = false, spectral_start = false, last_norm = true;
     TargetKind kind = TargetKind::regression;
     std::int32_t outputs = 1;
     PoolOf pool = PoolOf::none;
     std::int64_t nodes_per_sample = 0;  // with flatten
-    float dropout = 0, input_dropout = 0;
+    float dropout = 0, input_dropout = 0, node_dropout = 0;
+    LossOf loss = LossOf::squared;  // of numbers
+    float smoothing = 0;            // of classes and binary targets
 
     std::int64_t feature_columns() const { return (features + 7) / 8 * 8; }  // of a dense row
 };

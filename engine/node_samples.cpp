@@ -46,7 +46,7 @@ class NodeSamples final : public SampleSource {
     void read_features_and_graph(const Config&, const TrainedSamples*);
     void read_targets(const Config&, const TrainedSamples*);
     void read_split(const Config&, const TrainedSamples*);
-    void find_spectrum(const Config&, std::FILE* words);
+    void find_spectrum(const Config&, bool trained, std::FILE* words);
 
     static constexpr std::int64_t kOnly = 0;
     SampleShape shape_;
@@ -170,7 +170,7 @@ void NodeSamples::read_split(const Config& c, const TrainedSamples* trained) {
                 c.split, shape_.names[k]);
 }
 
-void NodeSamples::find_spectrum(const Config& c, std::FILE* words) {
+void NodeSamples::find_spectrum(const Config& c, bool trained, std::FILE* words) {
     shape_.spectral_dims = c.spectral_dims;
     if (c.spectral_dims == 0) return;
     SpectrumOptions o;
@@ -180,7 +180,14 @@ void NodeSamples::find_spectrum(const Config& c, std::FILE* words) {
     o.seed = 1;  // the embedding is part of the data: it does not change with the seed of training
     o.threads = static_cast<int>(c.threads);
     o.stop = [] { return stop_requested(); };
+    spectral_.assign(static_cast<std::size_t>(graph_.nodes * c.spectral_dims), 0.f);
+    if (graph_.edges() == 0 && trained) return;
     const Spectrum s = solve_spectrum(graph_, o, false);
+    if (s.count() < c.spectral_dims && !trained)
+        input_error(
+            "spectral-dims: {} is more than the {} eigenvectors that the graph has beyond its {} components; give "
+            "fewer",
+            c.spectral_dims, s.count(), s.zeros);
     if (s.status != SpectrumStatus::complete && !c.allow_partial)
         input_error("{}: its eigenvectors did not converge ({}); give fewer --spectral-dims, or --allow-partial",
                     c.graph[0], s.why);
@@ -188,7 +195,6 @@ void NodeSamples::find_spectrum(const Config& c, std::FILE* words) {
         fmt::print(words, "spectrum: {} eigenvectors beyond {} zeros in {:.1f} s\n", s.count(), s.zeros, s.seconds);
     const std::int64_t k = c.spectral_dims, have = std::min<std::int64_t>(k, s.count());
     const float scale = std::sqrt(static_cast<float>(graph_.nodes));
-    spectral_.assign(static_cast<std::size_t>(graph_.nodes * k), 0.f);
     for (std::int64_t i = 0; i < graph_.nodes; ++i)
         for (std::int64_t j = 0; j < have; ++j)
             spectral_[static_cast<std::size_t>(i * k + j)] =
@@ -204,7 +210,7 @@ NodeSamples::NodeSamples(const Config& c, const TrainedSamples* trained, std::FI
     shape_.dense = trained ? trained->shape.dense : features_.dense();
     read_targets(c, trained);
     read_split(c, trained);
-    find_spectrum(c, words);
+    find_spectrum(c, trained != nullptr, words);
     if (!shape_.dense) return;
     dense_.assign(static_cast<std::size_t>(graph_.nodes * features_.columns), 0.f);
     for (std::int64_t i = 0; i < graph_.nodes; ++i)

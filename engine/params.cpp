@@ -33,11 +33,13 @@ ParamTable::ParamTable(const ModelSpec& s) {
     if (s.samples) {
         const SampleModel& m = *s.samples;
         embedding = m.dense ? add("input.weight", c, m.feature_columns(), Init::features, Group::decayed)
-                            : add("input.weight", m.features, c, Init::bag, Group::decayed,
-                                  1 / std::sqrt(static_cast<float>(c)));
+                            : add("input.weight", m.features, c, Init::normal, Group::decayed);
         head = add("output.weight", m.outputs, s.pooled_columns(), Init::features, Group::decayed);
         if (m.pool == PoolOf::attention) pool = add("pool.weight", h, c, Init::zeros, Group::decayed);
         if (m.input_bias) input_bias = add("input.bias", c, 8, Init::zeros, Group::plain);
+        if (m.input_hops > 0)
+            input_conv = add("input.conv.weight", std::int64_t(m.input_hops) * (m.edge_types + 1), c, Init::graph_conv,
+                             Group::plain);
         head_bias = add("output.bias", m.outputs, 8, Init::zeros, Group::plain);
     } else {
         embedding = add("embedding.weight", s.vocab, c, Init::normal, Group::decayed);
@@ -114,11 +116,9 @@ void initialise(const ParamTable& table, const ModelSpec& s, std::uint64_t seed,
         switch (t.init) {
             case Init::normal:
             case Init::features:
-            case Init::bag:
             case Init::projection: {
                 const float deviation = t.init == Init::normal     ? s.init_std
                                         : t.init == Init::features ? 1 / std::sqrt(static_cast<float>(t.cols))
-                                        : t.init == Init::bag      ? t.value
                                                                    : projection_std;
                 for (std::int64_t i = 0; i < n; ++i)
                     w[i] = deviation * static_cast<float>(rng::normal(seed, stream, static_cast<std::uint64_t>(i)));
@@ -137,7 +137,8 @@ void initialise(const ParamTable& table, const ModelSpec& s, std::uint64_t seed,
                 std::fill(w, w + t.cols, 1.f);
                 break;
             case Init::axes:
-                for (std::int64_t i = 0; i < t.rows; ++i) w[i * t.cols + i % static_cast<std::int64_t>(t.value)] = 1;
+                for (std::int64_t i = 0; i < t.rows; ++i)
+                    w[i * t.cols + i % (t.rows / 2) % static_cast<std::int64_t>(t.value)] = 1;
                 break;
             case Init::gate_bias:  // spread over the heads: memories from e^min to e^max tokens
                 for (std::int64_t i = 0; i < n; ++i)

@@ -24,10 +24,9 @@ enum class Init {
     log_temperature,
     log_tau,
     features,     // normal, by the width of a row: 1 / sqrt(cols)
-    bag,          // the same for a table of rows: `value` is the deviation
     graph_conv,   // each hop: own and neighbours' weight 1/2
     graph_ident,  // own weight 1, neighbours' 0
-    axes          // row i: 1 in column i modulo `value`, 0 elsewhere
+    axes          // queries and keys: row i of each half has 1 in column i modulo `value`, 0 elsewhere
 };
 enum class Group { decayed, plain, frozen };
 
@@ -58,6 +57,7 @@ struct ParamTable {
     // Samples: embedding is [F, C] or, of dense features, [C, F padded]; head [outputs, pooled_columns]. Biases are
     // matrices of 8 columns, of which only the first is ever not 0: one more product with a matrix of ones.
     int input_bias = -1, head_bias = -1, pool = -1;  // [C, 8], [outputs, 8], [H, C]
+    int input_conv = -1;                             // [input_hops (edge_types + 1), C]
     std::vector<LayerTensors> layer;
     std::int64_t elements = 0;    // of the block, padding included
     std::int64_t decayed = 0;     // elements of the first group

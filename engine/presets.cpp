@@ -33,6 +33,20 @@ std::vector<Preset> all_presets() {
                               {"gate", "false"},
                               {"conv", "false"},
                               {"rope", "all"}};
+    const Values samples = {{"schedule", "cosine"},      {"scalars", "4"},     {"beta2", "0.999"},
+                            {"min-lr-fraction", "0.02"}, {"log-every", "100"}, {"warmup", "100"},
+                            {"checkpoint-every", "0"}};
+    // Molecules have some twenty atoms: attention sees all of them, and the walk and the spectrum say where an atom is.
+    const Values molecules =
+        samples + Values{{"task", "molecules"},   {"pattern", "b"},       {"layers", "4"},         {"channels", "96"},
+                         {"heads", "6"},          {"spectral-dims", "8"}, {"eigenvalues", "true"}, {"walk-steps", "8"},
+                         {"dropout", "0.1"},      {"epochs", "100"},      {"batch-nodes", "1024"}, {"lr", "1e-3"},
+                         {"weight-decay", "0.05"}};
+    const Values series =
+        samples + Values{{"task", "series"},      {"loss", "absolute"},    {"pattern", "b"},    {"layers", "1"},
+                         {"channels", "32"},      {"heads", "2"},          {"pool", "flatten"}, {"dropout", "0.2"},
+                         {"epochs", "4"},         {"batch-nodes", "2816"}, {"lr", "1e-3"},      {"patience", "3"},
+                         {"weight-decay", "0.05"}};
     return {
         {"tiny",
          "about 1M parameters, for a CPU: sssb, 4 layers, 128 channels, 4 heads, vocabulary 2,048, context 256",
@@ -82,9 +96,58 @@ std::vector<Preset> all_presets() {
                     {"sample-every", "250"},
                     {"checkpoint-every", "250"},
                     {"log-every", "10"}}},
+        {"molecules",
+         "properties of some thousand molecules: about 500K parameters (30M would learn such a set by heart)",
+         molecules},
+        {"molecules-small", "properties of some hundred molecules: about 200K parameters, more dropout",
+         molecules + Values{{"layers", "3"}, {"channels", "64"}, {"heads", "4"}, {"dropout", "0.2"}}},
+        {"series",
+         "a time series, channel by channel in patches of 16 steps: about 50K parameters, for series of some "
+         "ten thousand rows",
+         series},
+        {"series-channels", "a time series, all channels of a window at once, joined by how they correlate",
+         series + Values{{"series-mode", "channels"}, {"spectral-dims", "4"}, {"batch-nodes", "224"}}},
+        {"series-linear", "DLinear, the baseline: a linear map of trend and remainder of each channel",
+         series + Values{{"series-mode", "linear"},
+                         {"loss", "squared"},
+                         {"lr", "2e-3"},
+                         {"epochs", "5"},
+                         {"instance-norm", "false"},
+                         {"layers", "0"},
+                         {"last-norm", "false"},
+                         {"dropout", "0"},
+                         {"channels", "384"},
+                         {"heads", "6"},
+                         {"pool", "mean"},
+                         {"batch-nodes", "224"}}},
         {"tau30m-same-shape",
          "the published form at the shape, vocabulary, parameter count and recipe of fiedler30m: 12 layers, tied",
          shape30m + recipe30m + published, "gpt30m"},
+        {"nodes",
+         "a graph of some thousand nodes with few labels (--task nodes): eight graph convolutions of the features, no "
+         "layer, a linear output. With 20 labels a class, as on Cora and CiteSeer, a layer of attention after them "
+         "(--layers 1) is measured to be worse; with many labels try it",
+         {{"task", "nodes"},
+          {"layers", "0"},
+          {"pattern", "s"},
+          {"channels", "64"},
+          {"heads", "4"},
+          {"mlp-hidden", "64"},
+          {"last-norm", "false"},
+          {"input-hops", "8"},
+          {"init-std", "0.002"},
+          {"node-dropout", "0.5"},
+          {"label-smoothing", "0.1"},
+          {"steps", "200"},
+          {"patience", "60"},
+          {"lr", "1e-2"},
+          {"warmup", "5"},
+          {"schedule", "constant"},
+          {"weight-decay", "1"},
+          {"adam-eps", "1e-4"},
+          {"val-every", "1"},
+          {"log-every", "20"},
+          {"checkpoint-every", "0"}}},
     };
 }
 

@@ -13,7 +13,8 @@ namespace fiedler {
 
 namespace {
 
-constexpr std::uint64_t kFeatureStream = 0x66656174, kSignStream = 0x7369676e;  // "feat", "sign"
+// "feat", "sign", "node"
+constexpr std::uint64_t kFeatureStream = 0x66656174, kSignStream = 0x7369676e, kNodeStream = 0x6e6f6465;
 
 std::size_t aligned(std::size_t bytes) { return (bytes + Arena::kAlign - 1) / Arena::kAlign * Arena::kAlign; }
 
@@ -38,10 +39,13 @@ template <class T>
 void PreparedSamples<T>::prepare_features(const SampleBatch& b, const ModelSpec& spec, const SampleDraw& draw) {
     const SampleModel& m = *spec.samples;
     const std::int64_t n = b.nodes();
-    const double p = draw.training ? m.input_dropout : 0;
-    const auto scale = static_cast<float>(1 / (1 - p));
+    const double p = draw.training ? m.input_dropout : 0, of_node = draw.training ? m.node_dropout : 0;
+    const auto scale = static_cast<float>(1 / ((1 - p) * (1 - of_node)));
     const auto kept = [&](std::int64_t i) {
         return p == 0 || rng::uniform(draw.seed, kFeatureStream, static_cast<std::uint64_t>(i)) >= p;
+    };
+    const auto kept_node = [&](std::int64_t i) {
+        return of_node == 0 || rng::uniform(draw.seed, kNodeStream, static_cast<std::uint64_t>(i)) >= of_node;
     };
     feature_offsets_.clear(), feature_columns_.clear(), feature_values_.clear(), dense_.clear();
     by_feature_.offsets.clear(), by_feature_.rows.clear(), by_feature_.values.clear();
@@ -50,19 +54,20 @@ void PreparedSamples<T>::prepare_features(const SampleBatch& b, const ModelSpec&
         const std::int64_t columns = m.feature_columns();
         dense_.assign(static_cast<std::size_t>(n * columns), T(0.f));
         for (std::int64_t i = 0; i < n; ++i)
-            for (std::int64_t j = 0; j < m.features; ++j)
+            for (std::int64_t j = 0; j < m.features && kept_node(i); ++j)
                 if (const std::int64_t at = i * m.features + j; kept(at))
                     dense_[static_cast<std::size_t>(i * columns + j)] =
                         T(b.dense[static_cast<std::size_t>(at)] * scale);
         return;
     }
     if (static_cast<std::int64_t>(b.feature_offsets.size()) != n + 1) misfit("features");
-    if (p == 0) {
+    if (p == 0 && of_node == 0) {
         feature_offsets_ = b.feature_offsets, feature_columns_ = b.feature_columns, feature_values_ = b.feature_values;
     } else {
         feature_offsets_.push_back(0);
         for (std::size_t i = 0; i < static_cast<std::size_t>(n); ++i) {
-            for (std::int32_t e = b.feature_offsets[i]; e < b.feature_offsets[i + 1]; ++e)
+            const bool any = kept_node(static_cast<std::int64_t>(i));
+            for (std::int32_t e = b.feature_offsets[i]; e < b.feature_offsets[i + 1] && any; ++e)
                 if (kept(e)) {
                     const auto at = static_cast<std::size_t>(e);
                     feature_columns_.push_back(b.feature_columns[at]);
@@ -82,26 +87,39 @@ void PreparedSamples<T>::prepare_features(const SampleBatch& b, const ModelSpec&
 template <class T>
 void PreparedSamples<T>::prepare_edges(const SampleBatch& b, const ModelSpec& spec) {
     edge_offsets_.clear(), edge_columns_.clear(), edge_types_.clear(), coefficients_.clear();
+    edges_ = static_cast<std::int64_t>(b.edge_columns.size());
     if (!spec.graph_conv()) return;
-    const std::int64_t n = b.nodes();
-    if (static_cast<std::int64_t>(b.edge_offsets.size()) != n + 1) misfit("edges");
-    edge_offsets_ = b.edge_offsets, edge_columns_ = b.edge_columns, edge_types_ = b.edge_types;
-    const auto weight = [&](std::int32_t e) {
-        return b.edge_weights.empty() ? 1.0 : double(b.edge_weights[static_cast<std::size_t>(e)]);
-    };
-    std::vector<double> root(static_cast<std::size_t>(n), 0);  // 1 / sqrt(d_i)
-    for (std::size_t i = 0; i < root.size(); ++i) {
-        double degree = 0;
-        for (std::int32_t e = edge_offsets_[i]; e < edge_offsets_[i + 1]; ++e) degree += weight(e);
+    const auto n = static_cast<std::size_t>(b.nodes());
+    if (b.edge_offsets.size() != n + 1) misfit("edges");
+    const bool loops = spec.samples->edge_types == 1;
+    const auto weight = [&](std::size_t e) { return b.edge_weights.empty() ? 1.0 : double(b.edge_weights[e]); };
+    std::vector<double> root(n);  // 1 / sqrt(d_i)
+    for (std::size_t i = 0; i < n; ++i) {
+        double degree = loops ? 1 : 0;
+        for (auto e = static_cast<std::size_t>(b.edge_offsets[i]); e < static_cast<std::size_t>(b.edge_offsets[i + 1]);
+             ++e)
+            degree += weight(e);
         root[i] = degree > 0 ? 1 / std::sqrt(degree) : 0;
     }
-    coefficients_.resize(edge_columns_.size());
-    for (std::size_t i = 0; i < root.size(); ++i)
-        for (std::int32_t e = edge_offsets_[i]; e < edge_offsets_[i + 1]; ++e) {
-            const auto at = static_cast<std::size_t>(e);
-            coefficients_[at] =
-                static_cast<float>(weight(e) * root[i] * root[static_cast<std::size_t>(edge_columns_[at])]);
+    const auto add = [&](std::size_t i, std::int32_t column, double w) {
+        edge_columns_.push_back(column);
+        coefficients_.push_back(static_cast<float>(w * root[i] * root[static_cast<std::size_t>(column)]));
+    };
+    if (!loops) edge_types_ = b.edge_types;
+    edge_offsets_.push_back(0);
+    for (std::size_t i = 0; i < n; ++i) {
+        bool looped = !loops;
+        for (auto e = static_cast<std::size_t>(b.edge_offsets[i]); e < static_cast<std::size_t>(b.edge_offsets[i + 1]);
+             ++e) {
+            if (!looped && b.edge_columns[e] > static_cast<std::int32_t>(i)) {
+                add(i, static_cast<std::int32_t>(i), 1);
+                looped = true;
+            }
+            add(i, b.edge_columns[e], weight(e));
         }
+        if (!looped) add(i, static_cast<std::int32_t>(i), 1);
+        edge_offsets_.push_back(static_cast<std::int32_t>(edge_columns_.size()));
+    }
 }
 
 template <class T>
@@ -135,8 +153,8 @@ void PreparedSamples<T>::prepare(const SampleBatch& b, const ModelSpec& spec, co
     spectral_.assign(static_cast<std::size_t>(b.nodes() * padded), T(0.f));
     for (std::int64_t s = 0; s < b.size(); ++s)
         for (std::int64_t j = 0; j < k; ++j) {
-            const bool flip =
-                draw.training && rng::bits(draw.seed, kSignStream, static_cast<std::uint64_t>(s * k + j)) & 1;
+            const bool flip = draw.training && !b.fixed_signs &&
+                              rng::bits(draw.seed, kSignStream, static_cast<std::uint64_t>(s * k + j)) & 1;
             for (std::int64_t i = offsets_[static_cast<std::size_t>(s)]; i < offsets_[static_cast<std::size_t>(s) + 1];
                  ++i) {
                 const float u = b.spectral[static_cast<std::size_t>(i * k + j)];
@@ -221,7 +239,10 @@ std::size_t PreparedSamples<T>::most_bytes(const ModelSpec& spec, const SampleCa
         if (training) array(m.features + 1, 4), array(most.feature_entries, 4), array(most.feature_entries, 4);
     }
     array(most.nodes * spec.spectral_columns(), sizeof(T));
-    if (spec.graph_conv()) array(most.nodes + 1, 4), array(most.edges, 4), array(most.edges, 1), array(most.edges, 4);
+    if (spec.graph_conv()) {
+        const std::int64_t edges = most.edges + (m.edge_types == 1 ? most.nodes : 0);
+        array(most.nodes + 1, 4), array(edges, 4), array(edges, 1), array(edges, 4);
+    }
     array(rows, 4), array(rows * m.outputs, 4), array(rows, 4), array(rows, 4);
     array(1, 8), array(1, 8);
     return total;

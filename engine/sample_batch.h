@@ -1,7 +1,9 @@
 // engine/sample_batch.h: a batch of samples as the kernels read it: what a SampleBatch lacks is made here, on the host,
 // and its arrays are laid side by side, so that a step needs one copy to the device.
 //
-//   adjacency   coefficients s_ij = w_ij / sqrt(d_i d_j), d the weighted degree; symmetric, so one CSR serves both passes
+//   adjacency   coefficients s_ij = w_ij / sqrt(d_i d_j), d the weighted degree; symmetric, so one CSR serves both passes.
+//               With one type of edges each node has a loop of weight 1, which counts in d (Kipf, Welling 2017): a node
+//               without edges keeps its values. With several types there are none: own weights are learned beside them.
 //   features    the transposed CSR for the gradient; dense rows padded to 8 columns, in T
 //   training    input dropout on the features (what is dropped is left out; the rest is scaled up), and one random sign
 //               for each sample and column of the spectral embedding. Both depend on `draw` and on positions in the batch.
@@ -32,7 +34,7 @@ class PreparedSamples {
     void prepare(const SampleBatch&, const ModelSpec&, const SampleDraw&);
     std::int64_t nodes() const { return static_cast<std::int64_t>(begin_.size()); }
     std::int64_t samples() const { return static_cast<std::int64_t>(offsets_.size()) - 1; }
-    std::int64_t edges() const { return static_cast<std::int64_t>(edge_columns_.size()); }
+    std::int64_t edges() const { return edges_; }  // loops not counted
     std::int64_t feature_entries() const { return static_cast<std::int64_t>(feature_columns_.size()); }
     std::int64_t known() const { return known_; }  // targets
     std::int64_t rows() const { return rows_; }    // of targets and predictions
@@ -65,7 +67,7 @@ class PreparedSamples {
     std::vector<float> targets_, row_shift_, row_scale_;
     std::vector<std::uint64_t> seed_;
     std::vector<std::int64_t> count_;  // what objective_sum adds to
-    std::int64_t known_ = 0, rows_ = 0;
+    std::int64_t known_ = 0, rows_ = 0, edges_ = 0;
 };
 
 }  // namespace fiedler

@@ -39,8 +39,13 @@ void MetricsBuilder::add(const SampleBatch& b, const SampleLoss& l) {
         return;
     }
     pairs_.resize(k);
-    for (std::size_t i = 0; i < b.targets.size(); ++i)
-        if (!std::isnan(b.targets[i])) pairs_[i % k].push_back({l.predictions[i], b.targets[i]});
+    for (std::size_t i = 0; i < b.targets.size(); ++i) {
+        if (std::isnan(b.targets[i])) continue;
+        pairs_[i % k].push_back({l.predictions[i], b.targets[i]});
+        if (b.unit_deviation.empty()) continue;
+        const double e = (double(l.predictions[i]) - double(b.targets[i])) * b.unit_deviation[i / k];
+        unit_squares_ += e * e, unit_magnitudes_ += std::abs(e), ++with_units_;
+    }
 }
 
 SampleMetrics MetricsBuilder::metrics() const {
@@ -109,6 +114,11 @@ SampleMetrics MetricsBuilder::of_numbers() const {
     }
     if (all > 0) m.mse = squares / all, m.mae = magnitudes / all;
     if (targets > 0) m.rmse /= targets, m.mae_original /= targets;
+    if (with_units_ > 0) {
+        m.original = true;
+        m.rmse = std::sqrt(unit_squares_ / double(with_units_));
+        m.mae_original = unit_magnitudes_ / double(with_units_);
+    }
     return m;
 }
 

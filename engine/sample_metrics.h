@@ -3,7 +3,8 @@
 //   classes      accuracy, macro-F1 (mean of F1 over the classes that occur in the targets), the confusion table
 //   binary       ROC-AUC, the mean over the targets of which both classes occur (ties count half), accuracy at 1/2
 //   regression   MSE and MAE as the model sees them (z-scored data where the source z-scored them); RMSE and MAE in
-//                original units where the shape has mean and deviation: the mean over targets of each one's
+//                original units where the shape has mean and deviation: the mean over targets of each one's;
+//                where the rows have units of their own (channels of a series): over all targets
 #pragma once
 #include <string>
 #include <vector>
@@ -52,7 +53,9 @@ class MetricsBuilder {
     double loss_ = 0;
     std::int64_t known_ = 0;
     std::vector<std::int64_t> confusion_;
-    std::vector<std::vector<Pair>> pairs_;  // by output
+    std::vector<std::vector<Pair>> pairs_;           // by output
+    double unit_squares_ = 0, unit_magnitudes_ = 0;  // in the rows' own original units
+    std::int64_t with_units_ = 0;
 };
 
 // Area under the ROC curve of scores for targets 0 and 1; -1 where only one of them occurs.

@@ -27,6 +27,8 @@ class SampleRunner final : public SampleEngine {
 
     // For tests: the mean loss of the batch's known targets and its gradient, with the given draw.
     double loss_and_gradients(const SampleBatch&, const SampleDraw&, std::vector<A>& grads);
+    Model<Dev, T>& model() { return *model_; }
+    RunLayout<T>& layout() { return *layout_; }
 
   private:
     struct Slot {                         // of a step that is not finished

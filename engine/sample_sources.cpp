@@ -1,7 +1,10 @@
 #include "engine/sample_sources.h"
 
-#include "engine/error.h"
+#include <stdexcept>
+
+#include "engine/molecule_source.h"
 #include "engine/node_samples.h"
+#include "engine/series_source.h"
 
 namespace fiedler {
 
@@ -10,12 +13,13 @@ std::unique_ptr<SampleSource> open_samples(const Config& c, const TrainedSamples
         case Task::nodes:
             return open_nodes(c, trained, words);
         case Task::molecules:
+            return open_molecules(c, trained, words);
         case Task::series:
-            break;
+            return open_series(c, trained, words);
         case Task::text:
-            throw std::logic_error("sample_sources: text is no task of samples");
+            break;
     }
-    throw InputError("task: this version reads nodes only");
+    throw std::logic_error("sample_sources: text is no task of samples");
 }
 
 }  // namespace fiedler

@@ -81,11 +81,12 @@ class TrainingBatches {
     void ask() {
         if (batches_.empty()) go_to(epoch_, position_);
         if (position_ == static_cast<std::int64_t>(batches_.size())) go_to(epoch_ + 1, 0);
-        next_ = std::async(std::launch::async, [this, samples = batches_[static_cast<std::size_t>(position_)]] {
-            auto batch = std::make_shared<SampleBatch>();
-            source_.gather(samples, Part::train, *batch);
-            return batch;
-        });
+        next_ = std::async(std::launch::async,
+                           [this, epoch = epoch_, samples = batches_[static_cast<std::size_t>(position_)]] {
+                               auto batch = std::make_shared<SampleBatch>();
+                               source_.gather_epoch(samples, epoch, *batch);
+                               return batch;
+                           });
     }
     const SampleSource& source_;
     const SampleLoader& loader_;
@@ -95,6 +96,25 @@ class TrainingBatches {
     std::future<std::shared_ptr<SampleBatch>> next_;
     std::shared_ptr<SampleBatch> current_;
 };
+
+// Weights of another model: tensors of the same name and shape. Outputs are taken over only for the same targets.
+std::string start_from(const std::string& path, const ParamTable& table, const SampleShape& shape, float* out) {
+    const SampleBundle from = load_sample_bundle(path);
+    const ParamTable theirs(model_spec(from.config, from.trained.shape, 1));
+    const bool same_targets = from.trained.shape.names == shape.names && from.trained.shape.kind == shape.kind;
+    std::int64_t taken = 0, left = 0;
+    for (const ParamTensor& t : table.tensor) {
+        const ParamTensor* found = theirs.find(t.name);
+        if (!found || found->shape() != t.shape() || (!same_targets && t.name.starts_with("output."))) {
+            left += t.size();
+            continue;
+        }
+        std::copy_n(from.master.data() + found->offset, t.size(), out + t.offset);
+        taken += t.size();
+    }
+    if (taken == 0) input_error("init-from: {} shares no tensor with this model; give it the same shape", path);
+    return fmt::format("starts from {}: {} values taken over, {} new", path, taken, left);
+}
 
 class SampleTraining {
   public:
@@ -207,6 +227,8 @@ void SampleTraining::start() {
     if (!resumed_) {
         best_.resize(static_cast<std::size_t>(engine_.table().elements));
         initialise(engine_.table(), engine_.spec(), static_cast<std::uint64_t>(config_.seed), best_.data());
+        if (!config_.init_from.empty())
+            terminal_.line(start_from(config_.init_from, engine_.table(), source_.shape(), best_.data()));
         engine_.write(Block::master, best_.data());
         const std::vector<float> zeros(best_.size());
         for (const Block b : {Block::moment1, Block::moment2}) engine_.write(b, zeros.data());
@@ -446,7 +468,7 @@ class SeedFamily {
   private:
     void open(std::int64_t seed);
     RunResult run_seed(std::int64_t seed);
-    void report(const std::vector<RunResult>&) const;
+    void report(const std::vector<RunResult>&);
 
     Config config_;
     bool resume_, val_each_epoch_;
@@ -492,7 +514,7 @@ RunResult SeedFamily::run_seed(std::int64_t seed) {
     return r;
 }
 
-void SeedFamily::report(const std::vector<RunResult>& runs) const {
+void SeedFamily::report(const std::vector<RunResult>& runs) {
     const RunResult& first = runs.front();
     double seconds = 0;
     for (const RunResult& r : runs) seconds += r.seconds;
@@ -516,6 +538,7 @@ void SeedFamily::report(const std::vector<RunResult>& runs) const {
     summary["best_seed"] = best->seed;
     const std::string path = join_path(run_folder(config_), "summary.json");
     write_file_atomic(path, summary.dump(2) + "\n");
+    if (source_->depends_on_seed()) open(best->seed);  // its parts and normalisation
     const std::string weights = write_sample_bundle(run_folder(config_), config_, *source_, *engine_, best->best);
     fmt::print("done: {} seeds in {}\nsummary     {}\nweights     {} (seed {}, the best in validation)\n", runs.size(),
                duration_text(seconds), path, weights, best->seed);

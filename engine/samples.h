@@ -56,8 +56,12 @@ struct SampleBatch {
     // Rows that are not of the asked part are missing.
     std::vector<float> targets;
     std::vector<std::int32_t> classes;
+    bool fixed_signs = false;  // the signs of spectral mean something: not to be flipped in training
     // A row's own normalisation (instance norm of series): prediction = shift + scale * output; absent: 0 and 1. [rows]
     std::vector<float> row_shift, row_scale;
+    // Regression: what a row's targets were normalised with, where it is not what the shape says for each output
+    // (channels of a series): original = mean + deviation * target; absent: as the shape says. [rows]
+    std::vector<double> unit_mean, unit_deviation;
 
     std::int64_t nodes() const { return offsets.back(); }
     std::int64_t size() const { return static_cast<std::int64_t>(samples.size()); }
@@ -76,6 +80,10 @@ class SampleSource {
     virtual std::int64_t feature_entries_of(std::int64_t sample) const = 0;  // of sparse features; 0 where dense
     // Packs the samples in the order given; out is overwritten. Safe to call from several threads.
     virtual void gather(std::span<const std::int64_t> samples, Part, SampleBatch& out) const = 0;
+    // The same of the training part for a step of an epoch: what is drawn anew in each of them (masks) depends on it.
+    virtual void gather_epoch(std::span<const std::int64_t> samples, std::int64_t /*epoch*/, SampleBatch& out) const {
+        gather(samples, Part::train, out);
+    }
     // The user's name of a row: the node's id, the sample's id or line, the window's last date and channel.
     virtual std::string row_name(std::int64_t sample, std::int64_t node) const = 0;
 

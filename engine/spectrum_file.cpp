@@ -1,10 +1,10 @@
 #include "engine/spectrum_file.h"
 
 #include <cmath>
-#include <cstring>
 #include <nlohmann/json.hpp>
 
 #include "engine/error.h"
+#include "engine/tensor_fields.h"
 #include "engine/weights.h"
 
 namespace fiedler {
@@ -12,86 +12,6 @@ namespace fiedler {
 namespace {
 
 constexpr int kVersion = 1;
-
-[[noreturn]] void corrupt(const std::string& path, const std::string& why) {
-    input_error("{}: is corrupt: {}; make it again", path, why);
-}
-
-template <class T>
-constexpr const char* type_name();
-template <>
-constexpr const char* type_name<float>() {
-    return "f32";
-}
-template <>
-constexpr const char* type_name<double>() {
-    return "f64";
-}
-template <>
-constexpr const char* type_name<std::int32_t>() {
-    return "i32";
-}
-template <>
-constexpr const char* type_name<std::int64_t>() {
-    return "i64";
-}
-template <>
-constexpr const char* type_name<char>() {
-    return "u8";
-}
-
-template <class Values>
-void add_tensor(std::vector<WeightTensor>& tensors, const char* name, std::vector<std::int64_t> shape,
-                const Values& values) {
-    using T = typename Values::value_type;
-    if (!values.empty()) tensors.push_back({name, type_name<T>(), std::move(shape), values.data()});
-}
-
-// The named tensor; empty where the shape has no elements and the file no tensor.
-template <class T, class Values = std::vector<T>>
-Values read_tensor(const WeightsFile& file, const char* name, const std::vector<std::int64_t>& shape) {
-    std::int64_t elements = 1;
-    for (const std::int64_t d : shape)
-        if (d < 0 || __builtin_mul_overflow(elements, d, &elements)) corrupt(file.path(), "its sizes are impossible");
-    const WeightTensor* t = file.find(name);
-    if (!t && elements == 0) return {};
-    if (!t) corrupt(file.path(), fmt::format("it has no tensor '{}'", name));
-    if (t->dtype != type_name<T>() || t->shape != shape)
-        corrupt(file.path(), fmt::format("tensor '{}' is {} [{}], not {} [{}]", name, t->dtype,
-                                         fmt::join(t->shape, ", "), type_name<T>(), fmt::join(shape, ", ")));
-    const auto* first = static_cast<const T*>(t->data);
-    return {first, first + elements};
-}
-
-// Opens the file, which must be of the kind, and checks its version.
-WeightsFile open_kind(const std::string& path, const char* kind, const char* mend) {
-    WeightsFile file(path);
-    if (file.kind() != kind)
-        input_error("{}: is a Fiedler file, but {} and no {}; {}", path,
-                    file.kind().empty() ? "one of weights" : "a " + file.kind(), kind, mend);
-    const auto version = file.config().find("version");
-    if (version == file.config().end() || !version->is_number_integer() || version->get<std::int64_t>() < 1)
-        corrupt(path, "its config lacks a version");
-    if (version->get<std::int64_t>() > kVersion)
-        input_error("{}: is a {} of version {}, and this fiedler reads version {}: use a newer fiedler", path, kind,
-                    version->get<std::int64_t>(), kVersion);
-    return file;
-}
-
-template <class T>
-T field(const WeightsFile& file, const char* name) {
-    try {
-        return file.config().at(name).get<T>();
-    } catch (const Json::exception&) {
-        corrupt(file.path(), fmt::format("its config lacks the field '{}'", name));
-    }
-}
-
-std::int64_t count_field(const WeightsFile& file, const char* name, std::int64_t most) {
-    const auto n = field<std::int64_t>(file, name);
-    if (n < 0 || n > most) corrupt(file.path(), fmt::format("its config says {} = {}", name, n));
-    return n;
-}
 
 // The one of an enum's `count` first values that has this name.
 template <class E>
@@ -132,20 +52,6 @@ void check_symmetry(const std::string& path, const Graph& g) {
         }
 }
 
-std::vector<std::string> read_names(const WeightsFile& file, std::int64_t nodes) {
-    if (!file.find("name_offsets")) return {};
-    const auto offsets = read_tensor<std::int64_t>(file, "name_offsets", {nodes + 1});
-    const auto bytes = read_tensor<char>(file, "name_bytes", {offsets.back()});
-    std::vector<std::string> names;
-    names.reserve(static_cast<std::size_t>(nodes));
-    for (std::int64_t i = 0; i < nodes; ++i) {
-        if (offsets[i] < 0 || offsets[i] > offsets[i + 1] || offsets[i + 1] > offsets.back())
-            corrupt(file.path(), fmt::format("the name of node {} lies outside the names", i));
-        names.emplace_back(bytes.data() + offsets[i], static_cast<std::size_t>(offsets[i + 1] - offsets[i]));
-    }
-    return names;
-}
-
 // ---- spectra ----------------------------------------------------------------------------------------------------------
 
 void check_spectrum(const std::string& path, const Spectrum& s) {
@@ -170,31 +76,22 @@ void write_graph(const std::string& path, const Graph& g, const Json& about) {
     add_tensor(tensors, "offsets", {g.nodes + 1}, g.offsets);
     add_tensor(tensors, "columns", {entries}, g.columns);
     add_tensor(tensors, "weights", {entries}, g.weights);
-    std::vector<std::int64_t> ends;
-    std::vector<char> bytes;
-    if (!g.names.empty()) {
-        ends.push_back(0);
-        for (const std::string& name : g.names) {
-            bytes.insert(bytes.end(), name.begin(), name.end());
-            ends.push_back(static_cast<std::int64_t>(bytes.size()));
-        }
-        add_tensor(tensors, "name_offsets", {g.nodes + 1}, ends);
-        add_tensor(tensors, "name_bytes", {ends.back()}, bytes);
-    }
+    const JoinedTexts names(g.names);
+    if (!g.names.empty()) names.add(tensors, "name");
     const Json config = {
         {"kind", kGraphKind}, {"version", kVersion}, {"nodes", g.nodes}, {"edges", g.edges()}, {"about", about}};
     write_weights(path, config, tensors);
 }
 
 Graph read_graph_fdl(const std::string& path) {
-    const WeightsFile file = open_kind(path, kGraphKind, "give a graph");
+    const WeightsFile file = open_kind(path, kGraphKind, kVersion, "give a graph");
     Graph g;
     g.nodes = count_field(file, "nodes", INT32_MAX);
     const std::int64_t edges = count_field(file, "edges", std::int64_t{1} << 48);
     g.offsets = read_tensor<std::int64_t>(file, "offsets", {g.nodes + 1});
     g.columns = read_tensor<std::int32_t, RawVector<std::int32_t>>(file, "columns", {2 * edges});
     g.weights = read_tensor<float, RawVector<float>>(file, "weights", {2 * edges});
-    g.names = read_names(file, g.nodes);
+    if (file.find("name_offsets")) g.names = read_texts(file, "name", g.nodes);
     check_rows(path, g);
     check_symmetry(path, g);
     return g;
@@ -229,7 +126,7 @@ void write_spectrum(const std::string& path, const Spectrum& s, const Json& abou
 }
 
 Spectrum read_spectrum(const std::string& path, bool allow_partial) {
-    const WeightsFile file = open_kind(path, kSpectrumKind, "give a spectrum that `fiedler spectrum` wrote");
+    const WeightsFile file = open_kind(path, kSpectrumKind, kVersion, "give a spectrum that `fiedler spectrum` wrote");
     Spectrum s;
     s.kind = enum_field<LaplacianKind>(file, "laplacian", 2);
     s.method = enum_field<SpectrumMethod>(file, "method", 4);

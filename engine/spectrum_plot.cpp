@@ -126,13 +126,18 @@ void colour_by_label(LayoutPanel& p, const std::vector<std::string>& labels, con
     p.class_names.back() = order.size() > most ? fmt::format("{} others", order.size() - most) : "no label";
 }
 
-void colour_by_value(LayoutPanel& p, const Embedding& e) {
-    const bool third = e.vectors.size() > 2;
-    std::vector<double> v = third ? e.vectors[2] : e.vectors[0];
-    spread(v);
+void colour_by_value(LayoutPanel& p, std::vector<double> v, const std::string& name, bool with_range) {
     const auto [low, high] = std::minmax_element(v.begin(), v.end());
-    for (const double x : v) p.value.push_back(static_cast<float>((x - *low) / std::max(*high - *low, 1e-300)));
-    p.value_name = third ? "third eigenvector" : "first eigenvector";
+    p.value_name = with_range ? fmt::format("{}, {:.3g} to {:.3g}", name, *low, *high) : name;
+    if (!with_range) spread(v);
+    const auto [first, last] = std::minmax_element(v.begin(), v.end());
+    const double from = *first, range = std::max(*last - from, 1e-300);
+    for (const double x : v) p.value.push_back(static_cast<float>((x - from) / range));
+}
+
+void colour_by_vector(LayoutPanel& p, const Embedding& e) {
+    const bool third = e.vectors.size() > 2;
+    colour_by_value(p, third ? e.vectors[2] : e.vectors[0], third ? "third eigenvector" : "first eigenvector", false);
 }
 
 // Keeps every item with the same chance, in order; the same ones each time.
@@ -196,7 +201,12 @@ LayoutPanel layout_of(const Graph& g, const Components& components, const Spectr
     std::vector<std::size_t> kept(e.nodes.size());
     std::iota(kept.begin(), kept.end(), std::size_t{0});
     sample(kept, o.most_nodes);
-    if (o.labels.empty()) colour_by_value(p, e);
+    if (o.labels.empty() && o.values.empty()) colour_by_vector(p, e);
+    if (o.labels.empty() && !o.values.empty()) {
+        std::vector<double> v;
+        for (const std::int32_t i : e.nodes) v.push_back(o.values[static_cast<std::size_t>(i)]);
+        colour_by_value(p, v, o.value_name, true);
+    }
     Embedding shown;
     std::vector<float> value;
     for (const std::size_t i : kept) {
@@ -240,7 +250,7 @@ std::string caption_of(const Spectrum& s, const Drawn& drawn) {
 SpectrumPlot plot_of(const Graph& g, const Spectrum& s, const PlotOptions& o) {
     const auto nodes = static_cast<std::size_t>(g.nodes);
     if (s.nodes != g.nodes || s.vectors.size() != nodes * s.eigenvalues.size() ||
-        !(o.labels.empty() || o.labels.size() == nodes))
+        !(o.labels.empty() || o.labels.size() == nodes) || !(o.values.empty() || o.values.size() == nodes))
         throw std::logic_error("plot: the spectrum or the labels are of another graph");
     const Components components = find_components(g);
     SpectrumPlot p;

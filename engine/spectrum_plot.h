@@ -2,7 +2,8 @@
 //
 // The layout puts each node of the largest component at its entries of two eigenvectors, the first two beyond the null
 // space that are not zero there; of the normalised Laplacian divided by sqrt(degree), which makes them the coordinates
-// of the random walk. Colour: the node's label, else the third such vector.
+// of the random walk. Colour: the node's label, else its value, else the third such
+// vector.
 #pragma once
 #include <string>
 #include <vector>
@@ -16,6 +17,8 @@ namespace fiedler {
 struct PlotOptions {
     std::string title;                                     // of the graph
     std::vector<std::string> labels;                       // [nodes]; empty: none. "" and "-1": a node without a label
+    std::vector<float> values = {};                        // [nodes], finite; where there are no labels; empty: none
+    std::string value_name = {};                           // what they are
     std::size_t most_nodes = 20'000, most_edges = 40'000;  // more are sampled, and the caption says so
 };
 
