@@ -99,7 +99,7 @@ std::vector<Preset> all_presets() {
           {"input-hops", "8"},
           {"init-std", "0.002"},
           {"node-dropout", "0.5"},
-          {"label-smoothing", "0.1"},
+          {"label-smoothing", "0.3"},
           {"steps", "200"},
           {"patience", "60"},
           {"lr", "1e-2"},
