@@ -92,7 +92,7 @@ std::vector<Preset> all_presets() {
          {{"task", "nodes"},
           {"layers", "0"},
           {"pattern", "s"},
-          {"channels", "64"},
+          {"channels", "256"},
           {"heads", "4"},
           {"mlp-hidden", "64"},
           {"last-norm", "false"},
