@@ -74,7 +74,7 @@ TEST_F(Log, UnwritableIsAnInputError) {
 }
 
 TEST(StepProgress, HasEveryNumberOnOneLine) {
-    const std::string text = progress_text({120, 1000, 4.12345, 2e-3, 0.5119, 1.23e6, 0.432, 65});
+    const std::string text = progress_text({120, 1000, 4.12345, 2e-3, 0.5119, 1.23e6, "tok", 0.432, 65});
     EXPECT_TRUE(
         text.starts_with("step  120/1000  loss 4.1235  lr 2.00e-03  norm 0.512  1.23M tok/s  43.2% of peak  eta "));
     EXPECT_NE(text.find("eta "), std::string::npos);
@@ -82,7 +82,8 @@ TEST(StepProgress, HasEveryNumberOnOneLine) {
     EXPECT_EQ(count_text(std::numeric_limits<double>::infinity()), "?");
     EXPECT_EQ(duration_text(std::numeric_limits<double>::quiet_NaN()), "?");
     EXPECT_EQ(duration_text(-1), "?");
-    const std::string unknown = progress_text({1, 10, std::numeric_limits<double>::quiet_NaN(), 0, 0, 0, -1, -1});
+    const std::string unknown =
+        progress_text({1, 10, std::numeric_limits<double>::quiet_NaN(), 0, 0, 0, "tok", -1, -1});
     EXPECT_EQ(unknown.find("peak"), std::string::npos);
     EXPECT_EQ(unknown.find("eta"), std::string::npos);
     EXPECT_NE(unknown.find("nan"), std::string::npos);
