@@ -71,8 +71,9 @@ class OutlierDetector {
     // Values that are not finite are left out. Outliers are kept: a lasting change of level must become the new normal.
     void add(double value) {
         if (!std::isfinite(value)) return;
-        if (values_.size() == window_) values_.erase(values_.begin());
-        values_.push_back(value);
+        if (values_.size() < window_) return values_.push_back(value);
+        std::rotate(values_.begin(), values_.begin() + 1, values_.end());
+        values_.back() = value;
     }
     // The whole state: the values in the window, oldest first (for the checkpoint).
     const std::vector<double>& values() const { return values_; }

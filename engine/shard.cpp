@@ -171,7 +171,7 @@ void Shard::copy(std::int64_t first, std::int64_t count, std::int32_t* out) cons
     if (info_.token_bytes == 2) {
         const auto* tokens = reinterpret_cast<const std::uint16_t*>(payload) + first;
         std::copy(tokens, tokens + count, out);
-    } else {
+    } else if (count > 0) {  // an empty list of tokens has no memory to copy to
         std::memcpy(out, payload + first * 4, static_cast<std::size_t>(count) * 4);
     }
 }
