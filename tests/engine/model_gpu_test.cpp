@@ -9,6 +9,7 @@
 #include "engine/layers.cpp"
 #include "engine/layers_backward.cpp"
 #include "engine/model.cpp"
+#include "engine/model_samples.cpp"
 
 #if FIEDLER_CUDA
 #include <gtest/gtest.h>
