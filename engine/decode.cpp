@@ -130,11 +130,7 @@ void ModelDecoder<Dev, T>::clear() {
 
 template <class Dev, class T>
 std::size_t ModelDecoder<Dev, T>::cache_bytes_per_token() const {
-    std::size_t bytes = 0;
-    for (const LayerCache<T>& c : layout_->layer)
-        bytes += static_cast<std::size_t>(c.v.cols + c.k.cols) * sizeof(T) +
-                 static_cast<std::size_t>(c.b.cols + c.F.cols) * sizeof(A);
-    return bytes;
+    return cache_bytes_of_token(layout_->layer);
 }
 
 template <class Dev, class T>

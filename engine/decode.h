@@ -24,6 +24,16 @@ struct LayerCache {
     Vec<A> carry;      // [H]: the gate's sum so far
 };
 
+// Of one token, in caches of LayerCache's or SlotCache's kind.
+template <class Cache>
+std::size_t cache_bytes_of_token(const std::vector<Cache>& layers) {
+    std::size_t bytes = 0;
+    for (const Cache& c : layers)
+        bytes += static_cast<std::size_t>(c.v.cols + c.k.cols) * sizeof(*c.v.data) +
+                 static_cast<std::size_t>(c.b.cols + c.F.cols) * sizeof(*c.b.data);
+    return bytes;
+}
+
 template <class T>
 struct DecodeScratch {  // one token's activations; rows of four where the convolution needs its past
     using A = acc_t<T>;

@@ -26,6 +26,8 @@ struct StepSettings {
     double lr = 0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, decay = 0.1, clip = 1;
     double skip_above = 0;  // skip the update when the gradient norm exceeds this; 0: only when it is not finite
 };
+// Of the knobs. step: as above; norm_limit: the norm from which on a gradient counts as an outlier, infinite for none.
+StepSettings step_settings(const Config&, std::int64_t step, double lr, double norm_limit);
 struct StepResult {
     double loss = 0, norm = 0;  // mean loss of the step's tokens, gradient norm before clipping
     bool skipped = false;

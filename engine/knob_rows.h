@@ -1,4 +1,4 @@
-// engine/knob_rows.h: what the files of the table of knobs share (knobs.cpp, knobs_shaped.cpp).
+// engine/knob_rows.h: what the files of the table of knobs share (knobs.cpp, knobs_graph.cpp, knobs_shaped.cpp).
 #pragma once
 #include <type_traits>
 #include <vector>
@@ -26,6 +26,7 @@ ChoiceField choice() {
             [](Config& c, int v) { c.*member = static_cast<std::remove_reference_t<decltype(c.*member)>>(v); }};
 }
 
+std::vector<Knob> graph_knobs(), spectrum_knobs();
 std::vector<Knob> shaped_data_knobs();  // data of molecules and time series
 
 }  // namespace fiedler

@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <fstream>
 
 #include "engine/error.h"
@@ -17,6 +18,19 @@ DeviceKind choose_device(DeviceChoice choice) {
         throw InputError(
             fmt::format("device: cuda was asked for, but there is none: {}; use --device cpu or auto", why));
     return DeviceKind::cpu;
+}
+
+StepSettings step_settings(const Config& c, std::int64_t step, double lr, double norm_limit) {
+    StepSettings s;
+    s.step = step;
+    s.lr = lr;
+    s.beta1 = c.beta1;
+    s.beta2 = c.beta2;
+    s.eps = c.adam_eps;
+    s.decay = c.weight_decay;
+    s.clip = c.clip;
+    s.skip_above = std::isfinite(norm_limit) ? norm_limit : 0;
+    return s;
 }
 
 EngineOptions engine_options(const Config& c, DeviceKind device, bool training) {

@@ -28,6 +28,15 @@ std::string default_folder(const std::string& base, bool resume) {
     return resume ? newest : folder;
 }
 
+std::string free_folder(const std::string& base, bool resume) {
+    std::string folder = base, newest = base;
+    for (int n = 2; !is_free(folder); ++n) {
+        newest = folder;
+        folder = fmt::format("{}-{}", base, n);
+    }
+    return resume ? newest : folder;
+}
+
 std::string folder_around(const std::string& checkpoint) {
     std::filesystem::path path = std::filesystem::path(checkpoint).lexically_normal();
     if (!path.has_filename()) path = path.parent_path();  // it ended in a slash

@@ -22,6 +22,8 @@ class RunFolder {
 
 // Without --out: runs/PRESET, or runs/PRESET-2, -3, ... when runs are there already. A run to resume is the newest one.
 std::string default_folder(const std::string& base, bool resume);
+// The same by what lies in the folders, checkpoints or not: the first that is free, or, to resume, the last that is not.
+std::string free_folder(const std::string& base, bool resume = false);
 // The run that a checkpoint lies in.
 std::string folder_around(const std::string& checkpoint);
 

@@ -1,419 +1,25 @@
-// engine/sample_train.cpp: the training loop for samples: one run for each seed.
+// engine/sample_train.cpp: the command `train` for samples: a run for each seed, and the table over them.
 #include "engine/sample_train.h"
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <charconv>
 #include <cmath>
-#include <future>
+#include <filesystem>
 #include <nlohmann/json.hpp>
-#include <optional>
 
-#include "engine/bundle.h"
 #include "engine/error.h"
-#include "engine/evaluate_samples.h"
 #include "engine/files.h"
 #include "engine/log.h"
-#include "engine/rng.h"
 #include "engine/run_folder.h"
 #include "engine/sample_bundle.h"
-#include "engine/sample_loader.h"
-#include "engine/sample_metrics.h"
-#include "engine/schedule.h"
+#include "engine/sample_training.h"
 #include "engine/signals.h"
 
 namespace fiedler {
 
 namespace {
-
-using Clock = std::chrono::steady_clock;
-constexpr const char* kResultName = "result.json";
-constexpr std::uint64_t kStepStream = 0x73746570;  // "step": seeds of the steps' dropout
-
-double seconds_since(Clock::time_point t) { return std::chrono::duration<double>(Clock::now() - t).count(); }
-
-// What a finished run says, and what is left of it for the table over seeds.
-struct RunResult {
-    std::int64_t seed = 0, steps = 0, best_step = 0;
-    bool stopped = false;  // by a signal
-    double seconds = 0;
-    SampleMetrics val, test;
-    std::vector<float> best;  // weights
-    std::string weights;
-};
-
-// The batches of training, epoch after epoch, the next one gathered while the device computes.
-class TrainingBatches {
-  public:
-    TrainingBatches(const SampleSource& source, const SampleLoader& loader, std::uint64_t seed)
-        : source_(source), loader_(loader), seed_(seed) {}
-    ~TrainingBatches() {
-        if (next_.valid()) next_.wait();
-    }
-    // Where the next batch stands: a checkpoint's cursor.
-    std::int64_t epoch() const { return epoch_; }
-    std::int64_t position() const { return position_; }
-    void go_to(std::int64_t epoch, std::int64_t position) {
-        epoch_ = epoch, position_ = position;
-        batches_ = loader_.of_epoch(seed_, epoch_);
-        if (position_ > static_cast<std::int64_t>(batches_.size()))
-            throw InputError("checkpoint: its place in the data does not exist; start a new run");
-    }
-    // Stays as it is until the next call.
-    const SampleBatch& take() {
-        if (!next_.valid()) ask();
-        current_ = next_.get();
-        advance();
-        if (source_.samples(Part::train).size() == 1) {  // always the same: nothing to gather
-            std::promise<std::shared_ptr<SampleBatch>> same;
-            same.set_value(current_);
-            next_ = same.get_future();
-        } else {
-            ask();
-        }
-        return *current_;
-    }
-
-  private:
-    void advance() {
-        if (++position_ < static_cast<std::int64_t>(batches_.size())) return;
-        go_to(epoch_ + 1, 0);
-    }
-    void ask() {
-        if (batches_.empty()) go_to(epoch_, position_);
-        if (position_ == static_cast<std::int64_t>(batches_.size())) go_to(epoch_ + 1, 0);
-        next_ = std::async(std::launch::async,
-                           [this, epoch = epoch_, samples = batches_[static_cast<std::size_t>(position_)]] {
-                               auto batch = std::make_shared<SampleBatch>();
-                               source_.gather_epoch(samples, epoch, *batch);
-                               return batch;
-                           });
-    }
-    const SampleSource& source_;
-    const SampleLoader& loader_;
-    std::uint64_t seed_;
-    std::int64_t epoch_ = 0, position_ = 0;
-    std::vector<std::vector<std::int64_t>> batches_;
-    std::future<std::shared_ptr<SampleBatch>> next_;
-    std::shared_ptr<SampleBatch> current_;
-};
-
-// Weights of another model: tensors of the same name and shape. Outputs are taken over only for the same targets.
-std::string start_from(const std::string& path, const ParamTable& table, const SampleShape& shape, float* out) {
-    const SampleBundle from = load_sample_bundle(path);
-    const ParamTable theirs(model_spec(from.config, from.trained.shape, 1));
-    const bool same_targets = from.trained.shape.names == shape.names && from.trained.shape.kind == shape.kind;
-    std::int64_t taken = 0, left = 0;
-    for (const ParamTensor& t : table.tensor) {
-        const ParamTensor* found = theirs.find(t.name);
-        if (!found || found->shape() != t.shape() || (!same_targets && t.name.starts_with("output."))) {
-            left += t.size();
-            continue;
-        }
-        std::copy_n(from.master.data() + found->offset, t.size(), out + t.offset);
-        taken += t.size();
-    }
-    if (taken == 0) input_error("init-from: {} shares no tensor with this model; give it the same shape", path);
-    return fmt::format("starts from {}: {} values taken over, {} new", path, taken, left);
-}
-
-class SampleTraining {
-  public:
-    SampleTraining(Config, const SampleSource&, const SampleLoader&, SampleEngine&, std::unique_ptr<Checkpoint> resumed,
-                   std::int64_t first_seed, bool quiet);
-    RunResult run();
-
-  private:
-    void start();
-    void restore(const Checkpoint&);
-    void submit();
-    void finish_step();
-    bool may_submit() const;
-    void validate();
-    std::string save();
-    RunResult finish(bool stopped, const std::string& checkpoint);
-    bool has_val() const { return source_.known(Part::val) > 0; }
-    bool due(std::int64_t every, std::int64_t step) const {
-        return every > 0 && (step % every == 0 || step == config_.steps);
-    }
-    bool out_of_patience() const { return config_.patience > 0 && since_best_ >= config_.patience; }
-    bool over() const { return step_ == config_.steps || out_of_patience(); }
-
-    Config config_;
-    const SampleSource& source_;
-    const SampleLoader& loader_;
-    SampleEngine& engine_;
-    std::unique_ptr<Checkpoint> resumed_;
-    std::int64_t first_seed_;  // of all the seeds
-    bool quiet_;
-    std::string folder_;
-    Terminal terminal_{stdout};
-    std::unique_ptr<RunLog> log_;
-    TrainingBatches batches_;
-    LearningRate rate_;
-    OutlierDetector norms_;
-    bool runs_ahead_;
-    std::int64_t step_ = 0, submitted_ = 0, samples_ = 0, skipped_ = 0;
-    struct Cursor {
-        std::int64_t epoch = 0, position = 0;
-    };
-    Cursor cursor_;  // after the finished steps
-    std::int64_t in_flight_samples_ = 0;
-    std::vector<float> best_;
-    std::optional<SampleMetrics> best_val_;
-    std::int64_t best_step_ = 0, since_best_ = 0, saved_step_ = -1;
-    double earlier_seconds_ = 0;
-    Clock::time_point session_start_ = Clock::now(), interval_start_ = session_start_;
-    std::int64_t interval_samples_ = 0, session_steps_ = 0;
-};
-
-SampleTraining::SampleTraining(Config config, const SampleSource& source, const SampleLoader& loader,
-                               SampleEngine& engine, std::unique_ptr<Checkpoint> resumed, std::int64_t first_seed,
-                               bool quiet)
-    : config_(std::move(config)),
-      source_(source),
-      loader_(loader),
-      engine_(engine),
-      resumed_(std::move(resumed)),
-      first_seed_(first_seed),
-      quiet_(quiet),
-      folder_(run_folder(config_)),
-      batches_(source, loader, static_cast<std::uint64_t>(config_.seed)) {
-    rate_ = {config_.schedule, config_.lr,     config_.min_lr_fraction,
-             config_.steps,    config_.warmup, config_.decay_fraction};
-    const bool results_decide = config_.skip_outliers > 0 || !config_.skip_nonfinite;
-    runs_ahead_ = engine_.device_kind() == "cuda" && !results_decide;
-}
-
-void SampleTraining::restore(const Checkpoint& checkpoint) {
-    const auto elements = static_cast<std::size_t>(engine_.table().elements);
-    const auto block = [&](const char* name) {
-        return static_cast<const float*>(checkpoint.block(name, elements * sizeof(float)));
-    };
-    for (const Block b : kBlocks) engine_.write(b, block(name_of(b)));
-    best_.assign(block("best"), block("best") + elements);
-    const CheckpointMeta& meta = checkpoint.meta();
-    step_ = saved_step_ = meta.step;
-    samples_ = meta.tokens;
-    try {
-        if (meta.data.at("fingerprint").get<std::string>() != source_.fingerprint())
-            input_error("data: not what the checkpoint {} was trained on; give the same files, or start a new run",
-                        checkpoint.folder());
-        cursor_ = {meta.data.at("epoch").get<std::int64_t>(), meta.data.at("position").get<std::int64_t>()};
-        norms_.restore(meta.state.at("norms").get<std::vector<double>>());
-        skipped_ = meta.state.at("skipped").get<std::int64_t>();
-        best_step_ = meta.state.at("best_step").get<std::int64_t>();
-        since_best_ = meta.state.at("since_best").get<std::int64_t>();
-        earlier_seconds_ = meta.state.at("run_seconds").get<double>();
-        if (!meta.state.at("best_score").is_null()) {
-            SampleMetrics m;  // what better_than looks at
-            m.kind = source_.shape().kind;
-            m.accuracy = m.roc_auc = meta.state.at("best_score").get<double>();
-            m.mse = -m.accuracy;
-            m.auc_targets = 1;
-            m.loss = meta.state.at("best_loss").get<double>();
-            best_val_ = m;
-        }
-    } catch (const nlohmann::json::exception& e) {
-        input_error("{}: its manifest lacks what a resumed run needs ({}); use another checkpoint", checkpoint.folder(),
-                    e.what());
-    }
-    batches_.go_to(cursor_.epoch, cursor_.position);
-}
-
-void SampleTraining::start() {
-    if (resumed_) restore(*resumed_);  // it may not belong to this data: nothing of the run is touched before
-    log_ = std::make_unique<RunLog>(join_path(folder_, "log.jsonl"), resumed_ != nullptr);
-    write_file_atomic(join_path(folder_, "config.toml"), to_toml(config_, Command::train));
-    if (!resumed_) {
-        best_.resize(static_cast<std::size_t>(engine_.table().elements));
-        initialise(engine_.table(), engine_.spec(), static_cast<std::uint64_t>(config_.seed), best_.data());
-        if (!config_.init_from.empty())
-            terminal_.line(start_from(config_.init_from, engine_.table(), source_.shape(), best_.data()));
-        engine_.write(Block::master, best_.data());
-        const std::vector<float> zeros(best_.size());
-        for (const Block b : {Block::moment1, Block::moment2}) engine_.write(b, zeros.data());
-    }
-    submitted_ = step_;
-    log_->write("start", Json{{"config", to_json(config_)},
-                              {"device", engine_.device_name()},
-                              {"parameters", engine_.table().parameters},
-                              {"memory_bytes", engine_.plan().bytes},
-                              {"recompute", name_of(engine_.plan().recompute)},
-                              {"shape", to_json(source_.shape())},
-                              {"known", Json{{"train", source_.known(Part::train)},
-                                             {"val", source_.known(Part::val)},
-                                             {"test", source_.known(Part::test)}}},
-                              {"step", step_}});
-    if (resumed_) terminal_.line(fmt::format("resumed from {} at step {}", resumed_->folder(), step_));
-}
-
-// As in training on text: the device gets the next step before this one's result is read, unless something is to happen
-// between the two.
-bool SampleTraining::may_submit() const {
-    if (submitted_ == config_.steps || stop_requested()) return false;
-    if (submitted_ == step_) return !out_of_patience();
-    const bool pause = (due(config_.val_every, submitted_) && has_val()) || due(config_.checkpoint_every, submitted_);
-    return runs_ahead_ && !pause && submitted_ - step_ < SampleEngine::kStepsInFlight;
-}
-
-void SampleTraining::submit() {
-    StepSettings s;
-    s.step = submitted_ + 1;
-    s.lr = rate_(submitted_);
-    s.beta1 = config_.beta1;
-    s.beta2 = config_.beta2;
-    s.eps = config_.adam_eps;
-    s.decay = config_.weight_decay;
-    s.clip = config_.clip;
-    const double limit = norms_.limit(config_.skip_outliers);
-    s.skip_above = std::isfinite(limit) ? limit : 0;
-    const SampleBatch& batch = batches_.take();
-    in_flight_samples_ += batch.size();
-    engine_.submit_step(
-        batch, s,
-        rng::bits(static_cast<std::uint64_t>(config_.seed), kStepStream, static_cast<std::uint64_t>(submitted_)));
-    ++submitted_;
-}
-
-void SampleTraining::finish_step() {
-    const StepResult r = engine_.finish_step();
-    ++step_, ++session_steps_;
-    if (submitted_ == step_) {
-        cursor_ = {batches_.epoch(), batches_.position()};
-        samples_ += in_flight_samples_, interval_samples_ += in_flight_samples_;
-        in_flight_samples_ = 0;
-    }
-    norms_.add(r.norm);
-    if (r.skipped) {
-        ++skipped_;
-        log_->write("skip", Json{{"step", step_}, {"loss", r.loss}, {"norm", r.norm}});
-        terminal_.line(fmt::format("step {}: skipped, gradient norm {:.3g}, loss {:.4f}", step_, r.norm, r.loss));
-        if (!config_.skip_nonfinite && !std::isfinite(r.norm))
-            run_error(
-                "step {}: the gradient is not finite (loss {}); lower --lr, or let such steps pass with "
-                "--skip-nonfinite",
-                step_, r.loss);
-    }
-    if (!(due(config_.log_every, step_) || step_ == 1)) return;
-    const double seconds = seconds_since(interval_start_);
-    StepProgress p;
-    p.step = step_, p.steps = config_.steps;
-    p.loss = r.loss, p.norm = r.norm, p.lr = rate_(step_ - 1);
-    p.tokens_per_second = seconds > 0 ? double(interval_samples_) / seconds : 0;
-    p.unit = "samples";
-    p.eta_seconds = seconds_since(session_start_) / double(session_steps_) * double(config_.steps - step_);
-    if (!quiet_) {
-        std::string text = progress_text(p);
-        if (best_val_) text += "  best val " + fmt::format("{:.4f}", std::abs(best_val_->score()));
-        terminal_.progress(text);
-    }
-    log_->write("step", Json{{"step", step_},
-                             {"loss", r.loss},
-                             {"lr", p.lr},
-                             {"norm", r.norm},
-                             {"samples", samples_},
-                             {"samples_per_second", p.tokens_per_second}});
-    interval_start_ = Clock::now(), interval_samples_ = 0;
-}
-
-void SampleTraining::validate() {
-    const SampleMetrics m = evaluate_samples(engine_, source_, loader_, PartChoice::val);
-    const bool better = std::isfinite(m.loss) && (!best_val_ || m.better_than(*best_val_));
-    since_best_ = better ? 0 : since_best_ + 1;
-    if (better) {
-        best_val_ = m, best_step_ = step_;
-        engine_.read(Block::master, best_.data());
-    }
-    Json record = m.to_json(source_.shape());
-    record.erase("confusion"), record.erase("classes");
-    record["step"] = step_, record["best"] = better;
-    log_->write("val", record);
-    if (!quiet_ && (due(config_.log_every, step_) || !terminal_.is_terminal()) && due(config_.log_every, step_))
-        terminal_.line(fmt::format("step {}: validation {}{}", step_, m.text(), better ? " (best)" : ""));
-}
-
-std::string SampleTraining::save() {
-    CheckpointWriter writer(folder_, step_);
-    std::vector<float> values(static_cast<std::size_t>(engine_.table().elements));
-    for (const Block b : kBlocks) {
-        engine_.read(b, values.data());
-        writer.add(name_of(b), values.data(), values.size() * sizeof(float));
-        if (b == Block::master && !best_val_) best_ = values;
-    }
-    writer.add("best", best_.data(), best_.size() * sizeof(float));
-    CheckpointMeta meta;
-    meta.step = step_;
-    meta.tokens = samples_;
-    meta.seed = config_.seed;
-    meta.config = to_json(config_);
-    meta.data = Json{{"epoch", cursor_.epoch},
-                     {"position", cursor_.position},
-                     {"first_seed", first_seed_},
-                     {"fingerprint", source_.fingerprint()},
-                     {"samples", about_samples(config_, source_)}};
-    meta.state = Json{{"norms", norms_.values()},
-                      {"skipped", skipped_},
-                      {"best_score", best_val_ ? Json(best_val_->score()) : Json(nullptr)},
-                      {"best_loss", best_val_ ? Json(best_val_->loss) : Json(nullptr)},
-                      {"best_step", best_step_},
-                      {"since_best", since_best_},
-                      {"run_seconds", earlier_seconds_ + seconds_since(session_start_)}};
-    const std::string folder = writer.commit(meta, config_.keep);
-    saved_step_ = step_;
-    log_->write("checkpoint", Json{{"step", step_}, {"path", folder}});
-    return folder;
-}
-
-RunResult SampleTraining::run() {
-    start();
-    std::string checkpoint;
-    for (;;) {
-        if (may_submit()) {
-            submit();
-            continue;
-        }
-        if (submitted_ == step_) break;
-        finish_step();
-        if (submitted_ > step_) continue;
-        if (due(config_.val_every, step_) && has_val()) validate();
-        if (due(config_.checkpoint_every, step_) || stop_requested()) checkpoint = save();
-    }
-    if (saved_step_ != step_) checkpoint = save();
-    return finish(!over(), checkpoint);
-}
-
-RunResult SampleTraining::finish(bool stopped, const std::string& checkpoint) {
-    RunResult r;
-    r.seed = config_.seed, r.steps = step_, r.best_step = best_val_ ? best_step_ : step_, r.stopped = stopped;
-    if (!best_val_) engine_.read(Block::master, best_.data());
-    r.best = best_;
-    engine_.write(Block::master, best_.data());
-    if (has_val()) r.val = evaluate_samples(engine_, source_, loader_, PartChoice::val);
-    if (source_.known(Part::test) > 0) r.test = evaluate_samples(engine_, source_, loader_, PartChoice::test);
-    r.weights = write_sample_bundle(folder_, config_, source_, engine_, best_);
-    r.seconds = earlier_seconds_ + seconds_since(session_start_);
-    const Json end{{"seed", r.seed},
-                   {"steps", r.steps},
-                   {"best_step", r.best_step},
-                   {"stopped", stopped},
-                   {"val", r.val.known > 0 ? r.val.to_json(source_.shape()) : Json(nullptr)},
-                   {"test", r.test.known > 0 ? r.test.to_json(source_.shape()) : Json(nullptr)},
-                   {"parameters", engine_.table().parameters},
-                   {"seconds", r.seconds},
-                   {"samples", samples_},
-                   {"skipped", skipped_},
-                   {"peak_memory_bytes", engine_.plan().bytes},
-                   {"device", engine_.device_name()},
-                   {"checkpoint", checkpoint},
-                   {"weights", r.weights},
-                   {"log", log_->path()}};
-    log_->write("end", end);
-    if (!stopped) write_file_atomic(join_path(folder_, kResultName), end.dump(2) + "\n");
-    if (stopped) terminal_.line(fmt::format("stopped at step {} of {}; go on with --resume", step_, config_.steps));
-    return r;
-}
-
-// ---- several seeds ------------------------------------------------------------------------------------------------------
 
 // Knobs that only make sense together, or that others stand for.
 Config complete(Config c) {
@@ -427,8 +33,10 @@ Config complete(Config c) {
     return c;
 }
 
+constexpr const char* kSeedFolder = "seed-";
+
 std::string folder_of_seed(const Config& family, std::int64_t seed) {
-    return family.seeds > 1 ? join_path(run_folder(family), fmt::format("seed-{}", seed)) : run_folder(family);
+    return family.seeds > 1 ? join_path(run_folder(family), kSeedFolder + std::to_string(seed)) : run_folder(family);
 }
 
 struct Statistics {
@@ -508,8 +116,8 @@ RunResult SeedFamily::run_seed(std::int64_t seed) {
         if (const std::string found = latest_checkpoint(c.out); !found.empty())
             checkpoint = std::make_unique<Checkpoint>(found);
     RunFolder folder(c.out);
-    SampleTraining training(c, *source_, *loader_, *engine_, std::move(checkpoint), config_.seed, config_.seeds > 1);
-    RunResult r = training.run();
+    RunResult r =
+        train_samples(c, *source_, *loader_, *engine_, std::move(checkpoint), config_.seed, config_.seeds > 1);
     folder.keep();
     return r;
 }
@@ -566,20 +174,19 @@ std::string checkpoint_to_resume(const Config& c) {
     const std::string from = c.resume == "latest" ? run_folder(c) : c.resume;
     if (is_checkpoint(from)) return from;
     if (const std::string found = latest_checkpoint(from); !found.empty()) return found;
-    for (std::int64_t n = 1000; n-- > 0;)
-        if (const std::string seed = join_path(from, fmt::format("seed-{}", n)); folder_exists(seed))
-            if (const std::string found = latest_checkpoint(seed); !found.empty()) return found;
-    return {};
-}
-
-// Without --out: runs/PRESET, or the first of runs/PRESET-2, -3, ... where nothing lies. To resume: the last that has something.
-std::string free_folder(const std::string& base, bool resume) {
-    std::string folder = base, newest = base;
-    for (int n = 2; !is_free(folder); ++n) {
-        newest = folder;
-        folder = fmt::format("{}-{}", base, n);
+    std::int64_t newest = -1;
+    std::string checkpoint;
+    std::error_code none;  // no such folder: nothing to go through
+    for (const auto& entry : std::filesystem::directory_iterator(from, none)) {
+        const std::string name = entry.path().filename().string();
+        std::int64_t seed = -1;
+        if (!name.starts_with(kSeedFolder)) continue;
+        const char* digits = name.c_str() + std::string_view(kSeedFolder).size();
+        if (std::from_chars(digits, name.c_str() + name.size(), seed).ptr != name.c_str() + name.size()) continue;
+        const std::string found = latest_checkpoint(entry.path().string());
+        if (seed > newest && !found.empty()) newest = seed, checkpoint = found;
     }
-    return resume ? newest : folder;
+    return checkpoint;
 }
 
 }  // namespace

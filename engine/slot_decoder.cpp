@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "engine/decode.h"
 #include "engine/error.h"
 #include "kernels/embedding.h"
 #include "kernels/matmul.h"
@@ -154,11 +155,7 @@ SlotDecoder<Dev, T>::~SlotDecoder() {
 
 template <class Dev, class T>
 std::size_t SlotDecoder<Dev, T>::cache_bytes_per_token() const {
-    std::size_t bytes = 0;
-    for (const SlotCache<T>& c : layout_->layer)
-        bytes += static_cast<std::size_t>(c.v.cols + c.k.cols) * sizeof(T) +
-                 static_cast<std::size_t>(c.b.cols + c.F.cols) * sizeof(A);
-    return bytes;
+    return cache_bytes_of_token(layout_->layer);
 }
 
 // The weights once, but for an embedding of which only the tokens' rows are read; then the caches.

@@ -226,17 +226,20 @@ void solve_dense(const Problem& p, const Ordered& ordered, Spectrum& s) {
     place_vectors(p, ordered.order, kept.data(), 0, matrix.nodes, s);
 }
 
+}  // namespace
+
 template <class A>
-std::vector<SolverLevel<A>> levels_of(const Ordered& ordered, LaplacianKind kind, bool multilevel, std::int64_t block) {
+std::vector<SolverLevel<A>> solver_levels(const Graph& graph, const std::vector<std::int64_t>& components,
+                                          LaplacianKind kind, std::int64_t block) {
     std::vector<SolverLevel<A>> levels(1);
-    levels[0].matrix = laplacian_of<A>(ordered.graph(), kind);
-    levels[0].components = ordered.components;
-    if (!multilevel) return levels;
-    std::vector<double> masses(Size(ordered.graph().nodes));
+    levels[0].matrix = laplacian_of<A>(graph, kind);
+    levels[0].components = components;
+    if (block == 0) return levels;
+    std::vector<double> masses(Size(graph.nodes));
     for (Size i = 0; i < masses.size(); ++i)
         masses[i] = double(levels[0].matrix.null_weight[i]) * double(levels[0].matrix.null_weight[i]);
     const std::vector<CoarseGraph> coarse =
-        coarsen_all(ordered.graph(), masses, 6 * block, 2 * block + std::int64_t(ordered.components.size()));
+        coarsen_all(graph, masses, 6 * block, 2 * block + std::int64_t(components.size()));
     const std::vector<double>* finer = &masses;
     for (const CoarseGraph& c : coarse) {
         SolverLevel<A>& above = levels.back();
@@ -257,6 +260,12 @@ std::vector<SolverLevel<A>> levels_of(const Ordered& ordered, LaplacianKind kind
     }
     return levels;
 }
+template std::vector<SolverLevel<float>> solver_levels(const Graph&, const std::vector<std::int64_t>&, LaplacianKind,
+                                                       std::int64_t);
+template std::vector<SolverLevel<double>> solver_levels(const Graph&, const std::vector<std::int64_t>&, LaplacianKind,
+                                                        std::int64_t);
+
+namespace {
 
 // The caller's start vectors in the order of the solver's nodes.
 std::vector<float> ordered_start(const Problem& p, const Ordered& ordered) {
@@ -285,7 +294,7 @@ void solve_subspace(Dev& dev, const Problem& p, Spectrum& s, Laps& laps) {
     settings.panel = panel_for(dev, ordered.graph().nodes, settings.block);
     settings.half = half_for(dev, ordered.graph().nodes, settings.block, false);
     if (o.start_columns == 0) settings.basis = krylov_columns(ordered.graph().nodes, p.wanted, settings.half);
-    auto levels = levels_of<A>(ordered, o.kind, false, 0);
+    auto levels = solver_levels<A>(ordered.graph(), ordered.components, o.kind, 0);
     laps.done("matrix");
     auto solver = std::make_unique<SubspaceSolver<Dev, A>>(dev, levels, settings);
     laps.done("upload");
@@ -306,7 +315,7 @@ void solve_subspace(Dev& dev, const Problem& p, Spectrum& s, Laps& laps) {
         settings.half = half_for(dev, ordered.graph().nodes, settings.block, true);
         settings.panel = 0;  // in breadth-first order neighbours are near: wide panels read the matrix less often
         ordered = order_nodes(p.graph, p.components, true);
-        levels = levels_of<A>(ordered, o.kind, true, settings.block);
+        levels = solver_levels<A>(ordered.graph(), ordered.components, o.kind, settings.block);
         laps.done("coarser graphs");
         solver = std::make_unique<SubspaceSolver<Dev, A>>(dev, levels, settings);
         laps.done("upload");

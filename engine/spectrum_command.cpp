@@ -12,6 +12,7 @@
 #include "engine/files.h"
 #include "engine/log.h"
 #include "engine/matrix_files.h"
+#include "engine/run_folder.h"
 #include "engine/signals.h"
 #include "engine/spectrum_file.h"
 #include "engine/spectrum_input.h"
@@ -30,10 +31,7 @@ std::string output_folder(const Config& c, const std::string& name) {
         if (!is_free(c.out)) input_error("{}: exists already; remove it or choose another --out", c.out);
         return c.out;
     }
-    const std::string base = "runs/spectrum-" + name;
-    std::string folder = base;
-    for (int n = 2; !is_free(folder); ++n) folder = fmt::format("{}-{}", base, n);
-    return folder;
+    return free_folder("runs/spectrum-" + name);
 }
 
 // Finds out before the work that a file can be written where it shall be.

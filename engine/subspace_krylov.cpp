@@ -72,8 +72,7 @@ template <class Dev, class A>
 double SubspaceSolver<Dev, A>::basis_residual(const RitzResult& ritz, std::int64_t m) {
     const std::int64_t columns = std::min(kChecked, set_.wanted), first = set_.wanted - columns;
     const std::int64_t at = set_.block - kChecked;
-    Mat<A> x = set_.half > 0 ? panel(v_, at, columns) : panel(p_, 0, columns);
-    Mat<A> image = panel(set_.half > 0 ? p_ : q_, set_.half > 0 ? at : 0, columns);
+    Mat<A> x = panel(v_, at, columns), image = panel(p_, at, columns);
     rotate(x, Mat<const A>(basis_.data, n_, m, set_.basis), some_columns(ritz.q, m, first, columns), 1, 0);
     std::vector<double> theta(ritz.theta.begin() + first, ritz.theta.begin() + first + columns);
     if (set_.half > 0) {

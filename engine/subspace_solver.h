@@ -59,14 +59,19 @@ struct SolverLevel {
     std::vector<A> group_scale;            // sqrt(m_i / m_group)
 };
 
+// The graph itself, and ever coarser ones for a block of so many columns (coarsen.h); block 0: without. components: first rows,
+// as in SolverLevel. spectrum.cpp
+template <class A>
+std::vector<SolverLevel<A>> solver_levels(const Graph&, const std::vector<std::int64_t>& components, LaplacianKind,
+                                          std::int64_t block);
+
 struct SolverSettings {
     std::int64_t wanted = 0;  // pairs beyond the null space
     std::int64_t block = 0;   // columns, a multiple of 4, more than wanted
     std::int64_t basis = 0;   // krylov_columns(), more than block; 0: start from random vectors
     std::int64_t panel = 0;   // columns filtered at a time, apart from the block and side by side; 0: all, in the block
-    std::int64_t half =
-        0;                 // columns filtered at a time in half precision, 16 or 32, at most `block`; 0: f32 throughout
-    double tolerance = 0;  // of residual norms
+    std::int64_t half = 0;    // columns filtered at a time in f16, 16 or 32, at most `block`; 0: f32 throughout
+    double tolerance = 0;     // of residual norms
     std::int64_t max_iterations = 500;
     std::uint64_t seed = 1;
     std::size_t memory_budget = 0;

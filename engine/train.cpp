@@ -220,17 +220,8 @@ bool TrainingRun::may_submit() const {
 void TrainingRun::submit_step() {
     if (submitted_ == step_) counted_ = Clock::now();
     const std::vector<Batch>& micro_batches = batches_->next();
-    StepSettings s;
-    s.step = submitted_ + 1;
-    s.lr = rate_(submitted_);
-    s.beta1 = config_.beta1;
-    s.beta2 = config_.beta2;
-    s.eps = config_.adam_eps;
-    s.decay = config_.weight_decay;
-    s.clip = config_.clip;
-    const double limit = norms_.limit(config_.skip_outliers);
-    s.skip_above = std::isfinite(limit) ? limit : 0;
-    engine_->submit_step(micro_batches, s);
+    engine_->submit_step(
+        micro_batches, step_settings(config_, submitted_ + 1, rate_(submitted_), norms_.limit(config_.skip_outliers)));
     ++submitted_;
 }
 

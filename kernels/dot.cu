@@ -5,6 +5,7 @@
 // queries in the forward pass and for dq, keys for dk and dv. Scores are kept in base 2: exp(x) = 2^(x log2 e).
 #include "kernels/dot.h"
 #include "kernels/dot_tile.cuh"
+#include "kernels/head_width.cuh"
 
 namespace fiedler {
 namespace dot {
@@ -445,27 +446,6 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_kernel(const DotDecode<
 
 // ---- launchers -----------------------------------------------------------------------------------------------------
 
-template <int D>
-struct Width {
-    static constexpr int value = D;
-};
-// body(Width<D>{}) for the width of a head.
-template <class Body>
-void for_width(std::int64_t width, Body&& body) {
-    switch (width) {
-        case 16:
-            return body(Width<16>{});
-        case 32:
-            return body(Width<32>{});
-        case 64:
-            return body(Width<64>{});
-        case 128:
-            return body(Width<128>{});
-        default:
-            contract_failed("dot", "the width of a head is 16, 32, 64 or 128");
-    }
-}
-
 template <class Kernel>
 void allow_shared(Kernel kernel, std::size_t bytes) {
     if (bytes > 48 * 1024)
@@ -491,7 +471,7 @@ void launch_backward(const Cuda& cuda, const DotBackward<bf16>& p) {
 void dot_forward(const Cuda& cuda, const DotForward<bf16>& p) {
     check(p);
     FIEDLER_REQUIRE("dot", is_aligned16(p.q) && is_aligned16(p.k) && is_aligned16(p.v) && is_aligned16(p.o));
-    dot::for_width(p.v.cols / p.heads, [&](auto width) {
+    dot::for_head_width("dot", p.v.cols / p.heads, [&](auto width) {
         constexpr int D = decltype(width)::value;
         constexpr std::size_t bytes = 2 * dot::kRows * D * sizeof(bf16);
         const Sight sight = Sight::of_queries(p.seq, p.window, p.causal);
@@ -504,7 +484,7 @@ void dot_backward(const Cuda& cuda, const DotBackward<bf16>& p) {
     check(p);
     FIEDLER_REQUIRE("dot", is_aligned16(p.q) && is_aligned16(p.k) && is_aligned16(p.v) && is_aligned16(p.o));
     FIEDLER_REQUIRE("dot", is_aligned16(p.do_) && is_aligned16(p.dq) && is_aligned16(p.dk) && is_aligned16(p.dv));
-    dot::for_width(p.v.cols / p.heads, [&](auto width) {
+    dot::for_head_width("dot", p.v.cols / p.heads, [&](auto width) {
         constexpr int D = decltype(width)::value;
         const std::int64_t threads = p.v.rows * p.heads * (D / 8);
         dot::delta_kernel<D>
@@ -518,7 +498,7 @@ void dot_backward(const Cuda& cuda, const DotBackward<bf16>& p) {
 void dot_decode(const Cuda& cuda, const DotDecode<bf16>& p) {
     check(p);
     FIEDLER_REQUIRE("dot", is_aligned16(p.k) && is_aligned16(p.v));
-    dot::for_width(p.v.cols / p.heads, [&](auto width) {
+    dot::for_head_width("dot", p.v.cols / p.heads, [&](auto width) {
         dot::decode_kernel<decltype(width)::value><<<unsigned(p.heads), dot::kDecodeThreads, 0, stream_of(cuda)>>>(p);
         LAUNCH_CHECK("dot_decode");
     });

@@ -2,6 +2,7 @@
 // kSlotKeys keys of one head of one slot; where a cache is longer than a piece, the pieces' softmaxes are merged, in
 // order, by a second kernel. Blocks beyond a sequence's end leave at once.
 #include "kernels/common.cuh"
+#include "kernels/head_width.cuh"
 #include "kernels/slots.h"
 
 namespace fiedler {
@@ -329,26 +330,6 @@ void attend(const Cuda& cuda, const P& p) {
     LAUNCH_CHECK("slot_merge");
 }
 
-template <int D>
-struct Width {
-    static constexpr int value = D;
-};
-template <class Body>
-void for_width(std::int64_t width, Body&& body) {
-    switch (width) {
-        case 16:
-            return body(Width<16>{});
-        case 32:
-            return body(Width<32>{});
-        case 64:
-            return body(Width<64>{});
-        case 128:
-            return body(Width<128>{});
-        default:
-            contract_failed("slots", "the width of a head is 16, 32, 64 or 128");
-    }
-}
-
 }  // namespace
 }  // namespace slots
 
@@ -382,14 +363,14 @@ void slot_attention(const Cuda& cuda, const SlotAttention<bf16>& p) {
     check(p);
     FIEDLER_REQUIRE("slots", is_aligned16(p.v));
     FIEDLER_REQUIRE("slots", p.scalars % 4 != 0 || (is_aligned16(p.a) && is_aligned16(p.b)));
-    slots::for_width(p.v.cols / p.heads,
-                     [&](auto width) { slots::attend<decltype(width)::value, slots::ScalarScores>(cuda, p); });
+    for_head_width("slots", p.v.cols / p.heads,
+                   [&](auto width) { slots::attend<decltype(width)::value, slots::ScalarScores>(cuda, p); });
 }
 
 void slot_dot(const Cuda& cuda, const SlotDot<bf16>& p) {
     check(p);
     FIEDLER_REQUIRE("slots", is_aligned16(p.v) && is_aligned16(p.k) && is_aligned16(p.q));
-    slots::for_width(p.v.cols / p.heads, [&](auto width) {
+    for_head_width("slots", p.v.cols / p.heads, [&](auto width) {
         constexpr int D = decltype(width)::value;
         slots::attend<D, slots::DotScores<D>>(cuda, p);
     });

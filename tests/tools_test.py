@@ -268,6 +268,34 @@ class TrainPeers(unittest.TestCase):
         self.assertEqual(stopped.exception.code, 2)
 
 
+class SourceTrees(unittest.TestCase):
+    def run_tool(self, *words):
+        return subprocess.run([sys.executable, str(ROOT / "tools/source_trees"), *map(str, words)], capture_output=True, text=True)
+
+    def test_a_folder_is_a_document_in_order_of_paths(self):
+        with tempfile.TemporaryDirectory() as folder:
+            root = pathlib.Path(folder)
+            for name, text in (("a/z.py", "z\n"), ("a/b/y.py", "y\n"), ("a/no.txt", "no\n"), ("c/x.h", "x\n"), ("own.py", "own\n")):
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                (root / name).write_text(text)
+            (root / "c/latin.h").write_bytes(b"\xe9\n")
+            out = root / "trees.jsonl"
+            done = self.run_tool(root, "--out", out, "--min-bytes", 1)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            texts = [json.loads(line)["text"] for line in out.read_text().splitlines()]
+            self.assertEqual(texts, ["==> a/b/y.py <==\ny\n\n==> a/z.py <==\nz\n\n", "==> c/x.h <==\nx\n\n"])
+            self.assertEqual(self.run_tool(root, "--out", out, "--min-bytes", 1, "--max-bytes", 20).returncode, 0)
+            self.assertTrue(all(len(json.loads(line)["text"]) <= 20 for line in out.read_text().splitlines()))
+
+    def test_nothing_to_write_leaves_nothing(self):
+        with tempfile.TemporaryDirectory() as folder:
+            out = pathlib.Path(folder) / "trees.jsonl"
+            done = self.run_tool(folder, "--out", out)
+            self.assertEqual(done.returncode, 2)
+            self.assertIn("no tree has enough text", done.stderr)
+            self.assertEqual(list(pathlib.Path(folder).iterdir()), [])
+
+
 class GraphPeers(unittest.TestCase):
     def test_molecules_are_connected_and_about_25_atoms(self):
         rng = random.Random(1)

@@ -10,13 +10,6 @@
 namespace fiedler::bench {
 namespace {
 
-template <class T>
-Vec<const T> upload(Suite& s, const std::vector<T>& v) {
-    const auto bytes = v.size() * sizeof(T);
-    T* p = reinterpret_cast<T*>(s.zeros<std::byte>(std::int64_t(bytes)));
-    copy_to_device(s.device, p, v.data(), bytes);
-    return {p, std::int64_t(v.size())};
-}
 Mat<f16> zeros(Suite& s, std::int64_t n, std::int64_t w) {
     return {reinterpret_cast<f16*>(s.zeros<std::byte>(n * w * std::int64_t(sizeof(f16)))), n, w};
 }
@@ -36,7 +29,7 @@ SparseMatrix<float> matrix(Suite& s, std::int64_t n, int degree, std::int64_t re
     }
     SparseMatrix<float> l;
     l.rows = n;
-    l.offsets = upload(s, offsets), l.columns = upload(s, columns);
+    l.offsets = s.copy_of(offsets), l.columns = s.copy_of(columns);
     l.values = {s.random<float>(l.columns.size), l.columns.size};
     return l;
 }
@@ -60,7 +53,7 @@ void add_panel(Suite& s, const SparseMatrix<float>& near, const SparseMatrix<flo
     }
     HalfDeflate deflate;
     deflate.x = x, deflate.v = {s.zeros<float>(n), n};
-    deflate.offsets = upload(s, std::vector<std::int64_t>{0, n});
+    deflate.offsets = s.copy_of(std::vector<std::int64_t>{0, n});
     const std::int64_t doubles = eigen_deflate_scratch(n, w);
     deflate.scratch = {reinterpret_cast<double*>(s.zeros<std::byte>(doubles * std::int64_t(sizeof(double)))), doubles};
     s.add("deflate " + shape, traffic(deflate), [deflate, &s] { half_deflate(s.device, deflate); });

@@ -12,14 +12,6 @@
 namespace fiedler::bench {
 namespace {
 
-template <class T>
-Vec<const T> upload(Suite& s, const std::vector<T>& v) {
-    const auto bytes = v.size() * sizeof(T);
-    T* p = reinterpret_cast<T*>(s.zeros<std::byte>(std::int64_t(bytes)));
-    copy_to_device(s.device, p, v.data(), bytes);
-    return {p, std::int64_t(v.size())};
-}
-
 struct Graph {
     std::vector<std::int64_t> offsets{0};
     std::vector<std::int32_t> columns;
@@ -62,11 +54,11 @@ struct Matrix {
     std::int64_t pieces = 0;
     Matrix(Suite& s, const Graph& g) {
         l.rows = std::int64_t(g.offsets.size()) - 1;
-        l.offsets = upload(s, g.offsets), l.columns = upload(s, g.columns);
+        l.offsets = s.copy_of(g.offsets), l.columns = s.copy_of(g.columns);
         l.values = {s.random<float>(l.columns.size), l.columns.size};
         const LongRows r = find_long_rows(g.offsets.data(), l.rows);
         pieces = std::int64_t(r.begin.size());
-        if (pieces > 0) l.long_rows = {upload(s, r.rows), upload(s, r.first), upload(s, r.begin), upload(s, r.end)};
+        if (pieces > 0) l.long_rows = {s.copy_of(r.rows), s.copy_of(r.first), s.copy_of(r.begin), s.copy_of(r.end)};
     }
 };
 

@@ -130,6 +130,19 @@ inline std::vector<Json> records_of(const std::string& log, const std::string& e
     return all;
 }
 
+// The number that follows the first `word` in a text.
+inline double number_after(const std::string& text, const std::string& word) {
+    const std::size_t at = text.find(word);
+    EXPECT_NE(at, text.npos) << text;
+    return at == text.npos ? -1 : std::stod(text.substr(at + word.size()));
+}
+// Bad input: one line with all of these, exit code 2.
+inline void expect_refused(const Outcome& o, const Words& parts) {
+    EXPECT_EQ(o.code, 2) << o.out;
+    EXPECT_EQ(std::count(o.err.begin(), o.err.end(), '\n'), 1) << o.err;
+    for (const std::string& part : parts) EXPECT_NE(o.err.find(part), o.err.npos) << part << "\nin: " << o.err;
+}
+
 using Knobs = std::map<std::string, std::string>;  // "" as the value: a flag without one
 
 // A folder with a corpus of 200 KB, in which commands run. Paths in arguments are relative to it.

@@ -8,6 +8,7 @@
 #include "engine/decode.h"
 #include "engine/runner.h"
 #include "tests/engine/random_laplacian.h"
+#include "tests/engine/smallest_distance.h"
 #include "tests/support/compare.h"
 
 namespace fiedler {
@@ -142,19 +143,6 @@ std::unique_ptr<DoubleRunner> make_runner(const ModelSpec& spec, Recompute recom
     return make_runner(spec, small_plan(recompute, ragged));
 }
 
-// The smallest |a - b| of any head's scalars: finite differences must not cross the kink of the absolute value.
-double smallest_distance(DoubleRunner& runner) {
-    double least = 1e30;
-    for (int l = 0; l < runner.spec().layers(); ++l) {
-        const LayerActivations<double>& act = runner.model().layer_activations(l);
-        for (std::int64_t i = 0; i < act.a.rows; ++i)
-            for (std::int64_t j = 0; j < act.a.rows; ++j)
-                for (std::int64_t r = 0; r < act.a.cols; ++r)
-                    least = std::min(least, std::abs(act.a.row(i)[r] - act.b.row(j)[r]));
-    }
-    return least;
-}
-
 constexpr double kStep = 1e-6;
 
 class ModelGradients : public testing::TestWithParam<Case> {};
@@ -261,6 +249,11 @@ TEST(Model, LongSequencesByTheTreeAreTheSame) {
         EXPECT_NEAR(loss_under(spec, plan, batch, tree), loss, 1e-12 * loss);
         EXPECT_TRUE(close_to(tree, dense, 1e-10));
         EXPECT_NE(tree, dense) << "the same way was taken twice";
+        std::vector<double> whole;
+        plan.attention_skip = false;
+        EXPECT_NEAR(loss_under(spec, plan, batch, whole), loss, 1e-12 * loss);
+        EXPECT_TRUE(close_to(whole, dense, 1e-10));
+        EXPECT_EQ(whole != tree, causal) << "only a gate leaves something to skip";
     }
 }
 

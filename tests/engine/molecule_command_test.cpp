@@ -42,18 +42,7 @@ class MoleculeCommand : public CommandTest {
         for (const auto& [name, value] : changes) k[name] = value;
         return run(words_of("train", k));
     }
-    void refused(const Outcome& o, const Words& parts) const {
-        EXPECT_EQ(o.code, 2) << o.out;
-        EXPECT_EQ(std::count(o.err.begin(), o.err.end(), '\n'), 1) << o.err;
-        for (const std::string& part : parts) EXPECT_HAS(o.err, part);
-    }
 };
-
-double number_after(const std::string& text, const std::string& word) {
-    const std::size_t at = text.find(word);
-    EXPECT_NE(at, text.npos) << text;
-    return at == text.npos ? -1 : std::stod(text.substr(at + word.size()));
-}
 
 TEST_F(MoleculeCommand, TrainsEvaluatesAndPredicts) {
     const Outcome o = train_on("m.csv", "run", {{"save-split", "split.csv"}});
@@ -87,7 +76,7 @@ TEST_F(MoleculeCommand, PreparedMoleculesServeAsTheTable) {
     ASSERT_EQ(a.code, 0) << a.err;
     EXPECT_TRUE(equal_files("a/weights.fdl", "a/weights.fdl"));
     EXPECT_EQ(number_after(a.out, "test   rmse "), number_after(b.out, "test   rmse "));
-    refused(run({"prepare", "--task", "molecules", "m.csv", "--out", "prepared"}), {"prepared"});
+    expect_refused(run({"prepare", "--task", "molecules", "m.csv", "--out", "prepared"}), {"prepared"});
 }
 
 TEST_F(MoleculeCommand, LearnsMaskedAtomsAndGoesOnFromThem) {
@@ -98,9 +87,9 @@ TEST_F(MoleculeCommand, LearnsMaskedAtomsAndGoesOnFromThem) {
     const Outcome fine = train_on("m.csv", "fine", {{"init-from", "masked"}, {"epochs", "2"}});
     ASSERT_EQ(fine.code, 0) << fine.err;
     EXPECT_HAS(fine.out, "starts from masked");
-    refused(train_on("m.csv", "other",
-                     {{"init-from", "masked"}, {"channels", "64"}, {"heads", "4"}, {"spectral-dims", "2"}}),
-            {"init-from", "no tensor"});
+    expect_refused(train_on("m.csv", "other",
+                            {{"init-from", "masked"}, {"channels", "64"}, {"heads", "4"}, {"spectral-dims", "2"}}),
+                   {"init-from", "no tensor"});
 }
 
 TEST_F(MoleculeCommand, FoldsFollowTheSeeds) {
@@ -124,12 +113,12 @@ TEST_F(MoleculeCommand, FoldsFollowTheSeeds) {
 TEST_F(MoleculeCommand, BadInputIsOneLine) {
     world_.put("bad.csv", table(20, "C(,1\n"));
     const auto before = paths_below(world_.path());
-    refused(train_on("bad.csv", "run"), {"bad.csv:22", "--skip-bad"});
-    refused(run({"prepare", "--task", "molecules", "bad.csv", "--out", "prepared"}), {"bad.csv:22"});
-    refused(train_on("m.csv", "run", {{"targets", "z"}}), {"no target column", "\"z\""});
-    refused(train_on("m.csv", "run", {{"split", "thirds"}}), {"split: \"thirds\" is neither"});
-    refused(train_on("m.csv", "run", {{"folds", "3"}, {"fold", "4"}}), {"fold: 4 of 3"});
-    refused(train_on("none.csv", "run"), {"none.csv"});
+    expect_refused(train_on("bad.csv", "run"), {"bad.csv:22", "--skip-bad"});
+    expect_refused(run({"prepare", "--task", "molecules", "bad.csv", "--out", "prepared"}), {"bad.csv:22"});
+    expect_refused(train_on("m.csv", "run", {{"targets", "z"}}), {"no target column", "\"z\""});
+    expect_refused(train_on("m.csv", "run", {{"split", "thirds"}}), {"split: \"thirds\" is neither"});
+    expect_refused(train_on("m.csv", "run", {{"folds", "3"}, {"fold", "4"}}), {"fold: 4 of 3"});
+    expect_refused(train_on("none.csv", "run"), {"none.csv"});
     EXPECT_FALSE(paths_below(world_.path()).contains("run"));
     EXPECT_FALSE(paths_below(world_.path()).contains("prepared"));
     const Outcome o = train_on("bad.csv", "run", {{"skip-bad", ""}, {"epochs", "1"}});

@@ -205,6 +205,14 @@ TEST_F(SampleCommand, SeveralSeedsGiveMeanAndDeviation) {
     EXPECT_EQ(predictions("family"), predictions(fmt::format("family/seed-{}", summary.at("best_seed").get<int>())));
 }
 
+TEST_F(SampleCommand, SeedsOfAnySizeAreFoundToGoOn) {
+    trained_nodes("family", {{"seeds", "2"}, {"seed", "123456"}, {"steps", "5"}});
+    const Outcome o = run({"train", "--resume", "--out", "family", "--steps", "12", "--device", "cpu"});
+    ASSERT_EQ(o.code, 0) << o.err;
+    trained_nodes("single", {{"seed", "123457"}});
+    EXPECT_EQ(end_of("family/seed-123457").at("test"), end_of("single").at("test"));
+}
+
 TEST_F(SampleCommand, PatienceEndsARunAndTheBestWeightsAreKept) {
     trained_nodes("run", {{"steps", "400"}, {"patience", "5"}, {"lr", "3e-2"}});
     const Json end = end_of("run");

@@ -9,6 +9,7 @@
 #include "engine/config.h"
 #include "engine/rng.h"
 #include "engine/sample_runner.h"
+#include "tests/engine/smallest_distance.h"
 #include "tests/support/compare.h"
 
 namespace fiedler {
@@ -190,19 +191,6 @@ void set_lively_values(DoubleRunner& runner, std::uint64_t seed) {
             w[static_cast<std::size_t>(t.offset + i)] +=
                 0.15f * static_cast<float>(rng::normal(seed, 5, static_cast<std::uint64_t>(t.offset + i)));
     runner.write(Block::master, w.data());
-}
-
-// The smallest |a - b| of any head's scalars: finite differences must not cross the kink of the absolute value.
-double smallest_distance(DoubleRunner& runner) {
-    double least = 1e30;
-    for (int l = 0; l < runner.spec().layers(); ++l) {
-        const LayerActivations<double>& act = runner.model().layer_activations(l);
-        for (std::int64_t i = 0; i < act.a.rows; ++i)
-            for (std::int64_t j = 0; j < act.a.rows; ++j)
-                for (std::int64_t r = 0; r < act.a.cols; ++r)
-                    least = std::min(least, std::abs(act.a.row(i)[r] - act.b.row(j)[r]));
-    }
-    return least;
 }
 
 constexpr double kStep = 1e-6;

@@ -31,18 +31,7 @@ class SeriesCommand : public CommandTest {
         for (const auto& [name, value] : changes) k[name] = value;
         return run(words_of("train", k));
     }
-    void refused(const Outcome& o, const Words& parts) const {
-        EXPECT_EQ(o.code, 2) << o.out;
-        EXPECT_EQ(std::count(o.err.begin(), o.err.end(), '\n'), 1) << o.err;
-        for (const std::string& part : parts) EXPECT_HAS(o.err, part);
-    }
 };
-
-double number_after(const std::string& text, const std::string& word) {
-    const std::size_t at = text.find(word);
-    EXPECT_NE(at, text.npos) << text;
-    return at == text.npos ? -1 : std::stod(text.substr(at + word.size()));
-}
 
 TEST_F(SeriesCommand, ForecastsASineAndGoesBeyondTheEnd) {
     const Outcome o = train_on("run");
@@ -93,10 +82,10 @@ TEST_F(SeriesCommand, BadInputIsOneLine) {
     std::string flat = "date,a,b\n";
     for (int r = 0; r < 300; ++r) flat += fmt::format("{},{},7\n", r, r % 11);
     world_.put("flat.csv", flat);
-    refused(train_on("run", {{"data", "gap.csv"}}), {"gap.csv:", "rows are missing"});
-    refused(train_on("run", {{"data", "flat.csv"}}), {"\"b\" is constant", "--columns"});
-    refused(train_on("run", {{"columns", "c"}}), {"no channel \"c\""});
-    refused(train_on("run", {{"patch", "7"}}), {"look-back"});
+    expect_refused(train_on("run", {{"data", "gap.csv"}}), {"gap.csv:", "rows are missing"});
+    expect_refused(train_on("run", {{"data", "flat.csv"}}), {"\"b\" is constant", "--columns"});
+    expect_refused(train_on("run", {{"columns", "c"}}), {"no channel \"c\""});
+    expect_refused(train_on("run", {{"patch", "7"}}), {"look-back"});
     EXPECT_FALSE(paths_below(world_.path()).contains("run"));
 }
 

@@ -104,6 +104,17 @@ TEST(Plan, IsWhatTheRunTakes) {
             }
 }
 
+TEST(Plan, SkippingIsAsAsked) {
+    const ModelSpec spec = test::step_spec("s", false);
+    Config c;
+    for (const bool skip : {true, false}) {
+        c.attention_skip = skip;
+        c.batch_tokens = spec.context;
+        const RunPlan plan = plan_run(spec, engine_options(c, DeviceKind::cpu, true));
+        EXPECT_EQ(activation_plan(spec, plan, false).attention_skip, skip);
+    }
+}
+
 TEST(Plan, CudaGraphWhereItCanBe) {
     const ModelSpec spec = test::step_spec("s", false);
     EngineOptions o;
