@@ -471,7 +471,7 @@ void launch_backward(const Cuda& cuda, const DotBackward<bf16>& p) {
 void dot_forward(const Cuda& cuda, const DotForward<bf16>& p) {
     check(p);
     FIEDLER_REQUIRE("dot", is_aligned16(p.q) && is_aligned16(p.k) && is_aligned16(p.v) && is_aligned16(p.o));
-    dot::for_head_width("dot", p.v.cols / p.heads, [&](auto width) {
+    for_head_width("dot", p.v.cols / p.heads, [&](auto width) {
         constexpr int D = decltype(width)::value;
         constexpr std::size_t bytes = 2 * dot::kRows * D * sizeof(bf16);
         const Sight sight = Sight::of_queries(p.seq, p.window, p.causal);
@@ -484,7 +484,7 @@ void dot_backward(const Cuda& cuda, const DotBackward<bf16>& p) {
     check(p);
     FIEDLER_REQUIRE("dot", is_aligned16(p.q) && is_aligned16(p.k) && is_aligned16(p.v) && is_aligned16(p.o));
     FIEDLER_REQUIRE("dot", is_aligned16(p.do_) && is_aligned16(p.dq) && is_aligned16(p.dk) && is_aligned16(p.dv));
-    dot::for_head_width("dot", p.v.cols / p.heads, [&](auto width) {
+    for_head_width("dot", p.v.cols / p.heads, [&](auto width) {
         constexpr int D = decltype(width)::value;
         const std::int64_t threads = p.v.rows * p.heads * (D / 8);
         dot::delta_kernel<D>
@@ -498,7 +498,7 @@ void dot_backward(const Cuda& cuda, const DotBackward<bf16>& p) {
 void dot_decode(const Cuda& cuda, const DotDecode<bf16>& p) {
     check(p);
     FIEDLER_REQUIRE("dot", is_aligned16(p.k) && is_aligned16(p.v));
-    dot::for_head_width("dot", p.v.cols / p.heads, [&](auto width) {
+    for_head_width("dot", p.v.cols / p.heads, [&](auto width) {
         dot::decode_kernel<decltype(width)::value><<<unsigned(p.heads), dot::kDecodeThreads, 0, stream_of(cuda)>>>(p);
         LAUNCH_CHECK("dot_decode");
     });
