@@ -1,4 +1,5 @@
 #include "engine/checkpoint.h"
+#include "engine/json_fields.h"
 
 #include <algorithm>
 #include <charconv>
@@ -138,9 +139,9 @@ Checkpoint::Checkpoint(const std::string& folder) : folder_(folder) {
     if (!folder_exists(folder)) input_error("{}: there is no such checkpoint", folder);
     const Json manifest = read_manifest(folder);
     try {
-        meta_.step = manifest.at("step").get<std::int64_t>();
-        meta_.tokens = manifest.at("tokens").get<std::int64_t>();
-        meta_.seed = manifest.at("seed").get<std::int64_t>();
+        meta_.step = whole_number<std::int64_t>(manifest.at("step"));
+        meta_.tokens = whole_number<std::int64_t>(manifest.at("tokens"));
+        meta_.seed = whole_number<std::int64_t>(manifest.at("seed"));
         meta_.config = manifest.at("config");
         meta_.data = manifest.at("data");
         meta_.state = manifest.at("state");
@@ -158,7 +159,7 @@ void Checkpoint::read_files(const Json& manifest) {
         const std::string path = join_file(folder_, file);
         if (!file_exists(path)) torn("{}: is torn: {} is missing", folder_, file);
         MappedFile mapped(path);
-        if (const auto bytes = entry.at("bytes").get<std::size_t>(); mapped.size() != bytes)
+        if (const auto bytes = whole_number<std::size_t>(entry.at("bytes")); mapped.size() != bytes)
             torn("{}: is torn: it has {} bytes of {}", path, mapped.size(), bytes);
         if (hex64(hash_bytes(mapped.data(), mapped.size())) != entry.at("xxh3").get<std::string>())
             torn("{}: is corrupt: it does not match its checksum", path);

@@ -1,4 +1,5 @@
 #include "engine/dataset.h"
+#include "engine/json_fields.h"
 
 #include <algorithm>
 #include <cmath>
@@ -41,9 +42,9 @@ std::string plain_name(const std::string& name) {
 
 SplitInfo parse_split(const Json& json) {
     SplitInfo split;
-    split.documents = json.at("documents").get<std::int64_t>();
-    split.bytes = json.at("bytes").get<std::int64_t>();
-    split.tokens = json.at("tokens").get<std::int64_t>();
+    split.documents = whole_number<std::int64_t>(json.at("documents"));
+    split.bytes = whole_number<std::int64_t>(json.at("bytes"));
+    split.tokens = whole_number<std::int64_t>(json.at("tokens"));
     for (const Json& shard : json.at("shards")) {
         split.files.push_back(plain_name(shard.at("file").get<std::string>()));
         split.checksums.push_back(parse_hex(shard.at("xxh3").get<std::string>()));
@@ -56,8 +57,8 @@ DatasetInfo parse_manifest(const Json& json) {
     info.split = json.at("split").get<std::string>();
     info.fingerprint = json.at("fingerprint").get<std::string>();
     info.skipped = json.at("skipped").get<std::string>();
-    info.vocab_size = json.at("vocab_size").get<std::int32_t>();
-    info.separator = json.at("separator").get<std::int32_t>();
+    info.vocab_size = whole_number<std::int32_t>(json.at("vocab_size"));
+    info.separator = whole_number<std::int32_t>(json.at("separator"));
     info.tokenizer = plain_name(json.at("tokenizer").at("file").get<std::string>());
     info.tokenizer_checksum = parse_hex(json.at("tokenizer").at("xxh3").get<std::string>());
     info.train = parse_split(json.at("train"));
@@ -121,7 +122,7 @@ DatasetInfo read_manifest(const std::string& folder) {
         const Json json = Json::parse(json_depth(text) > kDeepestJson ? "" : text);
         if (json.at("format") != "fiedler dataset")
             input_error("{}: not the manifest of a dataset; give a folder made by `fiedler prepare`", path);
-        const int version = json.at("version").get<int>();
+        const int version = whole_number<int>(json.at("version"));
         if (version > kManifestVersion)
             input_error(
                 "{}: dataset version {} is newer than this program reads ({}); update Fiedler or prepare the data "

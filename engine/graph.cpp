@@ -366,6 +366,16 @@ RawVector<double> degrees_of(const Graph& g) {
     return degrees;
 }
 
+// Of all edges; 0: there is none.
+float equal_weight(const Graph& g) {
+    if (g.weights.empty()) return 0;
+    const float first = g.weights[0];
+    bool equal = true;
+#pragma omp parallel for schedule(static) reduction(&& : equal) if (g.nodes + g.edges() >= kSmall)
+    for (std::int64_t k = 0; k < std::int64_t(g.weights.size()); ++k) equal = equal && g.weights[Size(k)] == first;
+    return equal ? first : 0;
+}
+
 template <class A>
 LaplacianMatrix<A> laplacian_with(const Graph& g, const RawVector<double>& degrees, std::span<const double> masses) {
     LaplacianMatrix<A> m;
@@ -420,6 +430,8 @@ LaplacianMatrix<A> laplacian_of(const Graph& g, LaplacianKind kind) {
             input_error("node {}: its weights add up to {:.4g}, beyond float; scale the weights down", i, degrees[i]);
     LaplacianMatrix<A> m = laplacian_with<A>(g, degrees, masses);
     if (kind == LaplacianKind::normalised) m.upper_bound = 2;
+    m.kind = kind;
+    m.equal_weight = equal_weight(g);
     return m;
 }
 template <class A>

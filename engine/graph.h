@@ -79,6 +79,8 @@ struct LaplacianMatrix {
     RawVector<A> values;       // computed in double, rounded once
     RawVector<A> null_weight;  // [nodes] sqrt(m_i)
     double upper_bound = 0;    // of the spectrum: 2 for normalised, else Gershgorin's (2 max d for combinatorial)
+    LaplacianKind kind = LaplacianKind::combinatorial;
+    float equal_weight = 0;  // of every edge, where L is of one of the kinds and there is such a weight; else 0
 };
 template <class A>
 LaplacianMatrix<A> laplacian_of(const Graph&, LaplacianKind);

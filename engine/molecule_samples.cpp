@@ -1,4 +1,5 @@
 #include "engine/molecule_samples.h"
+#include "engine/json_fields.h"
 
 #include <algorithm>
 #include <cmath>
@@ -44,8 +45,8 @@ Json to_json(const MoleculeOptions& o) {
 MoleculeOptions molecule_options_from_json(const Json& j, const std::string& where) {
     MoleculeOptions o;
     try {
-        o.spectral_dims = j.at("spectral_dims").get<std::int64_t>();
-        o.walk_steps = j.at("walk_steps").get<std::int64_t>();
+        o.spectral_dims = whole_number<std::int64_t>(j.at("spectral_dims"));
+        o.walk_steps = whole_number<std::int64_t>(j.at("walk_steps"));
         o.eigenvalues = j.at("eigenvalues").get<bool>();
         const auto bonds = j.at("bonds").get<std::string>();
         const auto found = std::find(std::begin(kBondTypeNames), std::end(kBondTypeNames), bonds);

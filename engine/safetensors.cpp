@@ -1,4 +1,5 @@
 #include "engine/safetensors.h"
+#include "engine/json_fields.h"
 
 #include <algorithm>
 
@@ -33,8 +34,8 @@ Entry read_entry(const std::string& path, const std::string& name, const Header&
     std::vector<std::uint64_t> offsets;
     try {
         type = about.at("dtype").get<std::string>();
-        e.tensor.shape = about.at("shape").get<std::vector<std::int64_t>>();
-        offsets = about.at("data_offsets").get<std::vector<std::uint64_t>>();
+        e.tensor.shape = whole_numbers<std::int64_t>(about.at("shape"));
+        offsets = whole_numbers<std::uint64_t>(about.at("data_offsets"));
     } catch (const Header::exception&) {
         input_error("{}: is corrupt: tensor '{}' lacks dtype, shape or data_offsets; write it again", path, name);
     }

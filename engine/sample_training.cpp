@@ -1,5 +1,6 @@
 // engine/sample_training.cpp: the training loop for samples, of one seed.
 #include "engine/sample_training.h"
+#include "engine/json_fields.h"
 
 #include <fmt/format.h>
 
@@ -182,11 +183,12 @@ void SampleTraining::restore(const Checkpoint& checkpoint) {
         if (meta.data.at("fingerprint").get<std::string>() != source_.fingerprint())
             input_error("data: not what the checkpoint {} was trained on; give the same files, or start a new run",
                         checkpoint.folder());
-        cursor_ = {meta.data.at("epoch").get<std::int64_t>(), meta.data.at("position").get<std::int64_t>()};
+        cursor_ = {whole_number<std::int64_t>(meta.data.at("epoch")),
+                   whole_number<std::int64_t>(meta.data.at("position"))};
         norms_.restore(meta.state.at("norms").get<std::vector<double>>());
-        skipped_ = meta.state.at("skipped").get<std::int64_t>();
-        best_step_ = meta.state.at("best_step").get<std::int64_t>();
-        since_best_ = meta.state.at("since_best").get<std::int64_t>();
+        skipped_ = whole_number<std::int64_t>(meta.state.at("skipped"));
+        best_step_ = whole_number<std::int64_t>(meta.state.at("best_step"));
+        since_best_ = whole_number<std::int64_t>(meta.state.at("since_best"));
         earlier_seconds_ = meta.state.at("run_seconds").get<double>();
         if (!meta.state.at("best_score").is_null()) {
             SampleMetrics m;  // what better_than looks at

@@ -1,4 +1,5 @@
 #include "engine/samples.h"
+#include "engine/json_fields.h"
 
 #include <nlohmann/json.hpp>
 
@@ -37,14 +38,14 @@ Json to_json(const SampleShape& s) {
 SampleShape shape_from_json(const Json& j, const std::string& where) {
     SampleShape s;
     try {
-        s.features = j.at("features").get<std::int64_t>();
+        s.features = whole_number<std::int64_t>(j.at("features"));
         s.dense = j.at("dense").get<bool>();
-        s.edge_types = j.at("edge_types").get<std::int32_t>();
-        s.spectral_dims = j.at("spectral_dims").get<std::int64_t>();
+        s.edge_types = whole_number<std::int32_t>(j.at("edge_types"));
+        s.spectral_dims = whole_number<std::int64_t>(j.at("spectral_dims"));
         s.kind = static_cast<TargetKind>(index_of(kKinds, j.at("kind").get<std::string>(), where));
         s.level = static_cast<TargetLevel>(index_of(kLevels, j.at("level").get<std::string>(), where));
-        s.outputs = j.at("outputs").get<std::int32_t>();
-        s.nodes_per_sample = j.at("nodes_per_sample").get<std::int64_t>();
+        s.outputs = whole_number<std::int32_t>(j.at("outputs"));
+        s.nodes_per_sample = whole_number<std::int64_t>(j.at("nodes_per_sample"));
         s.names = j.at("names").get<std::vector<std::string>>();
         s.mean = j.at("mean").get<std::vector<double>>();
         s.deviation = j.at("deviation").get<std::vector<double>>();

@@ -1,4 +1,5 @@
 #include "engine/series_samples.h"
+#include "engine/json_fields.h"
 
 #include <algorithm>
 #include <charconv>
@@ -49,14 +50,14 @@ SeriesOptions series_options_from_json(const Json& j, const std::string& where) 
         const auto mode = std::find(std::begin(kModes), std::end(kModes), j.at("mode").get<std::string>());
         if (mode == std::end(kModes)) input_error("{}: its series have a mode of another version", where);
         o.mode = static_cast<SeriesMode>(mode - std::begin(kModes));
-        o.look_back = j.at("look_back").get<std::int64_t>();
-        o.horizon = j.at("horizon").get<std::int64_t>();
-        o.patch = j.at("patch").get<std::int64_t>();
-        o.stride = j.at("stride").get<std::int64_t>();
+        o.look_back = whole_number<std::int64_t>(j.at("look_back"));
+        o.horizon = whole_number<std::int64_t>(j.at("horizon"));
+        o.patch = whole_number<std::int64_t>(j.at("patch"));
+        o.stride = whole_number<std::int64_t>(j.at("stride"));
         o.instance_norm = j.at("instance_norm").get<bool>();
         o.path_edges = j.at("path_edges").get<bool>();
-        o.neighbours = j.at("neighbours").get<std::int64_t>();
-        o.spectral_dims = j.at("spectral_dims").get<std::int64_t>();
+        o.neighbours = whole_number<std::int64_t>(j.at("neighbours"));
+        o.spectral_dims = whole_number<std::int64_t>(j.at("spectral_dims"));
         return o;
     });
 }
@@ -76,15 +77,16 @@ TrainedSeries trained_series_from_json(const Json& j, const std::string& where) 
         t.channels = j.at("channels").get<std::vector<std::string>>();
         t.mean = j.at("mean").get<std::vector<double>>();
         t.deviation = j.at("deviation").get<std::vector<double>>();
-        t.step = j.at("step").get<std::int64_t>();
-        t.months = j.at("months").get<std::int64_t>();
-        t.train_until = j.at("train_until").get<std::int64_t>();
-        t.val_until = j.at("val_until").get<std::int64_t>();
+        t.step = whole_number<std::int64_t>(j.at("step"));
+        t.months = whole_number<std::int64_t>(j.at("months"));
+        t.train_until = whole_number<std::int64_t>(j.at("train_until"));
+        t.val_until = whole_number<std::int64_t>(j.at("val_until"));
         const auto channels = static_cast<std::int32_t>(t.channels.size());
         bool good = t.mean.size() == t.channels.size() && t.deviation.size() == t.channels.size() && channels > 0;
         for (const double d : t.deviation) good = good && d > 0;
         for (const Json& e : j.at("edges")) {
-            t.edges.push_back({e.at(0).get<std::int32_t>(), e.at(1).get<std::int32_t>(), e.at(2).get<float>()});
+            t.edges.push_back(
+                {whole_number<std::int32_t>(e.at(0)), whole_number<std::int32_t>(e.at(1)), e.at(2).get<float>()});
             const Edge& edge = t.edges.back();
             good = good && edge.from >= 0 && edge.from < edge.to && edge.to < channels && edge.weight > 0;
         }

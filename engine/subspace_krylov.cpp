@@ -76,7 +76,7 @@ double SubspaceSolver<Dev, A>::basis_residual(const RitzResult& ritz, std::int64
     rotate(x, Mat<const A>(basis_.data, n_, m, set_.basis), some_columns(ritz.q, m, first, columns), 1, 0);
     std::vector<double> theta(ritz.theta.begin() + first, ritz.theta.begin() + first + columns);
     if (set_.half > 0) {
-        polish(at, columns, ritz.theta[0], theta.back());
+        polish(at, columns, ritz.theta[0], theta.back(), theta);
         const RitzResult polished = ritz_of(at, columns);
         theta = polished.theta;
         rotate(x, image, polished.q, 1, 0);
@@ -177,7 +177,8 @@ void SubspaceSolver<Dev, A>::krylov() {
     if (columns > 0)
         rotate(panel(noisy ? v_ : p_, 0, columns), Mat<const A>(basis_.data, n_, rows, set_.basis),
                some_columns(ritz.q, rows, 0, columns), 1, 0);
-    if (noisy) polish(0, columns, lowest, ritz.theta[Size(columns - 1)]);
+    if (noisy)
+        polish(0, columns, lowest, ritz.theta[Size(columns - 1)], {ritz.theta.begin(), ritz.theta.begin() + columns});
     active_ = set_.block;
     rayleigh_ritz();
 }

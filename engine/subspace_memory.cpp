@@ -108,6 +108,11 @@ void SubspaceSolver<Dev, A>::upload() {
     for (Size l = 0; l < levels_.size(); ++l) {
         const SolverLevel<A>& level = levels_[l];
         DeviceLevel& d = device_[l];
+        if (level.matrix.equal_weight > 0) {
+            const bool normalised = level.matrix.kind == LaplacianKind::normalised;
+            d.half = normalised ? HalfOperator::walk : HalfOperator::degree;
+            d.half_weight = normalised ? 1 : double(level.matrix.equal_weight);
+        }
         put(d.matrix.offsets, level.matrix.offsets);
         put(d.matrix.columns, level.matrix.columns);
         put(d.matrix.values, level.matrix.values);

@@ -219,7 +219,7 @@ bool SubspaceSolver<Dev, A>::iterate(double tolerance, std::int64_t limit, const
         const double from = stalled ? high : cut;
         const std::int64_t degree = choose_degree(from, tolerance_now(tolerance), ratio);
         const double lowest = std::min(theta_.front(), from);
-        halved = !stalled && filter_long(first_active(), active_, from, degree, lowest, theta_.back());
+        halved = !stalled && filter_long(first_active(), active_, from, degree, lowest, theta_.back(), theta_);
         if (stalled) filter(first_active(), from, std::min(degree, kPolishDegree), lowest);
         rayleigh_ritz();
         if (level_ == 0) ++iterations_;
@@ -245,7 +245,7 @@ bool SubspaceSolver<Dev, A>::probe(double tolerance) {
     const double enough = std::acosh(30 * std::sqrt(double(n_))) / std::max(interval.rate(largest), 1e-9);
     const double growth = std::log(kUnseen<A>) / interval.rate(0);
     const double degree = std::min({double(kMostDegree<A>), std::max(enough, double(kLeastDegree)), growth});
-    filter_long(first, probes, cut, std::int64_t(degree) | 1, std::min(largest, cut), cut);
+    filter_long(first, probes, cut, std::int64_t(degree) | 1, std::min(largest, cut), cut, {});
     const bool whole = ritz_of(first, probes).theta[0] >= largest - margin;
     copy_columns(v_, first, p_, whole ? 0 : first, probes);
     return whole;

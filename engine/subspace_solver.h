@@ -23,9 +23,16 @@
 //
 // Half precision. Where a panel of X does not fit the cache even so, rows of half the length are worth more than digits:
 // long filters on the graph itself keep their vectors in f16 (SolverSettings::half), sums in f32. Each product leaves noise
-// of some 3e-4 in all directions alike. A short filter in f32 takes most of it away again, since most directions belong to
-// high eigenvalues; Rayleigh-Ritz, projections and residuals are in f32 as ever. A filter that leaves the range of f16 (an
-// eigenvalue far below what the block has seen) is repeated in f32, and so is the next one if residuals do not fall.
+// of some 3e-4 in all directions alike. A short filter takes most of it away again, since most directions belong to high
+// eigenvalues; Rayleigh-Ritz, projections and residuals are in f32 as ever. A filter that leaves the range of f16 (an
+// eigenvalue far below what the block has seen) is repeated in f32, and so is the next one if residuals do not fall. On
+// graphs with equal weights these products do not read the values (half_panel.h).
+//
+// Deviations. Of X with L X = X Theta + R, a filter p gives p(L) X = X p(Theta) + E, and E follows from R by the filter's own
+// recurrence: E_0 = 0, E_1 = alpha_1 R, E_k+1 = (alpha L + beta) E_k + gamma E_k-1 + alpha R p_k(Theta), where p_k+1 =
+// (alpha Theta + beta) p_k + gamma p_k-1. This is so for any diagonal Theta; where X are nearly Ritz vectors R and E are
+// small, so what half precision loses of E is little of X. Filters of Ritz vectors, that which removes noise among them,
+// need no product in f32 but L X.
 //
 // The result is checked for overlooked pairs: random columns, filtered in the complement of what was found, must not
 // come out with a Ritz value below the largest wanted one.
@@ -33,6 +40,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <span>
 
 #include "engine/arena.h"
 #include "engine/dense_eigen.h"
@@ -127,11 +135,15 @@ class SubspaceSolver {
         Vec<std::int32_t> group;
         Vec<A> group_scale;
         double upper = 0;
+        HalfOperator half = HalfOperator::weighted;  // of products in half precision
+        double half_weight = 1;                      // what they leave out
     };
     struct Lanczos {
         std::vector<double> values, weights;  // Ritz values of all runs, squared first components (mean over runs)
         double upper = 0;
     };
+    template <class>
+    struct HalfSteps;  // a template, so that no solver in double has them
     void lay_out(Arena&);
     void upload();
     Mat<A> panel(Vec<A> block, std::int64_t first, std::int64_t columns) const;
@@ -162,13 +174,19 @@ class SubspaceSolver {
     // filter_columns in f16: false if it left that range. Columns of v_ stay as they are.
     bool filter_half(std::int64_t first, std::int64_t columns, double cut, std::int64_t degree, double lowest);
     void filter_half_panel(Mat<A> from, Mat<A> to, double cut, std::int64_t degree, double lowest);
+    // The same for columns that are nearly Ritz vectors, with their values, almost without noise. Spends p_ and q_.
+    bool filter_deviations(std::int64_t first, const std::vector<double>& theta, double cut, std::int64_t degree,
+                           double lowest);
+    std::vector<double> filter_deviations_panel(Mat<A> deviations, std::span<const double> theta, double cut,
+                                                std::int64_t degree, double lowest);
     // Columns of v_ with Ritz values up to `last`, less the noise of half precision, to p_. lowest: of all pairs; if it is
-    // far below the others, can_polish() is false.
+    // far below the others, can_polish() is false. theta: about their values, or empty; then it is done in f32.
     bool can_polish(double lowest, double last) const;
-    void polish(std::int64_t first, std::int64_t columns, double lowest, double last);
-    // As filter_columns: in f16 and polished where that is worth it. Spends the columns of v_.
+    void polish(std::int64_t first, std::int64_t columns, double lowest, double last, const std::vector<double>& theta);
+    // As filter_columns: in f16 where that is worth it, by deviations from theta if given, else polished. Spends the
+    // columns of v_. False: in f32.
     bool filter_long(std::int64_t first, std::int64_t columns, double cut, std::int64_t degree, double lowest,
-                     double last);
+                     double last, const std::vector<double>& theta);
     std::int64_t choose_degree(double cut, double tolerance, double most_ratio) const;
     std::int64_t needed() const;
     double tolerance_now(double tolerance) const;

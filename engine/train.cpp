@@ -1,5 +1,6 @@
 // engine/train.cpp: the training loop and what surrounds it. One step itself: step.cpp.
 #include "engine/train.h"
+#include "engine/json_fields.h"
 
 #include <fmt/format.h>
 
@@ -140,7 +141,7 @@ void TrainingRun::restore(const Checkpoint& checkpoint) {
     step_ = meta.step;
     tokens_ = meta.tokens;
     try {
-        cursor_ = meta.data.at("cursor").get<std::int64_t>();
+        cursor_ = whole_number<std::int64_t>(meta.data.at("cursor"));
         const auto fingerprint = meta.data.at("fingerprint").get<std::string>();
         if (fingerprint != data_->info().fingerprint)
             input_error(
@@ -148,7 +149,7 @@ void TrainingRun::restore(const Checkpoint& checkpoint) {
                 data_->info().folder, checkpoint.folder());
         norms_.restore(meta.state.at("norms").get<std::vector<double>>());
         losses_.restore(meta.state.at("losses").get<std::vector<double>>());
-        skipped_ = meta.state.at("skipped").get<std::int64_t>();
+        skipped_ = whole_number<std::int64_t>(meta.state.at("skipped"));
         train_seconds_ = meta.state.at("train_seconds").get<double>();
         earlier_seconds_ = meta.state.at("run_seconds").get<double>();
     } catch (const nlohmann::json::exception& e) {

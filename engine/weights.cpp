@@ -1,4 +1,5 @@
 #include "engine/weights.h"
+#include "engine/json_fields.h"
 
 #include <algorithm>
 #include <array>
@@ -104,9 +105,9 @@ WeightTensor read_entry(const std::string& path, const Json& entry, const std::b
     try {
         t.name = entry.at("name").get<std::string>();
         t.dtype = entry.at("dtype").get<std::string>();
-        t.shape = entry.at("shape").get<std::vector<std::int64_t>>();
-        offset = entry.at("offset").get<std::int64_t>();
-        bytes = entry.at("bytes").get<std::int64_t>();
+        t.shape = whole_numbers<std::int64_t>(entry.at("shape"));
+        offset = whole_number<std::int64_t>(entry.at("offset"));
+        bytes = whole_number<std::int64_t>(entry.at("bytes"));
     } catch (const Json::exception&) {
         input_error("{}: is corrupt: tensor '{}' lacks a field of the table; copy it again", path, t.name);
     }

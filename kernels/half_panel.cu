@@ -6,6 +6,8 @@
 // is marked so, to leave the cache to X.
 #include <cuda_fp16.h>
 
+#include <algorithm>
+
 #include "kernels/common.cuh"
 #include "kernels/eigen_pieces.cuh"
 #include "kernels/half_panel.h"
@@ -78,7 +80,7 @@ __device__ inline std::uint32_t magnitude(float x) { return __float_as_uint(x) &
 
 // most[block][j]: the largest magnitude among the block's rows of column j, as bits. A thread has four columns.
 __global__ void __launch_bounds__(kPackThreads)
-    half_largest_kernel(const Mat<const float> x, int w, std::uint32_t* most) {
+    half_largest_kernel(const Mat<const float> x, const float* rows, int w, std::uint32_t* most) {
     __shared__ uint4 shared[kPackThreads];
     const int lanes = w / 4, column = int(threadIdx.x) % lanes * 4, room = int(x.cols) - column;
     const std::int64_t step = std::int64_t(gridDim.x) * (kPackThreads / lanes);
@@ -90,7 +92,8 @@ __global__ void __launch_bounds__(kPackThreads)
     for (std::int64_t row = (std::int64_t(blockIdx.x) * kPackThreads + threadIdx.x) / lanes; row < x.rows;
          row += step) {
         const float4 v = load_some(x.data + row * x.ld + column, room);
-        take(make_uint4(magnitude(v.x), magnitude(v.y), magnitude(v.z), magnitude(v.w)));
+        const float f = rows ? rows[row] : 1.f;
+        take(make_uint4(magnitude(v.x / f), magnitude(v.y / f), magnitude(v.z / f), magnitude(v.w / f)));
     }
     shared[threadIdx.x] = mine;
     __syncthreads();
@@ -116,27 +119,29 @@ __global__ void __launch_bounds__(kPackThreads)
 
 // A thread takes eight columns of a row.
 __global__ void __launch_bounds__(kPackThreads)
-    half_pack_kernel(uint4* y, const Mat<const float> x, int lanes, const float* scale) {
+    half_pack_kernel(uint4* y, const Mat<const float> x, int lanes, const float* scale, const float* rows) {
     const std::int64_t at = std::int64_t(blockIdx.x) * kPackThreads + threadIdx.x, row = at / lanes;
     if (row >= x.rows) return;
     const int column = int(at % lanes) * kLane, room = int(x.cols) - column;
     const float* from = x.data + row * x.ld + column;
     const float4 a = load_some(from, room), b = load_some(from + 4, room - 4);
+    const float f = rows ? rows[row] : 1.f;
     Lane r;
     const float values[kLane] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
-    for (int k = 0; k < kLane; ++k) r.v[k] = scale[column + k] * values[k];
+    for (int k = 0; k < kLane; ++k) r.v[k] = scale[column + k] * (values[k] / f);
     y[at] = r.rounded();
 }
 __global__ void __launch_bounds__(kPackThreads)
-    half_unpack_kernel(Mat<float> x, const uint4* y, int lanes, const float* scale) {
+    half_unpack_kernel(Mat<float> x, const uint4* y, int lanes, const float* scale, const float* rows) {
     const std::int64_t at = std::int64_t(blockIdx.x) * kPackThreads + threadIdx.x, row = at / lanes;
     if (row >= x.rows) return;
     const int column = int(at % lanes) * kLane, room = int(x.cols) - column;
+    const float f = rows ? rows[row] : 1.f;
     Lane r;
     r.add(1.f, __ldcs(y + at));
 #pragma unroll
-    for (int k = 0; k < kLane; ++k) r.v[k] *= 1.f / scale[column + k];  // a power of two
+    for (int k = 0; k < kLane; ++k) r.v[k] = f * (r.v[k] * (1.f / scale[column + k]));  // a power of two
     float* to = x.data + row * x.ld + column;
     store_some(to, make_float4(r.v[0], r.v[1], r.v[2], r.v[3]), room);
     store_some(to + 4, make_float4(r.v[4], r.v[5], r.v[6], r.v[7]), room - 4);
@@ -151,12 +156,14 @@ struct Args {
     const std::int64_t* offsets;
     const std::int32_t* columns;
     const float* values;
-    const uint4 *x, *z;
+    const uint4 *x, *z, *r;
     uint4* y;
     std::int64_t rows;
+    HalfOperator l;
     float alpha, beta, gamma;
     bool skip_long;
     unsigned piece_blocks;
+    float delta[kHalfPanelMost];
 };
 struct Pieces {
     const std::int32_t *rows, *first;
@@ -175,7 +182,7 @@ __device__ inline uint4 load_if_less(int i, int n, const uint4* p) {
 }
 
 // The sum over entries [begin, begin + count), of this lane's columns, in every slot of the group. x: at these columns.
-template <int kLanes, int kSlots, int kRun>
+template <bool kWeighted, int kLanes, int kSlots, int kRun>
 __device__ inline Lane sum_entries(const Args& a, const uint4* x, std::int64_t begin, int count) {
     const std::int32_t* columns = a.columns + begin;
     const float* values = a.values + begin;
@@ -188,37 +195,48 @@ __device__ inline Lane sum_entries(const Args& a, const uint4* x, std::int64_t b
         for (int u = 0; u < kRun; ++u) {
             const int e = first + u * kSlots;
             column[u] = e < count ? __ldcs(columns + e) : 0;
-            value[u] = e < count ? __ldcs(values + e) : 0.f;
+            if (kWeighted) value[u] = e < count ? __ldcs(values + e) : 0.f;
         }
         uint4 row[kRun];
 #pragma unroll
         for (int u = 0; u < kRun; ++u)
             row[u] = load_if_less(first + u * kSlots, count, x + std::int64_t(column[u]) * kLanes);
 #pragma unroll
-        for (int u = 0; u < kRun; ++u) sum.add(value[u], row[u]);
+        for (int u = 0; u < kRun; ++u) sum.add(kWeighted ? value[u] : 1.f, row[u]);
     }
     sum.add_lanes<kLanes, kLanes * kSlots>();
     return sum;
 }
-// at: of row and lane.
-__device__ inline void finish_row(const Args& a, std::int64_t at, const Lane& sum) {
+template <int kLanes>
+__device__ inline void finish_row(const Args& a, std::int64_t row, int lane, const Lane& sum) {
+    const std::int64_t at = row * kLanes + lane;
+    const HalfRow f = half_row(a.l, a.alpha, a.beta, a.offsets[row + 1] - a.offsets[row]);
     Lane y;
 #pragma unroll
-    for (int k = 0; k < kLane; ++k) y.v[k] = a.alpha * sum.v[k];
-    if (a.beta != 0.f) y.add(a.beta, __ldg(a.x + at));
+    for (int k = 0; k < kLane; ++k) y.v[k] = f.sum * sum.v[k];
+    if (f.own != 0.f) y.add(f.own, __ldg(a.x + at));
     if (a.gamma != 0.f) y.add(a.gamma, __ldcs(a.z + at));
+    if (a.r) {
+        Lane r;
+        r.add(1.f, __ldcs(a.r + at));
+#pragma unroll
+        for (int l = 0; l < kLanes; ++l)  // places in the arguments are constants
+            if (l == lane)
+#pragma unroll
+                for (int k = 0; k < kLane; ++k) y.v[k] = fmaf(a.delta[l * kLane + k], r.v[k], y.v[k]);
+    }
     __stcs(a.y + at, y.rounded());
 }
 
-template <int kLanes, int kSlots, int kRun>
+template <bool kWeighted, int kLanes, int kSlots, int kRun>
 __global__ void __launch_bounds__(kThreads, kRun > 4 ? 8 : 10) half_apply_kernel(const Args a, const Pieces p) {
     constexpr int kGroup = kLanes * kSlots;
     const int lane = int(threadIdx.x) % kLanes;
     if (blockIdx.x < a.piece_blocks) {
         const int piece = int((blockIdx.x * kThreads + threadIdx.x) / kWarp);
         if (piece >= p.count) return;  // whole warps
-        const Lane sum = sum_entries<kLanes, kWarp / kLanes, kRun>(a, a.x + lane, p.begin[piece],
-                                                                   int(p.end[piece] - p.begin[piece]));
+        const Lane sum = sum_entries<kWeighted, kLanes, kWarp / kLanes, kRun>(a, a.x + lane, p.begin[piece],
+                                                                              int(p.end[piece] - p.begin[piece]));
         if (int(threadIdx.x) % kWarp >= kLanes) return;
         float* to = p.sums + (std::int64_t(piece) * kLanes + lane) * kLane;
         *reinterpret_cast<float4*>(to) = make_float4(sum.v[0], sum.v[1], sum.v[2], sum.v[3]);
@@ -229,8 +247,8 @@ __global__ void __launch_bounds__(kThreads, kRun > 4 ? 8 : 10) half_apply_kernel
     const bool inside = row < a.rows;
     const std::int64_t begin = inside ? a.offsets[row] : 0, length = inside ? a.offsets[row + 1] - begin : 0;
     const bool left_out = a.skip_long && length > kLaplacianPiece;
-    const Lane sum = sum_entries<kLanes, kSlots, kRun>(a, a.x + lane, begin, left_out ? 0 : int(length));
-    if (inside && !left_out && int(threadIdx.x) % kGroup < kLanes) finish_row(a, row * kLanes + lane, sum);
+    const Lane sum = sum_entries<kWeighted, kLanes, kSlots, kRun>(a, a.x + lane, begin, left_out ? 0 : int(length));
+    if (inside && !left_out && int(threadIdx.x) % kGroup < kLanes) finish_row<kLanes>(a, row, lane, sum);
 }
 
 // A block for each long row: kSummers groups add a run of its pieces each, the first group adds the runs.
@@ -251,14 +269,16 @@ __global__ void __launch_bounds__(kSummers* kLanes) half_totals_kernel(const Arg
     for (int g = 1; g < kSummers; ++g)
 #pragma unroll
         for (int k = 0; k < kLane; ++k) sum.v[k] += shared[g][lane][k];
-    finish_row(a, std::int64_t(p.rows[blockIdx.x]) * kLanes + lane, sum);
+    finish_row<kLanes>(a, p.rows[blockIdx.x], lane, sum);
 }
 
 template <int kLanes, int kSlots, int kRun>
 void launch_apply(cudaStream_t stream, Args a, const Pieces& p, unsigned long_rows) {
     a.piece_blocks = unsigned(ceil_div(p.count, kThreads / kWarp));
     const auto row_blocks = unsigned(ceil_div(a.rows, std::int64_t(kThreads / (kLanes * kSlots))));
-    half_apply_kernel<kLanes, kSlots, kRun><<<a.piece_blocks + row_blocks, kThreads, 0, stream>>>(a, p);
+    const auto kernel = a.l == HalfOperator::weighted ? half_apply_kernel<true, kLanes, kSlots, kRun>
+                                                      : half_apply_kernel<false, kLanes, kSlots, kRun>;
+    kernel<<<a.piece_blocks + row_blocks, kThreads, 0, stream>>>(a, p);
     LAUNCH_CHECK("half_apply");
     if (long_rows == 0) return;
     half_totals_kernel<kLanes><<<long_rows, kSummers * kLanes, 0, stream>>>(a, p);
@@ -277,6 +297,7 @@ struct DeflateArgs {
     const std::int64_t* offsets;
     std::int64_t components, pieces;
     double* sums;  // [slots, w]
+    bool walk;
 };
 
 template <int kLanes>
@@ -284,7 +305,7 @@ __device__ inline void subtract(const DeflateArgs& a, const PieceRows& p, const 
     const int lane = int(threadIdx.x) % kLanes;
 #pragma unroll 4
     for (std::int64_t row = p.begin + int(threadIdx.x) % kWarp / kLanes; row < p.end; row += kWarp / kLanes) {
-        const float v = a.v[row];
+        const float v = a.walk ? 1.f : a.v[row];
         Lane x;
         x.add(1.f, a.x[row * kLanes + lane]);
 #pragma unroll
@@ -304,7 +325,7 @@ __global__ void __launch_bounds__(kDeflateThreads) half_project_kernel(const Def
     Lane sum;
 #pragma unroll 4
     for (std::int64_t row = p.begin + int(threadIdx.x) % kWarp / kLanes; row < p.end; row += kWarp / kLanes)
-        sum.add(a.v[row], a.x[row * kLanes + lane]);
+        sum.add(a.walk ? a.v[row] * a.v[row] : a.v[row], a.x[row * kLanes + lane]);
     sum.add_lanes<kLanes, kWarp>();
     if (p.whole) {
         subtract<kLanes>(a, p, sum);
@@ -352,13 +373,13 @@ void half_pack(const Cuda& d, const HalfPack& p) {
     if (!p.keep_scale) {
         FIEDLER_REQUIRE("half_panel", is_scratch(p.scratch, half_pack_scratch(w)));
         auto* most = reinterpret_cast<std::uint32_t*>(p.scratch.data);
-        half_largest_kernel<<<unsigned(kHalfPackBlocks), kPackThreads, 0, stream>>>(p.x, int(w), most);
+        half_largest_kernel<<<unsigned(kHalfPackBlocks), kPackThreads, 0, stream>>>(p.x, p.rows.data, int(w), most);
         LAUNCH_CHECK("half_largest");
         half_scale_kernel<<<1, kPackThreads, 0, stream>>>(most, int(kHalfPackBlocks), int(w), p.scale.data);
         LAUNCH_CHECK("half_scale");
     }
     const auto blocks = unsigned(ceil_div(n * w / kLane, std::int64_t(kPackThreads)));
-    half_pack_kernel<<<blocks, kPackThreads, 0, stream>>>(packed(p.y), p.x, int(w) / kLane, p.scale.data);
+    half_pack_kernel<<<blocks, kPackThreads, 0, stream>>>(packed(p.y), p.x, int(w) / kLane, p.scale.data, p.rows.data);
     LAUNCH_CHECK("half_pack");
 }
 
@@ -367,7 +388,8 @@ void half_unpack(const Cuda& d, const HalfUnpack& p) {
     const std::int64_t n = p.x.rows, w = p.y.cols;
     FIEDLER_REQUIRE("half_panel", is_aligned16(p.x) && n >= 1);
     const auto blocks = unsigned(ceil_div(n * w / kLane, std::int64_t(kPackThreads)));
-    half_unpack_kernel<<<blocks, kPackThreads, 0, stream_of(d)>>>(p.x, packed(p.y), int(w) / kLane, p.scale.data);
+    half_unpack_kernel<<<blocks, kPackThreads, 0, stream_of(d)>>>(p.x, packed(p.y), int(w) / kLane, p.scale.data,
+                                                                  p.rows.data);
     LAUNCH_CHECK("half_unpack");
 }
 
@@ -378,8 +400,10 @@ void half_apply(const Cuda& d, const HalfApply& p) {
     FIEDLER_REQUIRE("half_panel", long_rows == 0 || is_shape(l.long_rows.first, long_rows + 1));
     FIEDLER_REQUIRE("half_panel", long_rows == 0 || is_shape(l.long_rows.end, pieces));
     FIEDLER_REQUIRE("half_panel", long_rows == 0 || is_scratch(p.scratch, laplacian_scratch_elements(pieces, w)));
-    const Args a{l.offsets.data, l.columns.data, l.values.data, packed(p.x), packed(p.z),   packed(p.y),
-                 l.rows,         p.alpha,        p.beta,        p.gamma,     long_rows > 0, 0};
+    Args a{l.offsets.data, l.columns.data, l.values.data, packed(p.x), packed(p.z),
+           packed(p.r),    packed(p.y),    l.rows,        p.l,         p.alpha,
+           p.beta,         p.gamma,        long_rows > 0, 0,           {}};
+    std::copy(p.delta.begin(), p.delta.end(), a.delta);
     const Pieces q{l.long_rows.rows.data, l.long_rows.first.data, l.long_rows.begin.data, l.long_rows.end.data,
                    int(pieces),           p.scratch.data};
     const cudaStream_t stream = stream_of(d);
@@ -395,7 +419,8 @@ void half_deflate(const Cuda& d, const HalfDeflate& p) {
     check(p);
     const std::int64_t n = p.x.rows, w = p.x.cols, components = p.offsets.size - 1;
     FIEDLER_REQUIRE("half_panel", n >= 1 && is_scratch(p.scratch, eigen_deflate_scratch(n, w, components)));
-    const DeflateArgs a{packed(p.x), p.v.data, p.offsets.data, components, n / kPiece + components, p.scratch.data};
+    const DeflateArgs a{packed(p.x),    p.v.data, p.offsets.data, components, n / kPiece + components,
+                        p.scratch.data, p.walk};
     const cudaStream_t stream = stream_of(d);
     if (w == 8)
         launch_deflate<1>(stream, a, n);

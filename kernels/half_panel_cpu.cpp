@@ -14,7 +14,7 @@
 namespace fiedler {
 namespace {
 
-constexpr std::int64_t kMost = 32, kChunk = 1024;  // columns; rows of a piece of work
+constexpr std::int64_t kMost = kHalfPanelMost, kChunk = 1024;  // columns; rows of a piece of work
 using Row = std::array<float, kMost>;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -41,6 +41,8 @@ void store(f16* y, const Row& row, std::int64_t w) {
 #endif
 }
 
+float row_factor(const Vec<const float>& rows, std::int64_t i) { return rows ? rows.data[i] : 1.f; }
+
 void find_scale(const Cpu& d, const HalfPack& p) {
     const std::int64_t n = p.x.rows, m = p.x.cols, w = p.y.cols, chunks = ceil_div(n, kChunk);
     std::vector<std::uint32_t> most(std::size_t(chunks * w), 0);
@@ -48,7 +50,8 @@ void find_scale(const Cpu& d, const HalfPack& p) {
         std::uint32_t* mine = most.data() + c * w;
         for (std::int64_t i = c * kChunk; i < std::min((c + 1) * kChunk, n); ++i)
             for (std::int64_t j = 0; j < m; ++j)
-                mine[j] = std::max(mine[j], std::bit_cast<std::uint32_t>(p.x.row(i)[j]) & 0x7fffffffu);
+                mine[j] = std::max(mine[j],
+                                   std::bit_cast<std::uint32_t>(p.x.row(i)[j] / row_factor(p.rows, i)) & 0x7fffffffu);
     });
     for (std::int64_t j = 0; j < w; ++j) {
         std::uint32_t largest = 0;
@@ -63,7 +66,7 @@ std::array<double, kMost> projection(const HalfDeflate& p, std::int64_t first, s
     for (std::int64_t r = first; r < last; r += kEigenDeflatePiece) {
         Row sum{};
         for (std::int64_t i = r; i < std::min(r + kEigenDeflatePiece, last); ++i)
-            add(sum, p.v.data[i], p.x.row(i), p.x.cols);
+            add(sum, p.walk ? p.v.data[i] * p.v.data[i] : p.v.data[i], p.x.row(i), p.x.cols);
         for (std::size_t j = 0; j < std::size_t(kMost); ++j) total[j] += double(sum[j]);
     }
     return total;
@@ -72,7 +75,7 @@ void subtract(const HalfDeflate& p, std::int64_t first, std::int64_t last, const
     for (std::int64_t i = first; i < last; ++i)
         for (std::int64_t j = 0; j < p.x.cols; ++j) {
             f16& x = p.x.row(i)[j];
-            x = f16(float(x) - p.v.data[i] * float(total[std::size_t(j)]));
+            x = f16(float(x) - (p.walk ? 1.f : p.v.data[i]) * float(total[std::size_t(j)]));
         }
 }
 
@@ -83,14 +86,16 @@ void half_pack(const Cpu& d, const HalfPack& p) {
     if (!p.keep_scale) find_scale(d, p);
     const std::int64_t m = p.x.cols, w = p.y.cols;
     parallel_for(d, p.x.rows, [&](std::int64_t i) {
-        for (std::int64_t j = 0; j < w; ++j) p.y.row(i)[j] = f16(j < m ? p.scale.data[j] * p.x.row(i)[j] : 0.f);
+        const float v = row_factor(p.rows, i);
+        for (std::int64_t j = 0; j < w; ++j) p.y.row(i)[j] = f16(j < m ? p.scale.data[j] * (p.x.row(i)[j] / v) : 0.f);
     });
 }
 
 void half_unpack(const Cpu& d, const HalfUnpack& p) {
     check(p);
     parallel_for(d, p.x.rows, [&](std::int64_t i) {
-        for (std::int64_t j = 0; j < p.x.cols; ++j) p.x.row(i)[j] = float(p.y.row(i)[j]) / p.scale.data[j];
+        const float v = row_factor(p.rows, i);
+        for (std::int64_t j = 0; j < p.x.cols; ++j) p.x.row(i)[j] = v * (float(p.y.row(i)[j]) / p.scale.data[j]);
     });
 }
 
@@ -98,14 +103,19 @@ void half_apply(const Cpu& d, const HalfApply& p) {
     check(p);
     constexpr std::int64_t kRows = 256;
     const std::int64_t n = p.matrix.rows, w = p.x.cols;
+    const bool weighted = p.l == HalfOperator::weighted;
     parallel_for_uneven(d, ceil_div(n, kRows), [&](std::int64_t c) {
         for (std::int64_t i = c * kRows; i < std::min((c + 1) * kRows, n); ++i) {
             Row sum{}, y{};
-            for (std::int64_t e = p.matrix.offsets.data[i]; e < p.matrix.offsets.data[i + 1]; ++e)
-                add(sum, p.matrix.values.data[e], p.x.row(p.matrix.columns.data[e]), w);
-            for (std::int64_t j = 0; j < w; ++j) y[std::size_t(j)] = p.alpha * sum[std::size_t(j)];
-            if (p.beta != 0) add(y, p.beta, p.x.row(i), w);
+            const std::int64_t begin = p.matrix.offsets.data[i], end = p.matrix.offsets.data[i + 1];
+            for (std::int64_t e = begin; e < end; ++e)
+                add(sum, weighted ? p.matrix.values.data[e] : 1.f, p.x.row(p.matrix.columns.data[e]), w);
+            const HalfRow f = half_row(p.l, p.alpha, p.beta, end - begin);
+            for (std::int64_t j = 0; j < w; ++j) y[std::size_t(j)] = f.sum * sum[std::size_t(j)];
+            if (f.own != 0) add(y, f.own, p.x.row(i), w);
             if (p.gamma != 0) add(y, p.gamma, p.z.row(i), w);
+            for (std::int64_t j = 0; p.r && j < w; ++j)
+                y[std::size_t(j)] += p.delta[std::size_t(j)] * float(p.r.row(i)[j]);
             store(p.y.row(i), y, w);
         }
     });

@@ -41,13 +41,14 @@ struct Packed16 {
 };
 template <class Dev>
 Packed16 pack_and_unpack(const Dev& d, const Values& values, std::int64_t n, std::int64_t m, std::int64_t w, bool apart,
-                         const std::vector<float>& given = {}) {
+                         const std::vector<float>& given = {}, const std::vector<float>& units = {}) {
     const Panel<float, Dev> x(d, n, m, place_for(m, apart), values), back(d, n, m, place_for(m, !apart));
     const Buffer<f16, Dev> y(d, std::size_t(n * w));
     const Buffer<float, Dev> scale(d, given.empty() ? std::vector<float>(std::size_t(w), -1.f) : given);
-    const Buffer<float, Dev> space(d, scratch(d, half_pack_scratch(w)));
-    half_pack(d, HalfPack{y.mat(n, w), x.mat(), scale.vec(), !given.empty(), space.vec()});
-    half_unpack(d, HalfUnpack{back.mat(), y.mat(n, w), scale.vec()});
+    const Buffer<float, Dev> space(d, scratch(d, half_pack_scratch(w))), v(d, units);
+    const Vec<const float> rows = units.empty() ? Vec<const float>() : Vec<const float>(v.vec());
+    half_pack(d, HalfPack{y.mat(n, w), x.mat(), scale.vec(), !given.empty(), space.vec(), rows});
+    half_unpack(d, HalfUnpack{back.mat(), y.mat(n, w), scale.vec(), rows});
     EXPECT_EQ(x.values().size(), values.size());  // and the columns of others are as they were
     return {y.host(), scale.host(), back.values()};
 }
@@ -96,6 +97,27 @@ void check_packing(const Dev& d) {
         }
 }
 
+// In units of each row: the panel is that of the quotients, and what comes back has the units again.
+template <class Dev>
+void check_units(const Dev& d) {
+    for (const std::int64_t n : {1, 5, 1000, 70000})
+        for (const std::int64_t m : {3, 8, 14, 32}) {
+            const std::int64_t w = half_panel_width(m);
+            SCOPED_TRACE(testing::Message() << n << " x " << m);
+            const Values x = round_to<float>(random_values(std::size_t(n * m), 7));
+            const std::vector<float> v = to<float>(random_uniform(std::size_t(n), 9, 1e-3, 2));
+            Values quotients = x;
+            for (std::int64_t k = 0; k < n * m; ++k)
+                quotients[std::size_t(k)] = double(float(x[std::size_t(k)]) / v[std::size_t(k / m)]);
+            const Packed16 got = pack_and_unpack(d, x, n, m, w, true, {}, v);
+            const Packed16 plain = pack_and_unpack(d, quotients, n, m, w, true);
+            EXPECT_EQ(got.scale, plain.scale);
+            EXPECT_EQ(bits(got.y), bits(plain.y));
+            for (std::int64_t k = 0; k < n * m; ++k)
+                ASSERT_EQ(got.back[std::size_t(k)], double(v[std::size_t(k / m)] * float(plain.back[std::size_t(k)])));
+        }
+}
+
 // ---- apply -----------------------------------------------------------------------------------------------------------
 
 struct Problem {
@@ -103,8 +125,11 @@ struct Problem {
     std::vector<std::int64_t> offsets{0};
     std::vector<std::int32_t> columns;
     Values values;
-    Halves x, z;
+    Halves x, z, r;
     float alpha = 0.75f, beta = -1.25f, gamma = -0.5f;
+    HalfOperator l = HalfOperator::weighted;
+    bool deviations = false;  // R diag(delta) is added
+    static float delta(std::int64_t j) { return 0.25f - 0.03125f * float(j); }
     // Rows of 0 to 2 mean entries, but those listed: (row, entries). Columns may repeat, as long rows need.
     Problem(std::int64_t rows, std::int64_t width, std::int64_t mean,
             const std::vector<std::pair<std::int64_t, std::int64_t>>& longer = {})
@@ -114,7 +139,7 @@ struct Problem {
         for (const auto count : counts) offsets.push_back(offsets.back() + count);
         columns = random_ints(std::size_t(offsets.back()), 4, 0, std::int32_t(n));
         values = round_to<float>(random_values(columns.size(), 5));
-        x = random_halves(n * w, 6, 100), z = random_halves(n * w, 7, 100);
+        x = random_halves(n * w, 6, 100), z = random_halves(n * w, 7, 100), r = random_halves(n * w, 8, 100);
     }
 };
 template <class Dev>
@@ -127,14 +152,17 @@ Halves run(const Dev& d, const Problem& p, bool alias = true) {
     const Buffer<std::int64_t, Dev> begin(d, r.begin), end(d, r.end);
     const auto pieces = std::int64_t(r.begin.size());
     const Buffer<float, Dev> space(d, std::size_t(laplacian_scratch_elements(pieces, p.w)));
-    const Buffer<f16, Dev> x(d, p.x), z(d, p.z), out(d, p.x.size());
+    const Buffer<f16, Dev> x(d, p.x), z(d, p.z), r16(d, p.r), out(d, p.x.size());
     const Buffer<f16, Dev>& y = alias ? z : out;
     HalfApply a;
     a.y = y.mat(p.n, p.w), a.x = x.mat(p.n, p.w);
     if (p.gamma != 0) a.z = z.mat(p.n, p.w);
     a.matrix = {p.n, offsets.vec(), columns.vec(), values.vec(), {}};
     if (pieces > 0) a.matrix.long_rows = {rows.vec(), first.vec(), begin.vec(), end.vec()}, a.scratch = space.vec();
-    a.alpha = p.alpha, a.beta = p.beta, a.gamma = p.gamma;
+    a.alpha = p.alpha, a.beta = p.beta, a.gamma = p.gamma, a.l = p.l;
+    if (p.l != HalfOperator::weighted) a.matrix.values = {};  // nobody reads them
+    if (p.deviations) a.r = r16.mat(p.n, p.w);
+    for (std::int64_t j = 0; p.deviations && j < p.w; ++j) a.delta[std::size_t(j)] = p.delta(j);
     half_apply(d, a);
     return y.host();
 }
@@ -148,8 +176,14 @@ void expect_product(const Halves& got, const Problem& p) {
             };
             const auto add = [&](double term) { sum += term, size += std::fabs(term); };
             const std::int64_t begin = p.offsets[std::size_t(i)], end = p.offsets[std::size_t(i) + 1];
-            for (std::int64_t e = begin; e < end; ++e)
-                add(double(p.alpha) * p.values[std::size_t(e)] * at(p.x, p.columns[std::size_t(e)]));
+            const double degree = double(end - begin - 1);  // one entry is taken for the diagonal's
+            const double share = p.l == HalfOperator::degree ? 1 : degree > 0 ? 1 / degree : 0;
+            for (std::int64_t e = begin; e < end; ++e) {
+                const double value = p.l == HalfOperator::weighted ? p.values[std::size_t(e)] : -share;
+                add(double(p.alpha) * value * at(p.x, p.columns[std::size_t(e)]));
+            }
+            if (p.l != HalfOperator::weighted) add(double(p.alpha) * share * (degree + 1) * at(p.x, i));
+            if (p.deviations) add(double(p.delta(j)) * at(p.r, i));
             add(double(p.beta) * at(p.x, i));
             add(double(p.gamma) * at(p.z, i));
             const double additions = std::min(double(end - begin), double(kLaplacianPiece)) + 220;
@@ -176,11 +210,15 @@ void check_products(const Dev& d) {
                 }
         const std::vector<std::pair<std::int64_t, std::int64_t>> longer = {
             {0, 513}, {3, 512}, {17, 511}, {18, 1024}, {19, 1025}, {20, 0}, {350, 30000}, {699, 5000}};
-        const Problem p(700, w, 12, longer);
-        SCOPED_TRACE(testing::Message() << "long rows x " << w);
-        const Halves got = run(d, p);
-        expect_product(got, p);
-        EXPECT_EQ(bits(run(d, p)), bits(got));
+        Problem p(700, w, 12, longer);
+        for (const bool deviations : {false, true})
+            for (const HalfOperator l : {HalfOperator::weighted, HalfOperator::walk, HalfOperator::degree}) {
+                SCOPED_TRACE(testing::Message() << "long rows x " << w << ", operator " << int(l) << deviations);
+                p.l = l, p.deviations = deviations, p.alpha = l == HalfOperator::degree ? 1e-5f : 0.75f;
+                const Halves got = run(d, p);
+                expect_product(got, p);
+                EXPECT_EQ(bits(run(d, p)), bits(got));
+            }
     }
 }
 // Too large becomes an infinity, and stays one or a NaN: that is how a filter that leaves the range is found out.
@@ -201,10 +239,11 @@ void check_overflow(const Dev& d) {
 
 struct DeflateCase {
     std::int64_t n = 0, w;
+    bool walk;
     Sizes offsets{0};
     Halves x;
     Values v;
-    DeflateCase(const Sizes& sizes, std::int64_t width) : w(width) {
+    DeflateCase(const Sizes& sizes, std::int64_t width, bool in_units = false) : w(width), walk(in_units) {
         for (const auto size : sizes) offsets.push_back(offsets.back() + size);
         n = offsets.back();
         x = random_halves(n * w, 1, 100);
@@ -222,7 +261,7 @@ Halves run(const Dev& d, const DeflateCase& p) {
     const Buffer<float, Dev> v(d, to<float>(p.v));
     const Buffer<std::int64_t, Dev> offsets(d, p.offsets);
     const Buffer<double, Dev> space(d, scratch(d, eigen_deflate_scratch(p.n, p.w)));
-    half_deflate(d, HalfDeflate{x.mat(p.n, p.w), v.vec(), offsets.vec(), space.vec()});
+    half_deflate(d, HalfDeflate{x.mat(p.n, p.w), v.vec(), offsets.vec(), space.vec(), p.walk});
     return x.host();
 }
 template <class Dev>
@@ -232,9 +271,10 @@ void check_deflate(const Dev& d) {
     cases.push_back({2 * piece, 2 * piece + 1, piece + 1, piece, 2 * piece - 1});
     cases.push_back({1, 300, piece, 1, 1000, 5, 20000, 2, 5000});
     for (const Sizes& sizes : cases)
-        for (const std::int64_t w : {8, 16, 32}) {
-            const DeflateCase p(sizes, w);
-            SCOPED_TRACE(testing::Message() << sizes.size() << " components, " << p.n << " x " << w);
+        for (const std::int64_t width : {8, 16, 32, -16}) {
+            const std::int64_t w = std::abs(width);
+            const DeflateCase p(sizes, w, width < 0);
+            SCOPED_TRACE(testing::Message() << sizes.size() << " components, " << p.n << " x " << w << p.walk);
             const Halves got = run(d, p);
             EXPECT_EQ(bits(run(d, p)), bits(got));
             for (std::size_t c = 0; c + 1 < p.offsets.size(); ++c)
@@ -244,11 +284,12 @@ void check_deflate(const Dev& d) {
                         return double(float(h[std::size_t(i * w + j)]));
                     };
                     for (std::int64_t i = p.offsets[c]; i < p.offsets[c + 1]; ++i) {
-                        sum += p.v[std::size_t(i)] * at(p.x, i);
-                        size += std::fabs(p.v[std::size_t(i)] * at(p.x, i));
+                        const double v = p.v[std::size_t(i)];
+                        sum += (p.walk ? v * v : v) * at(p.x, i);
+                        size += std::fabs((p.walk ? v * v : v) * at(p.x, i));
                     }
                     for (std::int64_t i = p.offsets[c]; i < p.offsets[c + 1]; ++i) {
-                        const double v = p.v[std::size_t(i)], x = at(p.x, i), expected = x - v * sum;
+                        const double v = p.walk ? 1 : p.v[std::size_t(i)], x = at(p.x, i), expected = x - v * sum;
                         const double f32 =
                             0x1p-24 * (v * double(piece) * size + 2 * (std::fabs(x) + v * std::fabs(sum)));
                         ASSERT_LE(std::fabs(at(got, i) - expected), half_unit(std::fabs(expected) + f32) + f32) << i;
@@ -258,6 +299,7 @@ void check_deflate(const Dev& d) {
 }
 
 TEST(HalfPanel, PackScalesByPowersOfTwo) { check_packing(Cpu{}); }
+TEST(HalfPanel, UnitsOfRows) { check_units(Cpu{}); }
 TEST(HalfPanel, ProductsMatchDouble) { check_products(Cpu{}); }
 TEST(HalfPanel, OverflowShows) { check_overflow(Cpu{}); }
 TEST(HalfPanel, DeflateMatchesDouble) { check_deflate(Cpu{}); }
@@ -292,6 +334,7 @@ TEST(HalfPanel, BrokenContractThrows) {
 TEST(HalfPanel, GpuPackScalesByPowersOfTwo) {
     FIEDLER_GPU_OR_SKIP();
     check_packing(gpu());
+    check_units(gpu());
 }
 TEST(HalfPanel, GpuProductsMatchDouble) {
     FIEDLER_GPU_OR_SKIP();
