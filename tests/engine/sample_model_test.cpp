@@ -173,13 +173,14 @@ SampleBatch random_batch(const SampleShape& s, const std::vector<std::int32_t>& 
 }
 
 std::unique_ptr<DoubleRunner> make_runner(const Problem& p, Recompute recompute = Recompute::none,
-                                          AttentionChoice attention = AttentionChoice::automatic) {
+                                          AttentionChoice attention = AttentionChoice::automatic, bool framed = false) {
     const ModelSpec spec = model_spec(p.config, p.shape, 16);
     RunPlan plan;
     plan.recompute = recompute;
     plan.attention = attention;
     plan.training = true;
-    return std::make_unique<DoubleRunner>(std::make_unique<Cpu>(), spec, SampleCapacity{40, 8, 400, 400}, plan, 0);
+    return std::make_unique<DoubleRunner>(std::make_unique<Cpu>(), spec, SampleCapacity{40, 8, 400, 400}, plan, 0,
+                                          framed);
 }
 
 // Initial values with everything moved, so that every gradient is alive; padding stays 0.
@@ -292,6 +293,71 @@ TEST_P(SampleBatches, AloneAndInABatchAreEqualBitForBit) {
         EXPECT_EQ(together.known, known);
         EXPECT_NEAR(together.sum, sum, 1e-9 * std::abs(sum));
     }
+}
+
+// What the GPU's frames add (sample_batch.h) changes neither predictions nor, but for the rounding of sums over more rows,
+// gradients; and the shape of a batch is that of every other.
+TEST_P(SampleBatches, AFrameIsNotSeen) {
+    const Problem p = problem_of(GetParam());
+    const auto plain = make_runner(p, GetParam().recompute),
+               framed = make_runner(p, GetParam().recompute, AttentionChoice::automatic, true);
+    set_lively_values(*plain, 3), set_lively_values(*framed, 3);
+    const SampleDraw draw{true, 17};
+    std::vector<double> want, got;
+    std::vector<std::vector<std::int32_t>> batches = {p.sizes, {p.sizes[0]}};
+    if (p.shape.nodes_per_sample == 0) batches.push_back({1, 1, 1, 1, 1, 1, 1, 1});
+    for (const std::vector<std::int32_t>& sizes : batches) {
+        const SampleBatch b = random_batch(p.shape, sizes, 4);
+        const SampleLoss without = plain->evaluate(b), with = framed->evaluate(b);
+        EXPECT_EQ(with.predictions, without.predictions);
+        EXPECT_EQ(with.known, without.known);
+        EXPECT_EQ(with.rows, without.rows);
+        EXPECT_NEAR(with.sum, without.sum, 1e-12 * std::abs(without.sum));
+        if (without.known == 0) continue;
+        const double loss = plain->loss_and_gradients(b, draw, want);
+        EXPECT_NEAR(framed->loss_and_gradients(b, draw, got), loss, 1e-12 * std::abs(loss));
+        double largest = 0;
+        for (const double g : want) largest = std::max(largest, std::abs(g));
+        for (std::size_t i = 0; i < want.size(); ++i) ASSERT_NEAR(got[i], want[i], 1e-12 * largest) << i;
+    }
+}
+
+// Sizes of all that a kernel could choose its launch by.
+std::vector<std::int64_t> sizes_of(const DeviceBatch& b) {
+    const DeviceSamples& s = *b.samples;
+    return {b.seq.tokens,
+            b.seq.count,
+            s.feature_offsets.size,
+            s.feature_columns.size,
+            s.by_feature_offsets.size,
+            s.feature_nodes.size,
+            s.graph.offsets.size,
+            s.graph.columns.size,
+            s.classes.size,
+            s.targets.rows};
+}
+
+TEST_P(SampleBatches, FramedBatchesHaveOneShapeAndOnePlace) {
+    const Problem p = problem_of(GetParam());
+    const BatchLayout<float> layout(model_spec(p.config, p.shape, 16), {40, 8, 400, 400}, true, true);
+    PreparedBatch room;
+    std::vector<std::byte> memory(layout.bytes() + 256);
+    room.block =
+        HostBlock(memory.data() + 256 - reinterpret_cast<std::uintptr_t>(memory.data()) % 256, [](std::byte*) {});
+    std::vector<std::int64_t> shape;
+    const void* last = nullptr;
+    for (std::uint64_t seed = 1; seed < 5; ++seed) {
+        std::vector<std::int32_t> sizes(p.sizes.begin(), p.sizes.end() - (seed == 2 ? 1 : 0));
+        layout.prepare(random_batch(p.shape, sizes, seed), {true, seed}, room);
+        DeviceSamples samples;
+        const DeviceBatch b = layout.at(room, room.block.get(), samples);
+        if (seed > 1) {
+            EXPECT_EQ(sizes_of(b), shape);
+            EXPECT_EQ(b.samples->count.data, last);
+        }
+        shape = sizes_of(b), last = b.samples->count.data;
+    }
+    EXPECT_EQ(shape[0], 40);
 }
 
 // The nodes of the only sample in another order.
