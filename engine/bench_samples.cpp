@@ -19,9 +19,7 @@ namespace fiedler {
 
 namespace {
 
-const char* unit_of(Task t) {
-    return t == Task::molecules ? "molecules" : t == Task::series ? "windows" : "graphs";
-}
+const char* unit_of(Task t) { return t == Task::molecules ? "molecules" : t == Task::series ? "windows" : "graphs"; }
 
 std::string name_of_step(const Config& c) {
     std::string name = fmt::format("{} {}, {} layers, C{} H{}, {} nodes", c.preset, c.pattern, c.layers, c.channels,
@@ -109,7 +107,9 @@ void time_training(TrainedOnSamples& model, int steps, bench::StepRow& row) {
     SampleEngine& engine = *model.engine;
     const std::vector<double> seconds = time_steps(model.benched(), engine.device_kind() == "cuda" ? 5 : 1, steps, row);
     const double all = std::accumulate(seconds.begin(), seconds.end(), 0.0);
-    const auto of_timed = [&](const std::vector<std::int64_t>& v) { return double(std::accumulate(v.end() - steps, v.end(), std::int64_t{0})); };
+    const auto of_timed = [&](const std::vector<std::int64_t>& v) {
+        return double(std::accumulate(v.end() - steps, v.end(), std::int64_t{0}));
+    };
     row.samples = of_timed(model.samples) / steps;
     row.tokens = static_cast<std::int64_t>(std::llround(of_timed(model.nodes) / steps));
     row.samples_per_second = of_timed(model.samples) / all;

@@ -9,8 +9,6 @@
 
 namespace fiedler {
 
-namespace {
-
 ActivationPlan sample_activation_plan(const SampleCapacity& most, const RunPlan& run, bool cuda) {
     ActivationPlan p;
     p.tokens = most.nodes;
@@ -23,6 +21,8 @@ ActivationPlan sample_activation_plan(const SampleCapacity& most, const RunPlan&
                                                             : tuning::attention_tree_from_bidirectional(cuda);
     return p;
 }
+
+namespace {
 
 // Frames (sample_batch.h) are for short samples: dense attention of a frame's own nodes costs little.
 template <class T>

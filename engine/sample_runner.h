@@ -5,6 +5,9 @@
 
 namespace fiedler {
 
+// For batches of at most `most`, which is a BatchLayout's frame.
+ActivationPlan sample_activation_plan(const SampleCapacity& most, const RunPlan&, bool cuda);
+
 template <class Dev, class T>
 class SampleRunner final : public SampleEngine {
   public:

@@ -138,7 +138,9 @@ TEST(SampleSteps, AreThoseMadeOneByOneFromAnyCursor) {
     const std::int64_t end = std::ssize(w.loader.of_epoch(kSeed, 0));
     SampleSteps steps(w.source, w.loader, *w.engine, kSeed, {0, end, end});
     EXPECT_EQ(words_of(steps.next(), *w.engine), want.steps[static_cast<std::size_t>(end)]);
-    EXPECT_EQ(test::input_error_of([&] { SampleSteps(w.source, w.loader, *w.engine, kSeed, {0, end + 1, end}); }),
+    EXPECT_EQ(test::input_error_of([&] {
+                  SampleSteps(w.source, w.loader, *w.engine, kSeed, {0, end + 1, end});
+              }),
               "checkpoint: its place in the data does not exist; start a new run");
 }
 
