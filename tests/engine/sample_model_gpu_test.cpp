@@ -58,18 +58,17 @@ const std::vector<Case>& cases() {
          }},
         {"molecules_dot", [](Config& c, SampleShape& s) { molecules(c, s), c.pattern = "d"; }},
         {"molecules_local_hops", [](Config& c, SampleShape& s) { molecules(c, s), c.hops = 2, c.local = true; }},
-        {"molecules_without_layers", [](Config& c, SampleShape& s) { molecules(c, s), c.layers = 0, c.input_hops = 3; }},
+        {"molecules_without_layers",
+         [](Config& c, SampleShape& s) { molecules(c, s), c.layers = 0, c.input_hops = 3; }},
         {"molecules_recompute", molecules, {17, 1, 24, 9, 31}, Recompute::layer},
         {"nodes", nodes, graph},
-        {"nodes_spectral", [](Config& c, SampleShape& s) { nodes(c, s), s.spectral_dims = 8, c.input_hops = 2; }, graph},
-        {"nodes_without_layers",
-         [](Config& c, SampleShape& s) { nodes(c, s), c.layers = 0, c.input_hops = 8, c.last_norm = false; },
+        {"nodes_spectral", [](Config& c, SampleShape& s) { nodes(c, s), s.spectral_dims = 8, c.input_hops = 2; },
          graph},
+        {"nodes_without_layers",
+         [](Config& c, SampleShape& s) { nodes(c, s), c.layers = 0, c.input_hops = 8, c.last_norm = false; }, graph},
         {"nodes_dense", [](Config& c, SampleShape& s) { nodes(c, s), s.dense = true; }, graph},
         {"series", series, windows},
-        {"series_linear",
-         [](Config& c, SampleShape& s) { series(c, s), c.layers = 0, c.last_norm = false; },
-         windows},
+        {"series_linear", [](Config& c, SampleShape& s) { series(c, s), c.layers = 0, c.last_norm = false; }, windows},
         {"series_channels",
          [](Config& c, SampleShape& s) {
              series(c, s), s.edge_types = 1, s.spectral_dims = 4, s.level = TargetLevel::node;
@@ -112,7 +111,7 @@ constexpr SampleDraw kDraw{true, 17};
 // The rounded model, laid out like a SampleRunner but without one.
 test::LossAndGradients rounded(const Problem& p, const std::vector<float>& w, std::uint32_t dither) {
     const ParamTable table(p.spec);
-    const BatchLayout<float> batches(p.spec, kMost, true, true);
+    const BatchLayout<float> batches(p.spec, kMost, true, false);  // a frame that shows would show in the tolerance
     const ActivationPlan plan = sample_activation_plan(batches.frame(), p.plan, true);
     RoundingCpu cpu;
     cpu.dither = dither;
@@ -173,7 +172,9 @@ void expect_model_as_near(const Case& c, std::unique_ptr<Device> on) {
 
 class SampleModelYardstick : public testing::TestWithParam<Case> {};
 
-TEST_P(SampleModelYardstick, HoldsForTheCpuInF32) { expect_model_as_near<float>(GetParam(), std::make_unique<Cpu>(Cpu{1})); }
+TEST_P(SampleModelYardstick, HoldsForTheCpuInF32) {
+    expect_model_as_near<float>(GetParam(), std::make_unique<Cpu>(Cpu{1}));
+}
 
 INSTANTIATE_TEST_SUITE_P(All, SampleModelYardstick, testing::ValuesIn(cases()),
                          [](const auto& info) { return info.param.name; });
