@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "engine/bench_infer.h"
+#include "engine/bench_samples.h"
 #include "engine/bench_step.h"
 #include "engine/config.h"
 #include "engine/error.h"
@@ -69,7 +70,7 @@ BenchArguments split(const std::vector<std::string>& arguments) {
 }
 
 struct Work {
-    bool step = false, kernels = false;
+    bool step = false, samples = false, kernels = false;
     bench::Options options;
 };
 
@@ -82,17 +83,20 @@ Work work_of(const BenchArguments& b) {
     for (const std::string& word : b.words) {
         if (word == "step") {
             w.step = true;
+        } else if (word == "samples") {
+            w.samples = true;
         } else if (word == "kernels") {
             w.kernels = true;
         } else if (std::find(known.begin(), known.end(), word) != known.end()) {
             w.options.families.push_back(word);
         } else {
-            known.insert(known.end(), {"step", "kernels", "infer"});
+            known.insert(known.end(), {"step", "samples", "kernels", "infer"});
             const std::string near = nearest_name(word, known);
             input_error("fiedler bench: there is no kernel family '{}'{}; --list names them", word,
                         near.empty() ? "" : fmt::format(" (did you mean {}?)", near));
         }
     }
+    if (w.samples && b.words.size() > 1) input_error("fiedler bench: samples has knobs of its own; let it stand alone");
     if (w.kernels) w.options.families.clear();  // all
     w.kernels = w.kernels || !w.options.families.empty();
     return w;
@@ -151,7 +155,8 @@ void run_step(const Invocation& call, DeviceKind device, const BenchArguments& b
         if (!b.json.empty()) write_file_atomic(b.json, bench::to_json(result).dump(1) + "\n");
     };
     // The time is written before the tracing begins, which is another library's.
-    const bench::StepRow row = bench_step(call.config, device, {b.steps, b.trace}, keep);
+    const auto& measure = b.words == std::vector<std::string>{"samples"} ? bench_samples : bench_step;
+    const bench::StepRow row = measure(call.config, device, {b.steps, b.trace}, keep);
     if (result.peak.gemm_tflop_s <= 0) result.peak.gemm_tflop_s = row.peak_flops * 1e-12;
     keep(row);
     bench::print_step(row);
@@ -172,11 +177,13 @@ bool compared_slower(const std::string& path, const Json& old, const bench::Resu
 int run_bench(const std::vector<std::string>& arguments) {
     if (!arguments.empty() && arguments[0] == "infer") return run_bench_infer({arguments.begin() + 1, arguments.end()});
     const BenchArguments b = split(arguments);
-    const Invocation call = parse_arguments(Command::bench, b.knobs);
+    // Samples have knobs that go with data, as a training has.
+    const bool on_samples = std::find(b.words.begin(), b.words.end(), "samples") != b.words.end();
+    const Invocation call = parse_arguments(on_samples ? Command::train : Command::bench, b.knobs);
     if (call.help) return fmt::print("{}", help_text(Command::bench)), 0;
     if (b.list) return fmt::print("{}\n", fmt::join(bench::family_names(), "\n")), 0;
     const Work work = work_of(b);
-    if (!work.step) refuse_model_knobs(call);
+    if (!work.step && !work.samples) refuse_model_knobs(call);
     const DeviceKind device = choose_device(call.config.device);
     if (work.step) (void)plan_run(model_spec(call.config), engine_options(call.config, device, true));
     const Json old = b.compare.empty() ? Json() : read_old(b.compare);
@@ -185,7 +192,7 @@ int run_bench(const std::vector<std::string>& arguments) {
     bench::Result result;
     result.machine = device == DeviceKind::cuda ? bench::this_gpu() : bench::this_cpu();
     if (work.kernels) result = run_kernels(work.options, device);
-    if (work.step) run_step(call, device, b, result);
+    if (work.step || work.samples) run_step(call, device, b, result);
     if (!b.json.empty()) write_file_atomic(b.json, bench::to_json(result).dump(1) + "\n");
     const bool slower = !b.compare.empty() && compared_slower(b.compare, old, result);
     return result.failed() || (slower && b.fail_on_slower) ? 1 : 0;

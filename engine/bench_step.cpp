@@ -3,20 +3,16 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 
+#include "engine/bench_parts.h"
 #include "engine/error.h"
-#include "engine/kernel_trace.h"
 #include "engine/rng.h"
 #include "engine/runner.h"
-#include "kernels/profile.h"
 
 namespace fiedler {
 
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 std::string name_of_step(const Config& c) {
     std::string name = fmt::format("{} {}, {} layers, C{} H{} V{} T{}, {} tokens", c.preset, c.pattern, c.layers,
@@ -64,42 +60,14 @@ struct Trained {
         settings.beta1 = c.beta1, settings.beta2 = c.beta2, settings.eps = c.adam_eps;
         settings.decay = c.weight_decay, settings.clip = c.clip;
     }
-    void submit() {
-        engine->submit_step(batches, settings);
-        ++settings.step;
-    }
-    StepResult step() {
-        submit();
-        return engine->finish_step();
+    BenchedSteps steps() {
+        return {[this] {
+                    engine->submit_step(batches, settings);
+                    ++settings.step;
+                },
+                [this] { return engine->finish_step(); }};
     }
 };
-
-void set_times(bench::StepRow& row, std::vector<double> seconds) {
-    std::sort(seconds.begin(), seconds.end());
-    const auto at = [&](double q) { return seconds[std::size_t(q * double(seconds.size() - 1) + 0.5)]; };
-    const std::size_t middle = seconds.size() / 2;
-    row.seconds = seconds.size() % 2 ? seconds[middle] : (seconds[middle - 1] + seconds[middle]) / 2;
-    row.noise = (at(0.9) - at(0.1)) / row.seconds;
-}
-
-void time_steps(Trained& model, int steps, bench::StepRow& row) {
-    // The first steps choose algorithms and record the graph.
-    const int warm_up = model.engine->device_kind() == "cuda" ? 5 : 1;
-    for (int i = 0; i < warm_up; ++i) model.step();
-    std::vector<double> seconds;
-    model.submit();
-    model.submit();
-    (void)model.engine->finish_step();
-    auto last = Clock::now();
-    for (int i = 0; i < steps; ++i) {
-        if (i + 1 < steps) model.submit();
-        row.loss = model.engine->finish_step().loss;
-        const auto now = Clock::now();
-        seconds.push_back(std::chrono::duration<double>(now - last).count());
-        last = now;
-    }
-    set_times(row, std::move(seconds));
-}
 
 std::unique_ptr<MarkClock> clock_of(Engine& engine) {
 #if FIEDLER_CUDA
@@ -107,38 +75,6 @@ std::unique_ptr<MarkClock> clock_of(Engine& engine) {
 #endif
     (void)engine;
     return mark_clock(Cpu{});
-}
-
-void profile_stages(Trained& model, int steps, bench::StepRow& row) {
-    model.step();
-    StageProfile profile(clock_of(*model.engine));
-    std::vector<double> seconds;
-    for (int i = 0; i < steps; ++i) {
-        const auto begin = Clock::now();
-        profile.begin_step();
-        model.step();
-        profile.end_step();
-        seconds.push_back(std::chrono::duration<double>(Clock::now() - begin).count());
-    }
-    row.profiled_seconds = 0;
-    for (const StageProfile::Stage& s : profile.stages()) {
-        row.stages.push_back({s.name, s.seconds, s.entered / profile.steps()});
-        row.profiled_seconds += s.seconds;
-    }
-}
-
-void trace_step(Trained& model, bench::StepRow& row) {
-    constexpr int kSteps = 3;
-    constexpr std::size_t kMost = 10;
-    const KernelTrace trace = trace_kernels([&] {
-        for (int i = 0; i < kSteps; ++i) model.step();
-    });
-    row.kernels_note = trace.note;
-    row.kernels_seconds = trace.seconds / kSteps;
-    for (std::size_t i = 0; i < std::min(kMost, trace.kernels.size()); ++i) {
-        const KernelTime& k = trace.kernels[i];
-        row.kernels.push_back({k.name, k.seconds / kSteps, k.launches / kSteps});
-    }
 }
 
 bool replays(Engine& engine) {
@@ -168,7 +104,7 @@ bench::StepRow bench_step(const Config& c, DeviceKind device, const StepBenchOpt
         row.micro_batches = engine.plan().micro_batches;
         row.recompute = name_of(engine.plan().recompute);
         row.planned_bytes = static_cast<std::int64_t>(engine.plan().bytes);
-        time_steps(model, o.steps, row);
+        time_steps(model.steps(), engine.device_kind() == "cuda" ? 5 : 1, o.steps, row);
         row.cuda_graph = replays(engine) ? "on" : "off";
         row.device_bytes = static_cast<std::int64_t>(engine.device_bytes_in_use());
         row.tokens_per_second = double(row.tokens) / row.seconds;
@@ -180,8 +116,8 @@ bench::StepRow bench_step(const Config& c, DeviceKind device, const StepBenchOpt
     if (after_timing) after_timing(row);
     options.cuda_graph = GraphChoice::off;
     Trained model(c, options);
-    profile_stages(model, std::min(o.steps, 5), row);
-    if (o.trace) trace_step(model, row);
+    profile_stages(model.steps(), clock_of(*model.engine), std::min(o.steps, 5), row);
+    if (o.trace) trace_step(model.steps(), row);
     return row;
 }
 

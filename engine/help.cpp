@@ -81,7 +81,7 @@ constexpr CommandText kCommands[] = {
     {Command::plan, "plan", "[--preset NAME]", "the memory table of a training run, without a GPU"},
     {Command::inspect, "inspect", "FILE...", "what any Fiedler file holds"},
     {Command::spectrum, "spectrum", "GRAPH [-k N]", "the smallest eigenpairs of a graph's Laplacian, and a plot"},
-    {Command::bench, "bench", "[FAMILY...] [step]", "time of the kernels and of a training step"},
+    {Command::bench, "bench", "[FAMILY...] [step|samples]", "time of the kernels and of a training step"},
     {Command::export_model, "export", "MODEL --out FILE", "a model as .fdl, safetensors or gguf"},
     {Command::import_model, "import", "MODEL --out FILE", "a model from safetensors or gguf, as .fdl"},
     {Command::quantize, "quantize", "MODEL --out FILE", "weights of 8 or 4 bits, for the CPU runtime"},
@@ -91,8 +91,9 @@ constexpr CommandText kCommands[] = {
 constexpr const char* kBenchText =
     "\nWithout a word: every kernel family and the step. `kernels`: every family. `step`: a training step of the "
     "model\n"
-    "that the knobs below describe, on synthetic tokens. `infer MODEL`: generation by the CPU runtime (its own "
-    "--help).\n\n"
+    "that the knobs below describe, on synthetic tokens. `samples`: of a model of molecules, series or nodes on data "
+    "of\n"
+    "its own, with the knobs of `fiedler train`. `infer MODEL`: generation by the CPU runtime (its own --help).\n\n"
     "  --json FILE                       write all figures\n"
     "  --compare FILE                    a verdict for each row that an earlier --json has, too\n"
     "  --fail-on-slower                  exit code 1 if a row is slower than the noise allows\n"

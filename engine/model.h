@@ -29,6 +29,7 @@ struct DeviceSamples {
     Mat<const float> targets;
     Vec<const float> row_shift, row_scale;
     Vec<const std::uint64_t> seed;  // of this step's dropout; absent: none
+    const void* scale = nullptr;    // [1] acc_t<T>: the weight of a target's loss in the gradient
     Vec<std::int64_t> count;        // [1], 0: known targets are counted here
 };
 
@@ -84,7 +85,7 @@ class Model {
 
     // The same for samples: the targets' losses added to *total, their number to *count; with gradient, doutputs and what
     // is below them down to the last layer. predictions() are those of the last call, also without targets.
-    void sample_loss(const DeviceBatch&, Vec<A> total, Vec<std::int64_t> count, bool gradient, A grad_scale);
+    void sample_loss(const DeviceBatch&, Vec<A> total, Vec<std::int64_t> count, bool gradient);
     Mat<const A> predictions(const DeviceBatch&) const;  // [rows, outputs]
 
     // Logits of the rows [first, first + n) of the last forward, n <= logits_rows of the plan: [n, vocab] T.

@@ -226,8 +226,7 @@ Mat<const acc_t<T>> Model<Dev, T>::predictions(const DeviceBatch& batch) const {
 }
 
 template <class Dev, class T>
-void Model<Dev, T>::sample_loss(const DeviceBatch& batch, Vec<A> total, Vec<std::int64_t> count, bool gradient,
-                                A grad_scale) {
+void Model<Dev, T>::sample_loss(const DeviceBatch& batch, Vec<A> total, Vec<std::int64_t> count, bool gradient) {
     ScratchActivations<T>& s = acts_.scratch();
     const DeviceSamples& b = *batch.samples;
     const Mat<const A> shown = predictions(batch);
@@ -246,7 +245,7 @@ void Model<Dev, T>::sample_loss(const DeviceBatch& batch, Vec<A> total, Vec<std:
     }
     p.row_shift = b.row_shift;
     p.row_scale = b.row_scale;
-    p.scale = grad_scale;
+    p.scale_by = {static_cast<const A*>(b.scale), 1};
     if (gradient)
         p.doutputs = s.doutputs.slice_rows(0, rows);
     else

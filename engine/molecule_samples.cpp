@@ -177,57 +177,67 @@ void MoleculeSamples::normalise() {
     }
 }
 
-void MoleculeSamples::gather_atoms(std::int64_t sample, SampleBatch& out) const {
-    const std::int64_t first = set_.atom_offsets[static_cast<Size>(sample)], n = set_.atoms_of(sample);
-    const std::int32_t base = out.offsets.back();
-    const std::int64_t k = options_.spectral_dims, steps = options_.walk_steps;
-    for (std::int64_t i = first; i < first + n; ++i) {
-        for (Size f = 0; f < kAtomFeatures; ++f) {
-            out.feature_columns.push_back(kFirstColumn[f] + set_.atoms[static_cast<Size>(i) * kAtomFeatures + f]);
-            out.feature_values.push_back(1);
-        }
-        auto column = static_cast<std::int32_t>(kAtomColumns + 1);
-        const auto add = [&](float value) {
-            out.feature_columns.push_back(column++);
-            out.feature_values.push_back(value);
-        };
-        for (std::int64_t s = 0; s < steps; ++s) add(walks_[static_cast<Size>(i * steps + s)]);
-        for (std::int64_t j = 0; options_.eigenvalues && j < k; ++j)
-            add(embedding_.values[static_cast<Size>(sample * k + j)]);
-        out.feature_offsets.push_back(static_cast<std::int32_t>(out.feature_columns.size()));
-        for (auto e = static_cast<Size>(graphs_.row_offsets[static_cast<Size>(i)]);
-             e < static_cast<Size>(graphs_.row_offsets[static_cast<Size>(i) + 1]); ++e) {
-            out.edge_columns.push_back(base + graphs_.columns[e]);
-            out.edge_types.push_back(edge_types_[e]);
-        }
-        out.edge_offsets.push_back(static_cast<std::int32_t>(out.edge_columns.size()));
-    }
-    out.spectral.insert(out.spectral.end(), embedding_.vectors.begin() + static_cast<std::ptrdiff_t>(first * k),
-                        embedding_.vectors.begin() + static_cast<std::ptrdiff_t>((first + n) * k));
-    out.offsets.push_back(base + static_cast<std::int32_t>(n));
+// The features of atom i of `sample`: entries_ of them.
+void MoleculeSamples::put_features(std::int64_t sample, std::int64_t i, std::int32_t* columns, float* values) const {
+    const std::uint8_t* atom = set_.atoms.data() + static_cast<Size>(i) * kAtomFeatures;
+    for (Size f = 0; f < kAtomFeatures; ++f) columns[f] = kFirstColumn[f] + atom[f];
+    values = std::fill_n(values, kAtomFeatures, 1.f);
+    columns += kAtomFeatures;
+    std::iota(columns, columns + (entries_ - static_cast<std::int64_t>(kAtomFeatures)),
+              static_cast<std::int32_t>(kAtomColumns + 1));
+    values = std::copy_n(walks_.data() + i * options_.walk_steps, options_.walk_steps, values);
+    if (options_.eigenvalues)
+        std::copy_n(embedding_.values.data() + sample * options_.spectral_dims, options_.spectral_dims, values);
 }
 
+// The atoms of `sample` as the nodes of `out` from `base` on, and their edges, of which there are `edges` before.
+void MoleculeSamples::put_atoms(std::int64_t sample, std::int64_t base, std::int64_t edges, SampleBatch& out) const {
+    const std::int64_t first = set_.atom_offsets[static_cast<Size>(sample)], n = set_.atoms_of(sample);
+    for (std::int64_t i = 0; i < n; ++i) {
+        const std::int64_t entry = (base + i) * entries_;
+        put_features(sample, first + i, out.feature_columns.data() + entry, out.feature_values.data() + entry);
+        out.feature_offsets[static_cast<Size>(base + i) + 1] = static_cast<std::int32_t>(entry + entries_);
+        for (auto e = static_cast<Size>(graphs_.row_offsets[static_cast<Size>(first + i)]);
+             e < static_cast<Size>(graphs_.row_offsets[static_cast<Size>(first + i) + 1]); ++e, ++edges) {
+            out.edge_columns[static_cast<Size>(edges)] = static_cast<std::int32_t>(base) + graphs_.columns[e];
+            out.edge_types[static_cast<Size>(edges)] = edge_types_[e];
+        }
+        out.edge_offsets[static_cast<Size>(base + i) + 1] = static_cast<std::int32_t>(edges);
+    }
+    const std::int64_t k = options_.spectral_dims;
+    std::copy_n(embedding_.vectors.data() + first * k, n * k, out.spectral.data() + base * k);
+}
+
+// Of the parts of `out` that molecules have, each element is written: their memory is used again as it is.
 void MoleculeSamples::gather(std::span<const std::int64_t> samples, Part part, SampleBatch& out) const {
-    out = SampleBatch{};
-    out.samples.assign(samples.begin(), samples.end());
-    out.feature_offsets = out.edge_offsets = {0};
-    const auto outputs = static_cast<Size>(shape_.outputs);
     std::int64_t atoms = 0, edges = 0;
     for (const std::int64_t m : samples) {
         if (m < 0 || m >= set_.size()) throw std::logic_error("molecule_samples: no such sample");
         atoms += nodes_of(m), edges += edges_of(m);
     }
-    out.feature_columns.reserve(static_cast<Size>(atoms * entries_));
-    out.feature_values.reserve(static_cast<Size>(atoms * entries_));
-    out.feature_offsets.reserve(static_cast<Size>(atoms) + 1);
-    out.edge_offsets.reserve(static_cast<Size>(atoms) + 1);
-    out.edge_columns.reserve(static_cast<Size>(edges));
-    out.edge_types.reserve(static_cast<Size>(edges));
-    out.spectral.reserve(static_cast<Size>(atoms * options_.spectral_dims));
+    const auto nodes = static_cast<Size>(atoms), outputs = static_cast<Size>(shape_.outputs);
+    out.samples.assign(samples.begin(), samples.end());
+    out.offsets.assign(1, 0);
+    out.feature_offsets.resize(nodes + 1), out.edge_offsets.resize(nodes + 1);
+    out.feature_offsets[0] = out.edge_offsets[0] = 0;
+    out.feature_columns.resize(nodes * static_cast<Size>(entries_));
+    out.feature_values.resize(nodes * static_cast<Size>(entries_));
+    out.edge_columns.resize(static_cast<Size>(edges)), out.edge_types.resize(static_cast<Size>(edges));
+    out.spectral.resize(nodes * static_cast<Size>(options_.spectral_dims));
+    out.targets.resize(samples.size() * outputs);
+    out.dense.clear(), out.classes.clear(), out.edge_weights.clear(), out.row_shift.clear(), out.row_scale.clear();
+    out.unit_mean.clear(), out.unit_deviation.clear();
+    out.fixed_signs = false;
+    std::int64_t node = 0, edge = 0;
+    float* target = out.targets.data();
     for (const std::int64_t m : samples) {
-        gather_atoms(m, out);
-        for (Size t = 0; t < outputs; ++t)
-            out.targets.push_back(part_of(m) == part ? targets_[static_cast<Size>(m) * outputs + t] : kMissing);
+        put_atoms(m, node, edge, out);
+        node += nodes_of(m), edge += edges_of(m);
+        out.offsets.push_back(static_cast<std::int32_t>(node));
+        if (part_of(m) == part)
+            target = std::copy_n(targets_.data() + static_cast<Size>(m) * outputs, outputs, target);
+        else
+            target = std::fill_n(target, outputs, kMissing);
     }
 }
 

@@ -78,7 +78,8 @@ class MoleculeSamples final : public SampleSource {
     void build_graphs();
     void choose_targets(const SampleShape* trained);
     void normalise();
-    void gather_atoms(std::int64_t sample, SampleBatch& out) const;
+    void put_features(std::int64_t sample, std::int64_t i, std::int32_t* columns, float* values) const;
+    void put_atoms(std::int64_t sample, std::int64_t base, std::int64_t edges, SampleBatch& out) const;
 
     MoleculeSet set_;
     std::vector<Part> parts_;

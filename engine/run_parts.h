@@ -75,6 +75,13 @@ void write_block(const Dev& dev, const RunLayout<T>& layout, Block which, const 
 }
 
 template <class Dev>
+std::size_t bytes_in_use([[maybe_unused]] const Dev& dev) {
+    std::size_t free_bytes = 0, total = 0;
+    if constexpr (std::is_same_v<Dev, Cuda>) memory_info(dev, free_bytes, total);
+    return total - free_bytes;
+}
+
+template <class Dev>
 std::string name_of_device(const Dev& dev) {
     if constexpr (std::is_same_v<Dev, Cuda>)
         return cuda_device_info(dev.ordinal).name;

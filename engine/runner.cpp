@@ -216,12 +216,7 @@ std::string Runner<Dev, T>::device_kind() const {
 }
 template <class Dev, class T>
 std::size_t Runner<Dev, T>::device_bytes_in_use() {
-    if constexpr (std::is_same_v<Dev, Cuda>) {
-        std::size_t free_bytes = 0, total = 0;
-        memory_info(*dev_, free_bytes, total);
-        return total - free_bytes;
-    }
-    return 0;
+    return bytes_in_use(*dev_);
 }
 
 // A square product, large enough to fill the device; its operands are allocated for the moment, outside the arena.

@@ -5,6 +5,11 @@
 // CUDA and cuBLASLt take for themselves, the recorded step included. On the host: kStepsInFlight pinned copies of the
 // StepBlock.
 #pragma once
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+
 #include "engine/comm.h"
 #include "engine/engine.h"
 #include "engine/model.h"
@@ -112,6 +117,37 @@ struct FreeGraph {
     void operator()(CudaGraph* g) const noexcept { graph_free(g); }
 };
 
+// On CUDA the second step in a row of one shape is recorded, and from then on replayed while the shape stays: the first
+// has loaded the kernels and chosen the algorithms.
+template <class Shape>
+class RecordedStep {
+  public:
+    // Does `work`, or launches what was recorded of it. may_record: false for a step of its own kind.
+    void run(const Cuda& dev, const Shape& shape, bool may_record, const std::function<void()>& work) {
+        const bool known = may_record && last_ == shape;
+        last_ = shape;
+        if (known && !(graph_ && shape == shape_)) {
+            try {
+                graph_.reset(graph_record(dev, work));
+            } catch (const DeviceError& e) {
+                throw DeviceError(std::string(e.what()) + ", while a step was recorded; --cuda-graph off goes without");
+            }
+            shape_ = shape;
+        }
+        if (!graph_ || !may_record || shape != shape_) return work();
+        graph_launch(dev, graph_.get());
+        ++replayed_;
+    }
+    void forget() { graph_.reset(); }
+    std::int64_t replayed() const { return replayed_; }
+
+  private:
+    std::unique_ptr<CudaGraph, FreeGraph> graph_;
+    Shape shape_{};              // of the recorded step
+    std::optional<Shape> last_;  // of the last one
+    std::int64_t replayed_ = 0;
+};
+
 template <class Dev, class T>
 class Runner final : public Engine {
   public:
@@ -145,10 +181,9 @@ class Runner final : public Engine {
     RunLayout<T>& layout() { return *layout_; }
     void use_comm(std::unique_ptr<Comm> comm) {
         comm_ = std::move(comm);
-        graph_.reset();  // a recorded step goes with the communicator of its recording
-        graph_shape_.clear();
+        recorded_.forget();  // a recorded step goes with the communicator of its recording
     }
-    std::int64_t replayed_steps() const { return replayed_; }
+    std::int64_t replayed_steps() const { return recorded_.replayed(); }
 
   private:
     // Tokens and length of the sequences of each micro-batch: what a recorded step depends on. Empty: of its own kind.
@@ -180,9 +215,8 @@ class Runner final : public Engine {
     std::unique_ptr<Comm> comm_;
     std::unique_ptr<HostMemory<Dev>> host_;
     Slot slots_[kStepsInFlight] = {};
-    std::int64_t submitted_ = 0, finished_ = 0, replayed_ = 0;
-    std::unique_ptr<CudaGraph, FreeGraph> graph_;
-    StepShape graph_shape_, last_shape_;  // of the recorded step, of the last one
+    std::int64_t submitted_ = 0, finished_ = 0;
+    RecordedStep<StepShape> recorded_;
     double peak_flops_ = 0;
 };
 

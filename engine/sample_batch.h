@@ -1,5 +1,6 @@
 // engine/sample_batch.h: a batch of samples as the kernels read it: what a SampleBatch lacks is made here, on the host,
-// and its arrays are laid side by side, so that a step needs one copy to the device.
+// and its arrays are laid side by side in one block, so that a step needs one copy to the device. None of it needs the
+// device: a thread of its own makes the coming steps ready (sample_steps.h).
 //
 //   adjacency   coefficients s_ij = w_ij / sqrt(d_i d_j), d the weighted degree; symmetric, so one CSR serves both passes.
 //               With one type of edges each node has a loop of weight 1, which counts in d (Kipf, Welling 2017): a node
@@ -7,13 +8,21 @@
 //   features    the transposed CSR for the gradient; dense rows padded to 8 columns, in T
 //   training    input dropout on the features (what is dropped is left out; the rest is scaled up), and one random sign
 //               for each sample and column of the spectral embedding. Both depend on `draw` and on positions in the batch.
+//
+// Frames. On CUDA all batches have one shape, that of the largest: a matrix product of a size not seen before costs more
+// in the choice of its algorithm than in itself, and only what has one shape can be recorded. The frame's other nodes are
+// nodes without features, edges and targets, in samples of their own, and its other samples are empty. What is lost is
+// little, since a batch is filled until the next sample does not fit. The samples themselves do not notice.
 #pragma once
+#include <array>
+#include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <memory>
 #include <vector>
 
 #include "engine/model.h"
 #include "engine/samples.h"
-#include "kernels/bag.h"
 
 namespace fiedler {
 
@@ -27,47 +36,80 @@ struct SampleDraw {
     std::uint64_t seed = 0;  // of this step
 };
 
-template <class T>
-class PreparedSamples {
-  public:
-    // Overwrites; memory is used again. std::logic_error for a batch that does not fit the model.
-    void prepare(const SampleBatch&, const ModelSpec&, const SampleDraw&);
-    std::int64_t nodes() const { return static_cast<std::int64_t>(begin_.size()); }
-    std::int64_t samples() const { return static_cast<std::int64_t>(offsets_.size()) - 1; }
-    std::int64_t edges() const { return edges_; }  // loops not counted
-    std::int64_t feature_entries() const { return static_cast<std::int64_t>(feature_columns_.size()); }
-    std::int64_t known() const { return known_; }  // targets
-    std::int64_t rows() const { return rows_; }    // of targets and predictions
+// A block of memory of the host's that the device can read by itself, and what gives it back.
+using HostBlock = std::unique_ptr<std::byte[], std::function<void(std::byte*)>>;
 
-    std::size_t bytes() const;  // of all arrays, each at a multiple of 256
-    // Copies the arrays to a block of bytes().
-    void copy_to(std::byte* block) const;
-    // The batch as it lies in such a block at `base`; `samples` must outlive it.
-    DeviceBatch at(std::byte* base, const ModelSpec&, DeviceSamples& samples) const;
-    // bytes() of the largest batch.
-    static std::size_t most_bytes(const ModelSpec&, const SampleCapacity&, bool training);
+// A batch in its block. Its memory is used again for the next one.
+struct PreparedBatch {
+    HostBlock block;
+    // Of the batch itself, without what fills its frame: edges with loops, rows of targets and predictions, known targets.
+    std::int64_t nodes = 0, samples = 0, edges = 0, feature_entries = 0, rows = 0, known = 0;
+    std::uint32_t arrays = 0;   // bit k: array k of the layout is there
+    std::vector<double> roots;  // room for what is needed on the way
+};
+
+// Where the arrays of a batch lie in its block: the same for all batches of a model and a capacity.
+template <class T>
+class BatchLayout {
+  public:
+    BatchLayout(const ModelSpec&, const SampleCapacity& most, bool training, bool framed);
+    // What the device must have room for: the largest batch, or the frame.
+    const SampleCapacity& frame() const { return frame_; }
+    bool framed() const { return framed_; }
+    std::size_t bytes() const { return bytes_; }  // of a block, a multiple of 256 as each array's place is
+    // Overwrites. std::logic_error for a batch that does not fit the model, or is larger than the most. By any thread.
+    void prepare(const SampleBatch&, const SampleDraw&, PreparedBatch&) const;
+    // The batch in a block that was copied to `base`; `samples` must outlive it.
+    DeviceBatch at(const PreparedBatch&, std::byte* base, DeviceSamples& samples) const;
 
   private:
-    void prepare_packing(const SampleBatch&);
-    void prepare_features(const SampleBatch&, const ModelSpec&, const SampleDraw&);
-    void prepare_edges(const SampleBatch&, const ModelSpec&);
-    void prepare_targets(const SampleBatch&, const ModelSpec&);
-    template <class Visit>
-    void each_array(const Visit&) const;
+    using A = acc_t<T>;
+    enum Array {
+        offsets,
+        begin,
+        end,
+        feature_offsets,
+        feature_columns,
+        feature_values,
+        by_feature_offsets,
+        by_feature_rows,
+        by_feature_values,
+        dense,
+        spectral,
+        edge_offsets,
+        edge_columns,
+        edge_types,
+        edge_coefficients,
+        classes,
+        targets,
+        row_shift,
+        row_scale,
+        seed,
+        scale,  // 1 / known: the weight of a target in the loss
+        count,  // what objective_sum adds to
+        arrays
+    };
+    void place(Array, std::int64_t elements, std::size_t size);
+    std::int64_t loops() const;  // edges of the frame that are no edges of the batch, at most
+    template <class U>
+    U* room(PreparedBatch& p, Array a) const {
+        p.arrays |= 1u << a;
+        return reinterpret_cast<U*>(p.block.get() + at_[a]);
+    }
+    SampleCapacity sizes_of(const PreparedBatch&) const;
+    void prepare_packing(const SampleBatch&, PreparedBatch&) const;
+    void prepare_features(const SampleBatch&, const SampleDraw&, PreparedBatch&) const;
+    void prepare_dense(const SampleBatch&, const SampleDraw&, PreparedBatch&) const;
+    void transpose_features(PreparedBatch&) const;
+    void prepare_edges(const SampleBatch&, PreparedBatch&) const;
+    void prepare_spectral(const SampleBatch&, const SampleDraw&, PreparedBatch&) const;
+    void prepare_targets(const SampleBatch&, PreparedBatch&) const;
 
-    std::vector<std::int32_t> offsets_, begin_, end_;
-    std::vector<std::int32_t> feature_offsets_, feature_columns_;
-    std::vector<float> feature_values_;
-    BagTransposed by_feature_;
-    std::vector<T> dense_, spectral_;
-    std::vector<std::int32_t> edge_offsets_, edge_columns_;
-    std::vector<std::uint8_t> edge_types_;
-    std::vector<float> coefficients_;
-    std::vector<std::int32_t> classes_;
-    std::vector<float> targets_, row_shift_, row_scale_;
-    std::vector<std::uint64_t> seed_;
-    std::vector<std::int64_t> count_;  // what objective_sum adds to
-    std::int64_t known_ = 0, rows_ = 0, edges_ = 0;
+    ModelSpec spec_;
+    SampleCapacity most_, frame_;
+    bool training_, framed_;
+    std::array<std::size_t, arrays> at_{};
+    std::size_t bytes_ = 0;
 };
 
 }  // namespace fiedler

@@ -27,13 +27,19 @@ class SampleEngine {
     virtual std::string device_name() const = 0;
     virtual std::string device_kind() const = 0;
 
-    // As Engine's: a step's work without waiting for it, at most kStepsInFlight unfinished. The loss is the mean over the
-    // batch's known targets; a batch without one is std::logic_error. seed: of this step's dropout and signs.
+    // Room for the largest batch, and a batch made ready in it: by any thread, whatever the engine does meanwhile. Rooms go
+    // before the engine does.
+    virtual PreparedBatch room() = 0;
+    virtual void prepare(const SampleBatch&, const SampleDraw&, PreparedBatch& room) const = 0;
+
+    // As Engine's: a step's work without waiting for it, at most kStepsInFlight unfinished; the batch stays as it is until
+    // then. The loss is the mean over the batch's known targets; a batch without one is std::logic_error.
     static constexpr int kStepsInFlight = kMarks;
-    virtual void submit_step(const SampleBatch&, const StepSettings&, std::uint64_t seed) = 0;
+    virtual void submit_step(const PreparedBatch&, const StepSettings&) = 0;
     virtual StepResult finish_step() = 0;
     // Without dropout. Targets may be absent.
     virtual SampleLoss evaluate(const SampleBatch&) = 0;
+    virtual std::size_t device_bytes_in_use() = 0;  // as Engine's
     virtual void read(Block, float* out) = 0;
     virtual void write(Block, const float* in) = 0;
 };

@@ -34,11 +34,11 @@ SampleLoader::SampleLoader(const SampleSource& source, std::int64_t batch_nodes)
         largest.feature_entries = std::max(largest.feature_entries, entries);
     }
     capacity_.nodes = std::max(longest_, std::min(batch_nodes, sum.nodes));
-    capacity_.samples = std::min(static_cast<std::int64_t>(all.size()), capacity_.nodes);
     const auto share = [&](std::int64_t total, std::int64_t most) {
         const double average = sum.nodes > 0 ? double(total) / double(sum.nodes) : 0;
         return std::max(most, std::min(total, static_cast<std::int64_t>(1.5 * average * double(capacity_.nodes)) + 64));
     };
+    capacity_.samples = std::min(share(std::ssize(all), 1), capacity_.nodes);
     capacity_.edges = share(sum.edges, largest.edges);
     capacity_.feature_entries = share(sum.feature_entries, largest.feature_entries);
 }

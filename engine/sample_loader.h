@@ -9,8 +9,8 @@
 
 namespace fiedler {
 
-// Batches of at most --batch-nodes nodes (one sample always fits), and of at most 1.5 times as many edges and features as
-// that many nodes have on average.
+// Batches of at most --batch-nodes nodes (one sample always fits), and of at most 1.5 times as many samples, edges and
+// features as that many nodes have on average.
 class SampleLoader {
   public:
     SampleLoader(const SampleSource&, std::int64_t batch_nodes);

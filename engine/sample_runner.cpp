@@ -9,8 +9,6 @@
 
 namespace fiedler {
 
-namespace {
-
 ActivationPlan sample_activation_plan(const SampleCapacity& most, const RunPlan& run, bool cuda) {
     ActivationPlan p;
     p.tokens = most.nodes;
@@ -24,13 +22,22 @@ ActivationPlan sample_activation_plan(const SampleCapacity& most, const RunPlan&
     return p;
 }
 
+namespace {
+
+// Frames (sample_batch.h) are for short samples: dense attention of a frame's own nodes costs little.
+template <class T>
+BatchLayout<T> batch_layout(const ModelSpec& spec, const SampleCapacity& most, const RunPlan& run, bool framed) {
+    const bool is_short = spec.context < sample_activation_plan(most, run, std::is_same_v<T, bf16>).tree_from;
+    return BatchLayout<T>(spec, most, run.training, framed && is_short);
+}
+
 // Everything that lives in the arena, in order; the block for the batch comes first: what comes after
 // the activations would use their scratch again.
 template <class T>
 std::unique_ptr<RunLayout<T>> lay_out(Arena& arena, const ModelSpec& spec, const ParamTable& table,
-                                      const ActivationPlan& plan, const SampleCapacity& most, std::byte** block) {
-    const auto bytes = static_cast<std::int64_t>(PreparedSamples<T>::most_bytes(spec, most, plan.training));
-    *block = arena.take<std::byte>("batch", {bytes}, Lifetime::persistent);
+                                      const ActivationPlan& plan, const BatchLayout<T>& batches, std::byte** block) {
+    if (std::is_same_v<T, bf16>)
+        *block = arena.take<std::byte>("batch", {static_cast<std::int64_t>(batches.bytes())}, Lifetime::persistent);
     return std::make_unique<RunLayout<T>>(arena, spec, table, plan, false);
 }
 
@@ -38,30 +45,30 @@ std::unique_ptr<RunLayout<T>> lay_out(Arena& arena, const ModelSpec& spec, const
 
 template <class Dev, class T>
 SampleRunner<Dev, T>::SampleRunner(std::unique_ptr<Dev> dev, const ModelSpec& spec, const SampleCapacity& capacity,
-                                   const RunPlan& plan, std::size_t budget)
+                                   const RunPlan& plan, std::size_t budget, bool framed)
     : dev_(std::move(dev)),
       spec_(spec),
       table_(spec_),
       capacity_(capacity),
       plan_(plan),
-      activation_plan_(sample_activation_plan(capacity_, plan_, std::is_same_v<T, bf16>)) {
-    lay_out<T>(arena_, spec_, table_, activation_plan_, capacity_, &block_);
+      batches_(batch_layout<T>(spec_, capacity_, plan_, framed)),
+      activation_plan_(sample_activation_plan(batches_.frame(), plan_, std::is_same_v<T, bf16>)) {
+    lay_out<T>(arena_, spec_, table_, activation_plan_, batches_, &block_);
     plan_.bytes = arena_.peak();
     plan_.table = arena_.table();
     arena_.commit(memory_of(*dev_), budget);
-    layout_ = lay_out<T>(arena_, spec_, table_, activation_plan_, capacity_, &block_);
+    layout_ = lay_out<T>(arena_, spec_, table_, activation_plan_, batches_, &block_);
     fill_bytes(*dev_, arena_.base(), 0, arena_.peak());
     if constexpr (std::is_same_v<Dev, Cuda>) {
         dev_->workspace = layout_->workspace;
         dev_->workspace_bytes = kWorkspaceBytes;
     }
-    const std::size_t bytes = PreparedSamples<T>::most_bytes(spec_, capacity_, plan_.training) + 2 * Arena::kAlign;
-    host_ = std::make_unique<HostMemory<Dev>>(*dev_, kStepsInFlight * bytes);
+    static_assert(sizeof(StepControl<A>) <= Arena::kAlign);
+    host_ = std::make_unique<HostMemory<Dev>>(*dev_, 2 * kStepsInFlight * Arena::kAlign);
     for (int i = 0; i < kStepsInFlight; ++i) {
-        std::byte* part = host_->data() + static_cast<std::size_t>(i) * bytes;
+        std::byte* part = host_->data() + 2 * static_cast<std::size_t>(i) * Arena::kAlign;
         slots_[i].control = reinterpret_cast<StepControl<A>*>(part);
         slots_[i].result = reinterpret_cast<StepControl<A>*>(part + Arena::kAlign);
-        slots_[i].block = part + 2 * Arena::kAlign;
     }
     ModelConstants constants;
     constants.laplacian = path_laplacian(spec_.head_dim());
@@ -90,40 +97,70 @@ void SampleRunner<Dev, T>::fill_ones() {
     synchronize(*dev_);
 }
 
-// Sends the batch to the device; what is returned points there.
 template <class Dev, class T>
-DeviceBatch SampleRunner<Dev, T>::place(const SampleBatch& batch, const SampleDraw& draw, Slot& slot,
-                                        DeviceSamples& samples) {
-    prepared_.prepare(batch, spec_, draw);
-    if (prepared_.nodes() > capacity_.nodes || prepared_.samples() > capacity_.samples ||
-        prepared_.edges() > capacity_.edges || prepared_.feature_entries() > capacity_.feature_entries)
-        throw std::logic_error("sample_runner: a larger batch than planned");
-    prepared_.copy_to(slot.block);
-    send(*dev_, block_, slot.block, prepared_.bytes());
-    slot.known = double(prepared_.known());
-    return prepared_.at(block_, spec_, samples);
+PreparedBatch SampleRunner<Dev, T>::room() {
+    PreparedBatch p;
+    // The device may still read the block of a step that will never be finished.
+    p.block = HostBlock(static_cast<std::byte*>(host_alloc(*dev_, batches_.bytes())), [this](std::byte* block) {
+        try {
+            synchronize(*dev_);
+        } catch (const DeviceError&) {
+        }  // the device has failed: nothing runs on it any more
+        host_free(*dev_, block);
+    });
+    return p;
+}
+
+// A batch in the runner's own room.
+template <class Dev, class T>
+const PreparedBatch& SampleRunner<Dev, T>::ready(const SampleBatch& batch, const SampleDraw& draw) {
+    if (!own_.block) own_ = room();
+    prepare(batch, draw, own_);
+    return own_;
+}
+
+// The batch as the device sees it, sent there where it cannot read the host's memory.
+template <class Dev, class T>
+DeviceBatch SampleRunner<Dev, T>::place(const PreparedBatch& batch, DeviceSamples& samples) {
+    if constexpr (std::is_same_v<Dev, Cuda>) {
+        send(*dev_, block_, batch.block.get(), batches_.bytes());
+        return batches_.at(batch, block_, samples);
+    }
+    return batches_.at(batch, batch.block.get(), samples);
 }
 
 template <class Dev, class T>
-void SampleRunner<Dev, T>::run(const DeviceBatch& batch, A grad_scale) {
+void SampleRunner<Dev, T>::run(const DeviceBatch& batch) {
     model_->forward(batch);
-    model_->sample_loss(batch, {&layout_->control->loss, 1}, batch.samples->count, true, grad_scale);
+    model_->sample_loss(batch, {&layout_->control->loss, 1}, batch.samples->count, true);
     model_->backward(batch);
 }
 
 template <class Dev, class T>
-void SampleRunner<Dev, T>::submit_step(const SampleBatch& batch, const StepSettings& settings, std::uint64_t seed) {
+void SampleRunner<Dev, T>::launch_step(const DeviceBatch& batch, std::uint32_t arrays) {
+    const auto step = [&] {
+        run(batch);
+        update_weights(*dev_, table_, *layout_);
+    };
+    if constexpr (std::is_same_v<Dev, Cuda>)
+        return recorded_.run(*dev_, arrays, plan_.cuda_graph && batches_.framed(), step);
+    (void)arrays;
+    step();
+}
+
+template <class Dev, class T>
+void SampleRunner<Dev, T>::submit_step(const PreparedBatch& batch, const StepSettings& settings) {
     if (submitted_ - finished_ == kStepsInFlight)
         throw std::logic_error("sample_runner: too many steps are unfinished");
+    if (batch.known == 0) throw std::logic_error("sample_runner: a step without a known target");
     const int mark = static_cast<int>(submitted_ % kStepsInFlight);
     Slot& slot = slots_[mark];
-    DeviceSamples samples;
-    const DeviceBatch on_device = place(batch, {true, seed}, slot, samples);
-    if (slot.known == 0) throw std::logic_error("sample_runner: a step without a known target");
+    slot.known = double(batch.known);
     *slot.control = control_of<A>(settings);
+    DeviceSamples samples;
+    const DeviceBatch on_device = place(batch, samples);
     send(*dev_, layout_->control, slot.control, sizeof *slot.control);
-    run(on_device, A(1 / slot.known));
-    update_weights(*dev_, table_, *layout_);
+    launch_step(on_device, batch.arrays);
     fetch(*dev_, slot.result, layout_->control, sizeof *slot.result);
     set_mark(*dev_, mark);
     ++submitted_;
@@ -143,15 +180,16 @@ SampleLoss SampleRunner<Dev, T>::evaluate(const SampleBatch& batch) {
     if (submitted_ != finished_) throw std::logic_error("sample_runner: a step is unfinished");
     DeviceSamples samples;
     fill_bytes(*dev_, layout_->control, 0, sizeof(StepControl<A>));
-    const DeviceBatch on_device = place(batch, {}, slots_[0], samples);
+    const PreparedBatch& prepared = ready(batch, {});
+    const DeviceBatch on_device = place(prepared, samples);
     model_->forward(on_device);
-    model_->sample_loss(on_device, {&layout_->control->loss, 1}, samples.count, false, A(0));
-    const Mat<const A> predictions = model_->predictions(on_device);
+    model_->sample_loss(on_device, {&layout_->control->loss, 1}, samples.count, false);
+    const Mat<const A> predictions = model_->predictions(on_device).slice_rows(0, prepared.rows);
     std::vector<A> host(static_cast<std::size_t>(predictions.rows * predictions.cols));
     copy_to_host(*dev_, host.data(), predictions.data, host.size() * sizeof(A));
     StepControl<A> control;
     copy_to_host(*dev_, &control, layout_->control, sizeof control);
-    return {double(control.loss), prepared_.known(), predictions.rows, {host.begin(), host.end()}};
+    return {double(control.loss), prepared.known, predictions.rows, {host.begin(), host.end()}};
 }
 
 template <class Dev, class T>
@@ -161,13 +199,13 @@ double SampleRunner<Dev, T>::loss_and_gradients(const SampleBatch& batch, const 
     fill_bytes(*dev_, layout_->control, 0, sizeof(StepControl<A>));
     fill_bytes(*dev_, layout_->params.grads.data, 0, elements * sizeof(A));
     DeviceSamples samples;
-    const DeviceBatch on_device = place(batch, draw, slots_[0], samples);
-    run(on_device, A(1 / slots_[0].known));
+    const PreparedBatch& prepared = ready(batch, draw);
+    run(place(prepared, samples));
     grads.resize(elements);
     copy_to_host(*dev_, grads.data(), layout_->params.grads.data, elements * sizeof(A));
     StepControl<A> control;
     copy_to_host(*dev_, &control, layout_->control, sizeof control);
-    return double(control.loss) / slots_[0].known;
+    return double(control.loss) / double(prepared.known);
 }
 
 #if FIEDLER_CUDA
@@ -180,10 +218,12 @@ namespace {
 
 template <class T>
 RunPlan measured(const ModelSpec& spec, const SampleCapacity& most, RunPlan plan) {
+    constexpr bool kCuda = std::is_same_v<T, bf16>;
     Arena arena;
     const ParamTable table(spec);
+    const BatchLayout<T> batches = batch_layout<T>(spec, most, plan, kCuda);
     std::byte* block = nullptr;
-    lay_out<T>(arena, spec, table, sample_activation_plan(most, plan, std::is_same_v<T, bf16>), most, &block);
+    lay_out<T>(arena, spec, table, sample_activation_plan(batches.frame(), plan, kCuda), batches, &block);
     plan.bytes = arena.peak();
     plan.table = arena.table();
     return plan;
@@ -196,7 +236,7 @@ RunPlan plan_of(const ModelSpec& spec, const SampleCapacity& most, const EngineO
     plan.tokens = most.nodes;
     plan.training = o.training;
     plan.attention = o.attention;
-    plan.cuda_graph = false;
+    plan.cuda_graph = o.device == DeviceKind::cuda && o.cuda_graph != GraphChoice::off;
     for (const Recompute r : {Recompute::none, Recompute::mlp, Recompute::layer}) {
         if (o.recompute != RecomputeChoice::automatic && static_cast<int>(o.recompute) != static_cast<int>(r) + 1)
             continue;

@@ -5,11 +5,15 @@
 
 namespace fiedler {
 
+// For batches of at most `most`, which is a BatchLayout's frame.
+ActivationPlan sample_activation_plan(const SampleCapacity& most, const RunPlan&, bool cuda);
+
 template <class Dev, class T>
 class SampleRunner final : public SampleEngine {
   public:
     using A = acc_t<T>;
-    SampleRunner(std::unique_ptr<Dev>, const ModelSpec&, const SampleCapacity&, const RunPlan&, std::size_t budget);
+    SampleRunner(std::unique_ptr<Dev>, const ModelSpec&, const SampleCapacity&, const RunPlan&, std::size_t budget,
+                 bool framed = std::is_same_v<Dev, Cuda>);
     ~SampleRunner() override;
 
     const ModelSpec& spec() const override { return spec_; }
@@ -19,25 +23,33 @@ class SampleRunner final : public SampleEngine {
     std::string device_name() const override { return name_of_device(*dev_); }
     std::string device_kind() const override { return std::is_same_v<Dev, Cuda> ? "cuda" : "cpu"; }
 
-    void submit_step(const SampleBatch&, const StepSettings&, std::uint64_t seed) override;
+    PreparedBatch room() override;
+    void prepare(const SampleBatch& b, const SampleDraw& d, PreparedBatch& room) const override {
+        batches_.prepare(b, d, room);
+    }
+    void submit_step(const PreparedBatch&, const StepSettings&) override;
     StepResult finish_step() override;
     SampleLoss evaluate(const SampleBatch&) override;
+    std::size_t device_bytes_in_use() override { return bytes_in_use(*dev_); }
     void read(Block which, float* out) override { read_block(*dev_, *layout_, which, out); }
     void write(Block which, const float* in) override { write_block(*dev_, *layout_, which, in); }
 
     // For tests: the mean loss of the batch's known targets and its gradient, with the given draw.
     double loss_and_gradients(const SampleBatch&, const SampleDraw&, std::vector<A>& grads);
     Model<Dev, T>& model() { return *model_; }
+    Dev& device() { return *dev_; }
+    std::int64_t replayed_steps() const { return recorded_.replayed(); }
     RunLayout<T>& layout() { return *layout_; }
 
   private:
     struct Slot {                         // of a step that is not finished
-        std::byte* block;                 // pinned
         StepControl<A>*control, *result;  // pinned
         double known;
     };
-    DeviceBatch place(const SampleBatch&, const SampleDraw&, Slot&, DeviceSamples&);
-    void run(const DeviceBatch&, A grad_scale);
+    DeviceBatch place(const PreparedBatch&, DeviceSamples&);
+    const PreparedBatch& ready(const SampleBatch&, const SampleDraw&);
+    void run(const DeviceBatch&);
+    void launch_step(const DeviceBatch&, std::uint32_t arrays);
     void fill_ones();
 
     std::unique_ptr<Dev> dev_;
@@ -45,13 +57,15 @@ class SampleRunner final : public SampleEngine {
     ParamTable table_;
     SampleCapacity capacity_;
     RunPlan plan_;
+    BatchLayout<T> batches_;
     ActivationPlan activation_plan_;
     Arena arena_;
     std::unique_ptr<RunLayout<T>> layout_;
-    std::byte* block_ = nullptr;  // on the device
+    std::byte* block_ = nullptr;  // for a batch on CUDA; a CPU reads it where it is
     std::unique_ptr<Model<Dev, T>> model_;
     std::unique_ptr<HostMemory<Dev>> host_;
-    PreparedSamples<T> prepared_;
+    PreparedBatch own_;                     // evaluate's
+    RecordedStep<std::uint32_t> recorded_;  // the arrays that a batch has are all that its frame leaves open
     Slot slots_[kStepsInFlight] = {};
     std::int64_t submitted_ = 0, finished_ = 0;
 };

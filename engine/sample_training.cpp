@@ -5,7 +5,6 @@
 #include <fmt/format.h>
 
 #include <cmath>
-#include <future>
 #include <nlohmann/json.hpp>
 #include <optional>
 
@@ -14,11 +13,11 @@
 #include "engine/evaluate_samples.h"
 #include "engine/files.h"
 #include "engine/log.h"
-#include "engine/rng.h"
 #include "engine/run_folder.h"
 #include "engine/sample_bundle.h"
 #include "engine/sample_loader.h"
 #include "engine/sample_metrics.h"
+#include "engine/sample_steps.h"
 #include "engine/schedule.h"
 #include "engine/signals.h"
 
@@ -28,59 +27,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr const char* kResultName = "result.json";
-constexpr std::uint64_t kStepStream = 0x73746570;  // "step": seeds of the steps' dropout
 
 double seconds_since(Clock::time_point t) { return std::chrono::duration<double>(Clock::now() - t).count(); }
-
-// The batches of training, epoch after epoch, the next one gathered while the device computes.
-class TrainingBatches {
-  public:
-    TrainingBatches(const SampleSource& source, const SampleLoader& loader, std::uint64_t seed)
-        : source_(source), loader_(loader), seed_(seed) {}
-    ~TrainingBatches() {
-        if (next_.valid()) next_.wait();
-    }
-    // Where the next batch stands: a checkpoint's cursor.
-    std::int64_t epoch() const { return epoch_; }
-    std::int64_t position() const { return position_; }
-    void go_to(std::int64_t epoch, std::int64_t position) {
-        epoch_ = epoch, position_ = position;
-        batches_ = loader_.of_epoch(seed_, epoch_);
-        if (position_ > static_cast<std::int64_t>(batches_.size()))
-            throw InputError("checkpoint: its place in the data does not exist; start a new run");
-    }
-    // Stays as it is until the next call.
-    const SampleBatch& take() {
-        if (!next_.valid()) ask();
-        current_ = next_.get();
-        advance();
-        ask();
-        return *current_;
-    }
-
-  private:
-    void advance() {
-        if (++position_ < static_cast<std::int64_t>(batches_.size())) return;
-        go_to(epoch_ + 1, 0);
-    }
-    void ask() {
-        if (batches_.empty()) go_to(epoch_, position_);
-        if (position_ == static_cast<std::int64_t>(batches_.size())) go_to(epoch_ + 1, 0);
-        next_ = std::async(std::launch::async,
-                           [this, epoch = epoch_, samples = batches_[static_cast<std::size_t>(position_)]] {
-                               auto batch = std::make_shared<SampleBatch>();
-                               source_.gather_epoch(samples, epoch, *batch);
-                               return batch;
-                           });
-    }
-    const SampleSource& source_;
-    const SampleLoader& loader_;
-    std::uint64_t seed_;
-    std::int64_t epoch_ = 0, position_ = 0;
-    std::vector<std::vector<std::int64_t>> batches_;
-    std::future<std::shared_ptr<SampleBatch>> next_;
-    std::shared_ptr<SampleBatch> current_;
-};
 
 // Weights of another model: tensors of the same name and shape. Outputs are taken over only for the same targets.
 std::string start_from(const std::string& path, const ParamTable& table, const SampleShape& shape, float* out) {
@@ -133,15 +81,12 @@ class SampleTraining {
     std::string folder_;
     Terminal terminal_{stdout};
     std::unique_ptr<RunLog> log_;
-    TrainingBatches batches_;
+    std::unique_ptr<SampleSteps> steps_;
     LearningRate rate_;
     OutlierDetector norms_;
     bool runs_ahead_;
     std::int64_t step_ = 0, submitted_ = 0, samples_ = 0, skipped_ = 0;
-    struct Cursor {
-        std::int64_t epoch = 0, position = 0;
-    };
-    Cursor cursor_;  // after the finished steps
+    SampleCursor cursor_;  // after the finished steps
     std::int64_t in_flight_samples_ = 0;
     std::vector<float> best_;
     std::optional<SampleMetrics> best_val_;
@@ -161,8 +106,7 @@ SampleTraining::SampleTraining(Config config, const SampleSource& source, const 
       resumed_(std::move(resumed)),
       first_seed_(first_seed),
       quiet_(quiet),
-      folder_(run_folder(config_)),
-      batches_(source, loader, static_cast<std::uint64_t>(config_.seed)) {
+      folder_(run_folder(config_)) {
     rate_ = {config_.schedule, config_.lr,     config_.min_lr_fraction,
              config_.steps,    config_.warmup, config_.decay_fraction};
     const bool results_decide = config_.skip_outliers > 0 || !config_.skip_nonfinite;
@@ -184,7 +128,7 @@ void SampleTraining::restore(const Checkpoint& checkpoint) {
             input_error("data: not what the checkpoint {} was trained on; give the same files, or start a new run",
                         checkpoint.folder());
         cursor_ = {whole_number<std::int64_t>(meta.data.at("epoch")),
-                   whole_number<std::int64_t>(meta.data.at("position"))};
+                   whole_number<std::int64_t>(meta.data.at("position")), step_};
         norms_.restore(meta.state.at("norms").get<std::vector<double>>());
         skipped_ = whole_number<std::int64_t>(meta.state.at("skipped"));
         best_step_ = whole_number<std::int64_t>(meta.state.at("best_step"));
@@ -203,11 +147,12 @@ void SampleTraining::restore(const Checkpoint& checkpoint) {
         input_error("{}: its manifest lacks what a resumed run needs ({}); use another checkpoint", checkpoint.folder(),
                     e.what());
     }
-    batches_.go_to(cursor_.epoch, cursor_.position);
 }
 
 void SampleTraining::start() {
     if (resumed_) restore(*resumed_);  // it may not belong to this data: nothing of the run is touched before
+    steps_ =
+        std::make_unique<SampleSteps>(source_, loader_, engine_, static_cast<std::uint64_t>(config_.seed), cursor_);
     log_ = std::make_unique<RunLog>(join_path(folder_, "log.jsonl"), resumed_ != nullptr);
     write_file_atomic(join_path(folder_, "config.toml"), to_toml(config_, Command::train));
     if (!resumed_) {
@@ -245,11 +190,9 @@ bool SampleTraining::may_submit() const {
 void SampleTraining::submit() {
     const StepSettings s =
         step_settings(config_, submitted_ + 1, rate_(submitted_), norms_.limit(config_.skip_outliers));
-    const SampleBatch& batch = batches_.take();
-    in_flight_samples_ += batch.size();
-    engine_.submit_step(
-        batch, s,
-        rng::bits(static_cast<std::uint64_t>(config_.seed), kStepStream, static_cast<std::uint64_t>(submitted_)));
+    const PreparedBatch& batch = steps_->next();
+    in_flight_samples_ += batch.samples;
+    engine_.submit_step(batch, s);
     ++submitted_;
 }
 
@@ -257,7 +200,7 @@ void SampleTraining::finish_step() {
     const StepResult r = engine_.finish_step();
     ++step_, ++session_steps_;
     if (submitted_ == step_) {
-        cursor_ = {batches_.epoch(), batches_.position()};
+        cursor_ = steps_->cursor();
         samples_ += in_flight_samples_, interval_samples_ += in_flight_samples_;
         in_flight_samples_ = 0;
     }

@@ -57,31 +57,17 @@ StepResult Runner<Dev, T>::finish_step() {
     return {double(control.loss) / slots_[mark].tokens, double(control.norm), control.skip != 0};
 }
 
-// On CUDA the second step in a row of one shape is recorded, and from then on replayed while the shape stays: the first
-// has loaded the kernels and chosen the algorithms. A step whose batches are cut into documents has a shape of its own.
+// A step whose batches are cut into documents has a shape of its own.
 template <class Dev, class T>
 void Runner<Dev, T>::launch_step(const std::vector<DeviceBatch>& micro_batches, A grad_scale) {
     if constexpr (std::is_same_v<Dev, Cuda>) {
         StepShape shape;
         for (const DeviceBatch& b : micro_batches) shape.emplace_back(b.inputs.size, b.seq.length);
         const bool uniform = std::ranges::all_of(micro_batches, [](const DeviceBatch& b) { return b.seq.length > 0; });
-        const bool known = uniform && shape == last_shape_;
-        last_shape_ = shape;
-        if (plan_.cuda_graph && known && !(graph_ && shape == graph_shape_)) {
-            try {
-                graph_.reset(graph_record(*dev_, [&] { run_step(micro_batches, grad_scale); }));
-            } catch (const DeviceError& e) {
-                throw DeviceError(std::string(e.what()) + ", while a step was recorded; --cuda-graph off goes without");
-            }
-            graph_shape_ = shape;
-        }
-        if (graph_ && uniform && shape == graph_shape_) {
-            graph_launch(*dev_, graph_.get());
-            ++replayed_;
-            return;
-        }
+        recorded_.run(*dev_, shape, plan_.cuda_graph && uniform, [&] { run_step(micro_batches, grad_scale); });
+    } else {
+        run_step(micro_batches, grad_scale);
     }
-    run_step(micro_batches, grad_scale);
 }
 
 FIEDLER_RUNNER_INSTANCES()

@@ -27,6 +27,7 @@ namespace fiedler {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+using MicroBatches = std::vector<Batch>;  // of one step
 
 double seconds_since(Clock::time_point t) { return std::chrono::duration<double>(Clock::now() - t).count(); }
 
@@ -67,7 +68,7 @@ class TrainingRun {
     std::optional<RunFolder> made_folder_;  // of the leader
     std::optional<Dataset> data_;
     std::unique_ptr<Engine> engine_;
-    std::unique_ptr<Prefetcher> batches_;
+    std::unique_ptr<Prefetcher<MicroBatches>> batches_;
     std::unique_ptr<RunLog> log_;
     std::unique_ptr<Checkpoint> resumed_;
     LearningRate rate_;
@@ -170,9 +171,16 @@ void TrainingRun::start() {
     const bool results_decide = config_.skip_outliers > 0 || !config_.skip_nonfinite;  // about the step after them
     runs_ahead_ = engine_->device_kind() == "cuda" && !results_decide;
     const TrainWindows w = windows();
-    batches_ = std::make_unique<Prefetcher>(
-        [&data = *data_, w](std::int64_t cursor, Batch& batch) { data.train_batch(cursor, w, batch); },
-        static_cast<std::size_t>(engine_->plan().micro_batches), w.rows * w.world, cursor_);
+    batches_ = std::make_unique<Prefetcher<MicroBatches>>(
+        [&data = *data_, w](std::int64_t& cursor, MicroBatches& step) {
+            for (Batch& batch : step) {
+                data.train_batch(cursor, w, batch);
+                cursor += w.rows * w.world;
+            }
+        },
+        std::vector(Prefetcher<MicroBatches>::kAhead + 1,
+                    MicroBatches(static_cast<std::size_t>(engine_->plan().micro_batches))),
+        cursor_);
     if (!leads_) return;
     made_folder_->keep();
     const RunPlan& plan = engine_->plan();
@@ -220,7 +228,7 @@ bool TrainingRun::may_submit() const {
 
 void TrainingRun::submit_step() {
     if (submitted_ == step_) counted_ = Clock::now();
-    const std::vector<Batch>& micro_batches = batches_->next();
+    const MicroBatches& micro_batches = batches_->next();
     engine_->submit_step(
         micro_batches, step_settings(config_, submitted_ + 1, rate_(submitted_), norms_.limit(config_.skip_outliers)));
     ++submitted_;

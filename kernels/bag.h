@@ -79,6 +79,13 @@ struct BagTransposed {
 };
 void bag_transpose(BagTransposed& out, Vec<const std::int32_t> offsets, Vec<const std::int32_t> columns,
                    Vec<const float> values, std::int64_t features);
+// The same into memory of at least [features + 1], entries and, with values, entries elements.
+struct BagTransposedTo {
+    Vec<std::int32_t> offsets, rows;
+    Vec<float> values;
+};
+void bag_transpose(const BagTransposedTo& out, Vec<const std::int32_t> offsets, Vec<const std::int32_t> columns,
+                   Vec<const float> values);
 
 inline constexpr std::int64_t kBagPiece = 128;  // entries of the transposed matrix that one block sums, on Cuda
 inline std::int64_t bag_scratch_elements(std::int64_t entries, std::int64_t channels) {

@@ -12,8 +12,10 @@ void check_matrix(const Vec<const std::int32_t>& offsets, const Vec<const std::i
     const std::int64_t rows = offsets.size - 1;
     FIEDLER_REQUIRE("bag", offsets.data[0] == 0 && offsets.data[rows] <= columns.size);
     for (std::int64_t i = 0; i < rows; ++i) FIEDLER_REQUIRE("bag", offsets.data[i] <= offsets.data[i + 1]);
+    std::uint32_t largest = 0;  // a negative one is larger than all others
     for (std::int64_t e = 0; e < offsets.data[rows]; ++e)
-        FIEDLER_REQUIRE("bag", columns.data[e] >= 0 && columns.data[e] < width);
+        largest = std::max(largest, static_cast<std::uint32_t>(columns.data[e]));
+    FIEDLER_REQUIRE("bag", offsets.data[rows] == 0 || std::int64_t(largest) < width);
 }
 
 // out[0..count) += sum_{e in row i} v_e table[column_e][first..first + count)
@@ -32,24 +34,33 @@ void add_row(T* __restrict__ out, const Vec<const std::int32_t>& offsets, const 
 
 void bag_transpose(BagTransposed& out, Vec<const std::int32_t> offsets, Vec<const std::int32_t> columns,
                    Vec<const float> values, std::int64_t features) {
-    check_matrix(offsets, columns, features);
-    const std::int64_t rows = offsets.size - 1, entries = offsets.data[rows];
-    FIEDLER_REQUIRE("bag", !values || values.size >= entries);
-    out.offsets.assign(static_cast<std::size_t>(features) + 1, 0);
+    const std::int64_t entries = offsets.data[offsets.size - 1];
+    out.offsets.resize(static_cast<std::size_t>(features) + 1);
     out.rows.resize(static_cast<std::size_t>(entries));
     out.values.resize(values ? static_cast<std::size_t>(entries) : 0);
+    bag_transpose({{out.offsets.data(), features + 1}, {out.rows.data(), entries}, {out.values.data(), entries}},
+                  offsets, columns, values);
+}
+
+void bag_transpose(const BagTransposedTo& out, Vec<const std::int32_t> offsets, Vec<const std::int32_t> columns,
+                   Vec<const float> values) {
+    const std::int64_t rows = offsets.size - 1, features = out.offsets.size - 1, entries = offsets.data[rows];
+    check_matrix(offsets, columns, features);
+    FIEDLER_REQUIRE("bag", out.rows.size >= entries);
+    FIEDLER_REQUIRE("bag", !values || (values.size >= entries && out.values.size >= entries));
     // offsets[f] runs from the first place of feature f to the first of f + 1; then all move up by one.
-    std::int32_t* place = out.offsets.data();
+    std::int32_t* place = out.offsets.data;
+    std::fill_n(place, features + 1, 0);
     for (std::int64_t e = 0; e < entries; ++e) ++place[columns.data[e] + 1];
     for (std::int64_t f = 0; f < features; ++f) place[f + 1] += place[f];
     for (std::int64_t i = 0; i < rows; ++i)
         for (std::int32_t e = offsets.data[i]; e < offsets.data[i + 1]; ++e) {
-            const auto at = static_cast<std::size_t>(place[columns.data[e]]++);
-            out.rows[at] = static_cast<std::int32_t>(i);
-            if (values) out.values[at] = values.data[e];
+            const std::int32_t at = place[columns.data[e]]++;
+            out.rows.data[at] = static_cast<std::int32_t>(i);
+            if (values) out.values.data[at] = values.data[e];
         }
-    std::copy_backward(out.offsets.begin(), out.offsets.end() - 1, out.offsets.end());
-    out.offsets[0] = 0;
+    std::copy_backward(place, place + features, place + features + 1);
+    place[0] = 0;
 }
 
 template <class T>

@@ -51,7 +51,7 @@ inline constexpr const char* kModelText =
     "4090 model: max(bytes / 1008 GB/s, flops / 165 TFLOP/s) / share of the measured limit reached here; a model, not "
     "a measurement";
 
-// One training step of a model.
+// One training step of a model: on tokens, or on samples, whose nodes take the tokens' place.
 struct Stage {
     std::string name;
     double seconds = 0;        // of a step
@@ -69,6 +69,10 @@ struct StepRow {
     std::vector<Stage> kernels;                             // longest first, at most ten
     double kernels_seconds = 0;                             // of all kernels of a step
     std::string kernels_note;                               // why there are none
+    // On samples: what they are, how many a step has on average, and on the host the time to make one of them ready and,
+    // of a step, to wait for that.
+    std::string unit;
+    double samples = 0, samples_per_second = 0, prepare_seconds = 0, wait_seconds = 0;
 };
 
 struct Result {

@@ -86,15 +86,30 @@ void print_stages(const char* title, const std::vector<Stage>& stages, double wh
                     percent(s.seconds / whole).c_str(), static_cast<long long>(s.entered));
 }
 
-}  // namespace
-
-void print_step(const StepRow& r) {
-    constexpr double kGiB = 1073741824.0;
+void print_token_step(const StepRow& r) {
     std::printf("\nstep %s on %s: %.1fM parameters, %lld tokens in %d micro-batches, recompute %s, CUDA graph %s\n",
                 r.name.c_str(), r.device.c_str(), double(r.parameters) * 1e-6, static_cast<long long>(r.tokens),
                 r.micro_batches, r.recompute.c_str(), r.cuda_graph.c_str());
     std::printf("  %.3f ms a step (noise %.1f%%, %d steps), %.0f tokens/s, %s%% of the measured GEMM peak\n",
                 r.seconds * 1e3, r.noise * 100, r.steps, r.tokens_per_second, percent(r.share).c_str());
+}
+
+}  // namespace
+
+void print_step(const StepRow& r) {
+    constexpr double kGiB = 1073741824.0;
+    if (!r.unit.empty()) {
+        std::printf(
+            "\nsamples %s on %s: %lld parameters, %.1f %s with %lld nodes a step, recompute %s, CUDA graph %s\n",
+            r.name.c_str(), r.device.c_str(), static_cast<long long>(r.parameters), r.samples, r.unit.c_str(),
+            static_cast<long long>(r.tokens), r.recompute.c_str(), r.cuda_graph.c_str());
+        std::printf("  %.3f ms a step (noise %.1f%%, %d steps), %.0f %s/s, %.0f nodes/s\n", r.seconds * 1e3,
+                    r.noise * 100, r.steps, r.samples_per_second, r.unit.c_str(), r.tokens_per_second);
+        std::printf("  host: %.2f us to make one of the %s ready; a step waits %.3f ms for its batch\n",
+                    r.prepare_seconds * 1e6, r.unit.c_str(), r.wait_seconds * 1e3);
+    } else {
+        print_token_step(r);
+    }
     std::printf("  memory: %.2f GiB planned", double(r.planned_bytes) / kGiB);
     if (r.device_bytes > 0) std::printf(", %.2f GiB of the device in use", double(r.device_bytes) / kGiB);
     std::printf("; loss after the last step %.4f\n", r.loss);
@@ -145,29 +160,38 @@ Json json_of(const std::vector<Stage>& stages, double whole) {
 }
 
 Json json_of(const StepRow& r) {
-    return {{"name", r.name},
-            {"device", r.device},
-            {"parameters", r.parameters},
-            {"batch_tokens", r.tokens},
-            {"context", r.context},
-            {"micro_batches", r.micro_batches},
-            {"recompute", r.recompute},
-            {"cuda_graph", r.cuda_graph},
-            {"steps", r.steps},
-            {"ms_per_step", number(r.seconds * 1e3)},
-            {"noise", number(r.noise)},
-            {"tokens_per_second", number(r.tokens_per_second)},
-            {"flops_per_token", number(r.flops_per_token)},
-            {"measured_peak_flops", positive(r.peak_flops)},
-            {"share_of_peak", positive(r.share)},
-            {"loss", number(r.loss)},
-            {"planned_bytes", r.planned_bytes},
-            {"device_bytes_in_use", r.device_bytes > 0 ? Json(r.device_bytes) : Json(nullptr)},
-            {"profiled_ms_per_step", positive(r.profiled_seconds * 1e3)},
-            {"stages", json_of(r.stages, r.profiled_seconds)},
-            {"kernels", json_of(r.kernels, r.seconds)},
-            {"kernels_ms", positive(r.kernels_seconds * 1e3)},
-            {"kernels_note", r.kernels_note}};
+    Json j{{"name", r.name},
+           {"device", r.device},
+           {"parameters", r.parameters},
+           {"batch_tokens", r.tokens},
+           {"context", r.context},
+           {"micro_batches", r.micro_batches},
+           {"recompute", r.recompute},
+           {"cuda_graph", r.cuda_graph},
+           {"steps", r.steps},
+           {"ms_per_step", number(r.seconds * 1e3)},
+           {"noise", number(r.noise)},
+           {"tokens_per_second", number(r.tokens_per_second)},
+           {"flops_per_token", number(r.flops_per_token)},
+           {"measured_peak_flops", positive(r.peak_flops)},
+           {"share_of_peak", positive(r.share)},
+           {"loss", number(r.loss)},
+           {"planned_bytes", r.planned_bytes},
+           {"device_bytes_in_use", r.device_bytes > 0 ? Json(r.device_bytes) : Json(nullptr)},
+           {"profiled_ms_per_step", positive(r.profiled_seconds * 1e3)},
+           {"stages", json_of(r.stages, r.profiled_seconds)},
+           {"kernels", json_of(r.kernels, r.seconds)},
+           {"kernels_ms", positive(r.kernels_seconds * 1e3)},
+           {"kernels_note", r.kernels_note}};
+    if (!r.unit.empty())
+        j["samples"] = {{"unit", r.unit},
+                        {"a_step", number(r.samples)},
+                        {"per_second", number(r.samples_per_second)},
+                        {"nodes_a_step", r.tokens},
+                        {"nodes_per_second", number(r.tokens_per_second)},
+                        {"prepare_us", number(r.prepare_seconds * 1e6)},
+                        {"wait_ms_per_step", number(r.wait_seconds * 1e3)}};
+    return j;
 }
 
 }  // namespace

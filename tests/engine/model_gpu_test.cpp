@@ -16,14 +16,13 @@
 
 #include "engine/config.h"
 #include "engine/runner.h"
+#include "tests/engine/gpu_gradients.h"
 #include "tests/engine/random_laplacian.h"
 #include "tests/support/buffer.h"
 #include "tests/support/compare.h"
 
 namespace fiedler {
 namespace {
-
-using test::Values;
 
 struct Shape {
     const char* name;
@@ -50,19 +49,6 @@ ModelSpec spec_of(const Shape& s) {
     c.causal = s.causal;
     c.spectral_dims = s.spectral_dims;
     return model_spec(c);
-}
-
-// Initial values moved off 0 and 1, exactly representable in bf16: CPU and GPU start from the same weights.
-std::vector<float> start(const ParamTable& table, const ModelSpec& spec) {
-    std::vector<float> w(static_cast<std::size_t>(table.elements));
-    initialise(table, spec, 5, w.data());
-    const Values noise = test::random_values(w.size(), 11, 0.05);
-    for (const ParamTensor& t : table.tensor)
-        for (std::int64_t i = t.offset; i < t.offset + t.size(); ++i) {
-            auto& x = w[static_cast<std::size_t>(i)];
-            x = float(bf16(x + static_cast<float>(noise[static_cast<std::size_t>(i)])));
-        }
-    return w;
 }
 
 Batch batch_of(const Shape& s, const ModelSpec& spec) {
@@ -132,41 +118,17 @@ TEST_P(ModelGpu, LossAndGradientsMatchTheCpu) {
     const Batch batch = batch_of(GetParam(), spec);
     Runner<Cpu, double> reference(std::make_unique<Cpu>(), spec, plan, 0, constants_of(spec));
     Runner<Cuda, bf16> device(std::make_unique<Cuda>(), spec, plan, 0, constants_of(spec));
-    const std::vector<float> w = start(reference.table(), spec);
+    const std::vector<float> w = test::start_in_bf16(reference.table(), spec);
     reference.write(Block::master, w.data());
     device.write(Block::master, w.data());
     std::vector<double> want;
     std::vector<float> got, again;
     const double want_loss = reference.loss_and_gradients(batch, want);
     const double got_loss = device.loss_and_gradients(batch, got);
-    constexpr std::uint32_t kEvaluations = 16;
-    std::vector<std::vector<float>> low(kEvaluations);
-    double low_error = 0, largest = 0;
-    for (std::uint32_t k = 0; k < kEvaluations; ++k)
-        low_error = std::max(low_error, std::abs(rounded_gradients(spec, plan, w, batch, k, low[k]) - want_loss));
-    for (const double g : want) largest = std::max(largest, std::abs(g));
-    EXPECT_LE(std::abs(got_loss - want_loss), 2 * low_error + 1e-6 * want_loss);
-    for (const ParamTensor& t : reference.table().tensor) {
-        if (t.group == Group::frozen) continue;
-        SCOPED_TRACE(t.name);
-        const auto part = [&](const auto& block) {
-            return Values(block.begin() + t.offset, block.begin() + t.offset + t.size());
-        };
-        test::Error allowed;
-        for (const auto& evaluation : low) {
-            const test::Error e = test::measure(part(evaluation), part(want));
-            ASSERT_EQ(e.nonfinite, 0u);
-            allowed.max = std::max(allowed.max, e.max);
-            allowed.rms = std::max(allowed.rms, e.rms);
-        }
-        // Gradients that vanish identically (one token alone) leave the rounding of f32 sums at the others' scale.
-        const double floor = 1e-6 * largest;
-        const test::Error e = test::measure(part(got), part(want));
-        ASSERT_GT(e.count, 0u);
-        EXPECT_EQ(e.nonfinite, 0u);
-        EXPECT_LE(e.max, 2 * allowed.max + floor) << "worst at " << e.worst << ", scale " << e.scale;
-        EXPECT_LE(e.rms, 2 * allowed.rms + floor) << "scale " << e.scale;
-    }
+    std::vector<test::LossAndGradients> low(test::kEvaluations);
+    for (std::uint32_t k = 0; k < test::kEvaluations; ++k)
+        low[k].loss = rounded_gradients(spec, plan, w, batch, k, low[k].gradients);
+    test::expect_as_near(reference.table(), want_loss, want, low, {got_loss, got});
     EXPECT_EQ(device.loss_and_gradients(batch, again), got_loss);
     EXPECT_TRUE(test::identical(again.data(), got.data(), got.size() * sizeof(float))) << "two runs differ";
 }

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <chrono>
 
+#include "engine/batch.h"
 #include "engine/dataset.h"
 #include "engine/error.h"
 #include "tests/engine/temp_folder.h"
@@ -14,6 +15,23 @@ namespace fiedler {
 namespace {
 
 using std::chrono::milliseconds;
+
+using MicroBatches = std::vector<Batch>;
+
+// A prefetcher of steps of so many micro-batches, the cursor moving by `windows` with each; `kept` steps stay as they are.
+class Steps : public Prefetcher<MicroBatches> {
+  public:
+    Steps(std::function<void(std::int64_t, Batch&)> read, std::size_t micro_batches, std::int64_t windows,
+          std::int64_t cursor, std::size_t kept = 1)
+        : Prefetcher<MicroBatches>(
+              [read, windows](std::int64_t& at, MicroBatches& step) {
+                  for (Batch& b : step) {
+                      read(at, b);
+                      at += windows;
+                  }
+              },
+              std::vector(kAhead + kept, MicroBatches(micro_batches)), cursor) {}
+};
 
 void numbered(std::int64_t cursor, Batch& b) { b.inputs.assign(3, static_cast<std::int32_t>(cursor)); }
 
@@ -33,8 +51,8 @@ TEST(Prefetch, StepsAreThoseOfTheDataset) {
     const TrainWindows w{4, 16, 3, false, 1, 2};  // the second of two processes
     constexpr std::size_t kMicroBatches = 3;
     for (const std::int64_t start : {0, 24, 240}) {
-        Prefetcher batches([&](std::int64_t c, Batch& b) { data.train_batch(c, w, b); }, kMicroBatches,
-                           w.rows * w.world, start);
+        Steps batches([&](std::int64_t c, Batch& b) { data.train_batch(c, w, b); }, kMicroBatches, w.rows * w.world,
+                      start);
         std::int64_t cursor = start;
         for (int step = 0; step < 40; ++step) {  // over several epochs
             EXPECT_EQ(batches.cursor(), cursor) << "that of the steps taken";
@@ -53,7 +71,7 @@ TEST(Prefetch, StepsAreThoseOfTheDataset) {
 
 TEST(Prefetch, ALeadOfTwoStepsAndNoMore) {
     std::atomic<std::int64_t> read = 0;
-    Prefetcher batches([&](std::int64_t c, Batch& b) { numbered(c, b), ++read; }, 1, 5, 100);
+    Steps batches([&](std::int64_t c, Batch& b) { numbered(c, b), ++read; }, 1, 5, 100);
     const auto settled = [&](std::int64_t expected) {
         for (int wait = 0; wait < 2000 && read < expected; ++wait) std::this_thread::sleep_for(milliseconds(1));
         std::this_thread::sleep_for(milliseconds(20));
@@ -68,8 +86,20 @@ TEST(Prefetch, ALeadOfTwoStepsAndNoMore) {
     }
 }
 
+TEST(Prefetch, StepsInFlightStayAsTheyAre) {
+    constexpr std::size_t kKept = 2;
+    Steps batches(numbered, 1, 1, 0, kKept);
+    std::vector<const Batch*> held;
+    for (std::int32_t step = 0; step < 50; ++step) {
+        held.push_back(batches.next().data());
+        std::this_thread::sleep_for(milliseconds(1));  // the thread reads ahead as far as it may
+        for (std::size_t k = 0; k < std::min(kKept, held.size()); ++k)
+            EXPECT_EQ(held[held.size() - 1 - k]->inputs[0], step - static_cast<std::int32_t>(k));
+    }
+}
+
 TEST(Prefetch, AnErrorComesInItsTurnAndStays) {
-    Prefetcher batches(
+    Steps batches(
         [](std::int64_t c, Batch& b) {
             if (c == 4) input_error("data: no more");
             numbered(c, b);
@@ -86,13 +116,13 @@ TEST(Prefetch, AnErrorComesInItsTurnAndStays) {
 
 TEST(Prefetch, EndsWhereverTheThreadIs) {
     for (int taken = 0; taken < 6; ++taken) {
-        Prefetcher batches(numbered, 2, 1, 0);
+        Steps batches(numbered, 2, 1, 0);
         for (int i = 0; i < taken; ++i) batches.next();
         if (taken % 2 == 0) std::this_thread::sleep_for(milliseconds(5));  // the thread waits for room
     }
     std::atomic<bool> reading = false, done = false;
     {
-        Prefetcher batches(
+        Steps batches(
             [&](std::int64_t, Batch&) {
                 reading = true;
                 std::this_thread::sleep_for(milliseconds(30));

@@ -6,15 +6,17 @@
 #include <cmath>
 #include <numeric>
 
-#include "engine/config.h"
 #include "engine/rng.h"
 #include "engine/sample_runner.h"
+#include "tests/engine/random_samples.h"
 #include "tests/engine/smallest_distance.h"
 #include "tests/support/compare.h"
 
 namespace fiedler {
 namespace {
 
+using test::per_sample;
+using test::random_batch;
 using DoubleRunner = SampleRunner<Cpu, double>;
 
 struct Case {
@@ -23,10 +25,6 @@ struct Case {
     Recompute recompute = Recompute::none;
 };
 void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
-
-void per_sample(SampleShape& s, TargetKind kind, std::int32_t outputs) {
-    s.level = TargetLevel::sample, s.kind = kind, s.outputs = outputs;
-}
 
 const std::vector<Case>& cases() {
     static const std::vector<Case> all = {
@@ -109,77 +107,15 @@ Problem problem_of(const Case& c) {
     return p;
 }
 
-// Random numbers in order, as many as are asked for.
-struct Draws {
-    std::uint64_t seed, at = 0;
-    double uniform() { return rng::uniform(seed, 99, at++); }
-    double normal() { return rng::normal(seed, 98, at++); }
-    std::int64_t below(std::int64_t n) { return static_cast<std::int64_t>(uniform() * double(n)); }
-};
-
-SampleBatch random_batch(const SampleShape& s, const std::vector<std::int32_t>& sizes, std::uint64_t seed) {
-    Draws draw{seed};
-    SampleBatch b;
-    b.edge_offsets = {0};
-    if (!s.dense) b.feature_offsets = {0};
-    for (std::size_t k = 0; k < sizes.size(); ++k) {
-        const std::int32_t n = sizes[k], first = b.offsets.back();
-        b.samples.push_back(static_cast<std::int64_t>(k));
-        b.offsets.push_back(first + n);
-        std::vector<std::vector<int>> type(static_cast<std::size_t>(n),
-                                           std::vector<int>(static_cast<std::size_t>(n), -1));
-        std::vector<std::vector<float>> weight(static_cast<std::size_t>(n),
-                                               std::vector<float>(static_cast<std::size_t>(n)));
-        if (s.edge_types > 0)
-            for (std::size_t i = 0; i < type.size(); ++i)
-                for (std::size_t j = 0; j < i; ++j)
-                    if (draw.uniform() < 0.5) {
-                        type[i][j] = type[j][i] = static_cast<int>(draw.below(s.edge_types));
-                        weight[i][j] = weight[j][i] = static_cast<float>(0.5 + draw.uniform());
-                    }
-        for (std::size_t i = 0; i < type.size(); ++i) {
-            for (std::size_t j = 0; j < type.size(); ++j)
-                if (type[i][j] >= 0) {
-                    b.edge_columns.push_back(first + static_cast<std::int32_t>(j));
-                    b.edge_types.push_back(static_cast<std::uint8_t>(type[i][j]));
-                    b.edge_weights.push_back(weight[i][j]);
-                }
-            b.edge_offsets.push_back(static_cast<std::int32_t>(b.edge_columns.size()));
-            for (std::int32_t f = 0; f < s.features; ++f) {
-                if (s.dense) b.dense.push_back(static_cast<float>(draw.normal()));
-                if (s.dense || draw.uniform() < 0.5) continue;
-                b.feature_columns.push_back(f);
-                b.feature_values.push_back(static_cast<float>(draw.normal()));
-            }
-            if (!s.dense) b.feature_offsets.push_back(static_cast<std::int32_t>(b.feature_columns.size()));
-            for (std::int64_t j = 0; j < s.spectral_dims; ++j) b.spectral.push_back(static_cast<float>(draw.normal()));
-        }
-    }
-    const std::int64_t rows = s.level == TargetLevel::node ? b.nodes() : b.size();
-    for (std::int64_t i = 0; i < rows; ++i) {
-        if (s.kind == TargetKind::classes) {
-            b.classes.push_back(i % 4 == 1 ? -1 : static_cast<std::int32_t>(draw.below(s.outputs)));
-            continue;
-        }
-        for (std::int32_t k = 0; k < s.outputs; ++k)
-            b.targets.push_back((i + k) % 4 == 1               ? kMissing
-                                : s.kind == TargetKind::binary ? static_cast<float>(draw.below(2))
-                                                               : static_cast<float>(draw.normal()));
-        if (s.kind == TargetKind::regression)
-            b.row_shift.push_back(static_cast<float>(draw.normal())),
-                b.row_scale.push_back(static_cast<float>(1 + draw.uniform()));
-    }
-    return b;
-}
-
 std::unique_ptr<DoubleRunner> make_runner(const Problem& p, Recompute recompute = Recompute::none,
-                                          AttentionChoice attention = AttentionChoice::automatic) {
+                                          AttentionChoice attention = AttentionChoice::automatic, bool framed = false) {
     const ModelSpec spec = model_spec(p.config, p.shape, 16);
     RunPlan plan;
     plan.recompute = recompute;
     plan.attention = attention;
     plan.training = true;
-    return std::make_unique<DoubleRunner>(std::make_unique<Cpu>(), spec, SampleCapacity{40, 8, 400, 400}, plan, 0);
+    return std::make_unique<DoubleRunner>(std::make_unique<Cpu>(), spec, SampleCapacity{40, 8, 400, 400}, plan, 0,
+                                          framed);
 }
 
 // Initial values with everything moved, so that every gradient is alive; padding stays 0.
@@ -292,6 +228,71 @@ TEST_P(SampleBatches, AloneAndInABatchAreEqualBitForBit) {
         EXPECT_EQ(together.known, known);
         EXPECT_NEAR(together.sum, sum, 1e-9 * std::abs(sum));
     }
+}
+
+// What the GPU's frames add (sample_batch.h) changes neither predictions nor, but for the rounding of sums over more rows,
+// gradients; and the shape of a batch is that of every other.
+TEST_P(SampleBatches, AFrameIsNotSeen) {
+    const Problem p = problem_of(GetParam());
+    const auto plain = make_runner(p, GetParam().recompute),
+               framed = make_runner(p, GetParam().recompute, AttentionChoice::automatic, true);
+    set_lively_values(*plain, 3), set_lively_values(*framed, 3);
+    const SampleDraw draw{true, 17};
+    std::vector<double> want, got;
+    std::vector<std::vector<std::int32_t>> batches = {p.sizes, {p.sizes[0]}};
+    if (p.shape.nodes_per_sample == 0) batches.push_back({1, 1, 1, 1, 1, 1, 1, 1});
+    for (const std::vector<std::int32_t>& sizes : batches) {
+        const SampleBatch b = random_batch(p.shape, sizes, 4);
+        const SampleLoss without = plain->evaluate(b), with = framed->evaluate(b);
+        EXPECT_EQ(with.predictions, without.predictions);
+        EXPECT_EQ(with.known, without.known);
+        EXPECT_EQ(with.rows, without.rows);
+        EXPECT_NEAR(with.sum, without.sum, 1e-12 * std::abs(without.sum));
+        if (without.known == 0) continue;
+        const double loss = plain->loss_and_gradients(b, draw, want);
+        EXPECT_NEAR(framed->loss_and_gradients(b, draw, got), loss, 1e-12 * std::abs(loss));
+        double largest = 0;
+        for (const double g : want) largest = std::max(largest, std::abs(g));
+        for (std::size_t i = 0; i < want.size(); ++i) ASSERT_NEAR(got[i], want[i], 1e-12 * largest) << i;
+    }
+}
+
+// Sizes of all that a kernel could choose its launch by.
+std::vector<std::int64_t> sizes_of(const DeviceBatch& b) {
+    const DeviceSamples& s = *b.samples;
+    return {b.seq.tokens,
+            b.seq.count,
+            s.feature_offsets.size,
+            s.feature_columns.size,
+            s.by_feature_offsets.size,
+            s.feature_nodes.size,
+            s.graph.offsets.size,
+            s.graph.columns.size,
+            s.classes.size,
+            s.targets.rows};
+}
+
+TEST_P(SampleBatches, FramedBatchesHaveOneShapeAndOnePlace) {
+    const Problem p = problem_of(GetParam());
+    const BatchLayout<float> layout(model_spec(p.config, p.shape, 16), {40, 8, 400, 400}, true, true);
+    PreparedBatch room;
+    std::vector<std::byte> memory(layout.bytes() + 256);
+    room.block =
+        HostBlock(memory.data() + 256 - reinterpret_cast<std::uintptr_t>(memory.data()) % 256, [](std::byte*) {});
+    std::vector<std::int64_t> shape;
+    const void* last = nullptr;
+    for (std::uint64_t seed = 1; seed < 5; ++seed) {
+        std::vector<std::int32_t> sizes(p.sizes.begin(), p.sizes.end() - (seed == 2 ? 1 : 0));
+        layout.prepare(random_batch(p.shape, sizes, seed), {true, seed}, room);
+        DeviceSamples samples;
+        const DeviceBatch b = layout.at(room, room.block.get(), samples);
+        if (seed > 1) {
+            EXPECT_EQ(sizes_of(b), shape);
+            EXPECT_EQ(b.samples->count.data, last);
+        }
+        shape = sizes_of(b), last = b.samples->count.data;
+    }
+    EXPECT_EQ(shape[0], 40);
 }
 
 // The nodes of the only sample in another order.

@@ -33,6 +33,34 @@ class SeriesCommand : public CommandTest {
     }
 };
 
+TEST_F(SeriesCommand, BenchTimesATrainingStep) {
+    const Words words = {"bench",     "samples",   "--preset", "series",        "--data", "s.csv",   "--look-back",
+                         "48",        "--horizon", "12",       "--batch-nodes", "160",    "--steps", "3",
+                         "--threads", "1",         "--device", "cpu",           "--json", "b.json"};
+    const Outcome o = run(words);
+    ASSERT_EQ(o.code, 0) << o.err;
+    for (const char* part :
+         {"windows/s", "nodes/s", "parameters", "memory:", "to make one of the windows ready", "adamw"})
+        EXPECT_HAS(o.out, part);
+    const Json step = Json::parse(slurp(path("b.json"))).at("steps").at(0), samples = step.at("samples");
+    EXPECT_EQ(step.at("steps"), 3);
+    EXPECT_GT(step.at("parameters").get<std::int64_t>(), 1000);
+    EXPECT_EQ(samples.at("unit"), "windows");
+    const double each = samples.at("nodes_a_step").get<double>() / samples.at("a_step").get<double>();
+    EXPECT_NEAR(samples.at("nodes_per_second").get<double>(), each * samples.at("per_second").get<double>(),
+                1e-3 * samples.at("nodes_per_second").get<double>());
+    EXPECT_GT(samples.at("prepare_us").get<double>(), 0);
+    Words again = words;
+    again.insert(again.end(), {"--compare", "b.json"});
+    const Outcome c = run(again);
+    EXPECT_EQ(c.code, 0) << c.err;
+    EXPECT_HAS(c.out, "step/series b, 1 layers");
+    const Outcome no = run({"bench", "samples"});
+    EXPECT_EQ(no.code, 2);
+    EXPECT_HAS(no.err, "--preset molecules");
+    EXPECT_EQ(run({"bench", "samples", "step"}).code, 2);
+}
+
 TEST_F(SeriesCommand, ForecastsASineAndGoesBeyondTheEnd) {
     const Outcome o = train_on("run");
     ASSERT_EQ(o.code, 0) << o.err;
