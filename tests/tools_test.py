@@ -2,6 +2,7 @@
 """Tests of tools/: python3 -m unittest tests/tools_test.py (standard library only, no GPU)."""
 import argparse
 import contextlib
+import fnmatch
 import importlib.machinery
 import importlib.util
 import io
@@ -9,6 +10,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import stat
 import subprocess
 import sys
@@ -365,6 +367,27 @@ class GraphPeers(unittest.TestCase):
             with self.assertRaises(SystemExit) as stopped, contextlib.redirect_stderr(io.StringIO()):
                 graph_peers.main(arguments)
             self.assertEqual(stopped.exception.code, 2)
+
+
+class SanitizerFilter(unittest.TestCase):
+    # Tests by name as in the sources; those with parameters have a suffix that only the program knows.
+    def named(self):
+        text = "".join(path.read_text() for path in sorted((ROOT / "tests").glob("*/*_test.cpp")))
+        return [f"{family}.{name}" for family, name in re.findall(r"^TEST(?:_[FP])?\((\w+), (\w+)\)", text, re.M)]
+
+    def test_every_pattern_names_a_test(self):
+        tests = self.named()
+        for pattern in gpu_check.SANITIZER_FILTER.split(":"):
+            family = re.sub(r"\*(_T\d+|[a-z]\w*)$", "*", pattern)  # without a parameter's name
+            self.assertTrue(any(fnmatch.fnmatchcase(name, family) for name in tests), pattern)
+
+    def test_families_of_samples_are_in_and_what_takes_too_long_is_not(self):
+        patterns = gpu_check.SANITIZER_FILTER.split(":")
+        chosen = [name for name in self.named() if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+        for family in ("GraphConv", "Bag", "Pool", "Dropout", "Objective", "Slots", "Sample", "HalfPanel"):
+            self.assertTrue(any(name.startswith(f"{family}.Gpu") for name in chosen), family)
+        self.assertIn("Sample.GpuSmallDraws", chosen)
+        self.assertNotIn("Sample.GpuDrawsWhatTheContractSays", chosen)
 
 
 class GpuCheck(Folder):
