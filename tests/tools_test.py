@@ -2,6 +2,7 @@
 """Tests of tools/: python3 -m unittest tests/tools_test.py (standard library only, no GPU)."""
 import argparse
 import contextlib
+import fnmatch
 import importlib.machinery
 import importlib.util
 import io
@@ -9,12 +10,15 @@ import json
 import os
 import pathlib
 import random
+import re
 import stat
 import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 import unittest
+from unittest import mock
 
 sys.dont_write_bytecode = True
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -301,7 +305,7 @@ class GraphPeers(unittest.TestCase):
         rng = random.Random(1)
         molecules = [graph_peers.random_molecule(rng) for _ in range(500)]
         self.assertAlmostEqual(sum(m.atoms for m in molecules) / 500, 25, delta=1.5)
-        for atoms, bonds in molecules:
+        for atoms, bonds, _, _ in molecules:
             self.assertEqual(len(bonds), len(set(bonds)))
             reached = {0}
             for a, b in sorted(bonds, key=lambda bond: bond[1]):
@@ -315,6 +319,42 @@ class GraphPeers(unittest.TestCase):
         self.assertEqual(graph, [0, 0, 1, 1, 1])
         self.assertEqual(list(zip(sources, ends)), [(0, 1), (1, 0), (3, 4), (4, 3)])
 
+    def test_attention_has_a_row_of_the_longest_for_each_molecule(self):
+        molecules = [graph_peers.Molecule(2, []), graph_peers.Molecule(3, []), graph_peers.Molecule(1, [])]
+        self.assertEqual(graph_peers.row_places(molecules), (3, [0, 1, 3, 4, 5, 6]))
+
+    def test_the_prepared_molecules_are_read_as_they_are(self):
+        class Array(list):  # as much of NumPy's as is needed
+            def __getitem__(self, part):
+                return Array(list.__getitem__(self, part))
+
+            def tolist(self):
+                return list(self)
+
+        rows = lambda count, width: Array([list(range(width * i, width * i + width)) for i in range(count)])  # noqa: E731
+        arrays = {"atom_offsets": Array([0, 2, 5]), "bond_offsets": Array([0, 1, 3]), "atoms": rows(5, 9),
+                  "bonds": Array([[0, 1], [0, 1], [1, 2]]), "bond_features": rows(3, 3)}
+        with mock.patch.dict("sys.modules", read_fdl=mock.Mock(read_fdl=lambda path: ({}, arrays))):
+            first, second = graph_peers.read_molecules("folder", 9)
+            self.assertEqual(len(graph_peers.read_molecules("folder", 1)), 1)
+        self.assertEqual((first.atoms, first.bonds, first.bond_values), (2, [(0, 1)], [[0, 1, 2]]))
+        self.assertEqual((second.atoms, second.bonds), (3, [(0, 1), (1, 2)]))
+        self.assertEqual(second.atom_values[0], list(range(18, 27)))
+
+    def test_drawn_molecules_are_known_ones(self):
+        known = [graph_peers.Molecule(n, []) for n in range(1, 6)]
+        self.assertEqual(sorted(m.atoms for m in graph_peers.draw_molecules(known, 5, 1)), [1, 2, 3, 4, 5])
+        self.assertEqual(len(graph_peers.draw_molecules(known, 12, 1)), 12)
+
+    def test_what_compiles_too_long_is_ended(self):
+        began = time.monotonic()
+        with mock.patch.object(graph_peers.sys, "executable", "/bin/sh"), \
+             mock.patch.object(graph_peers.pathlib.Path, "resolve", lambda self: "-c"):
+            told = graph_peers.measure_compiled(["sleep 60"], 0.2)
+            self.assertIn("failure", graph_peers.measure_compiled(["true"], 20))
+        self.assertEqual(told, {"failure": "not done after 0.2 s"})
+        self.assertLess(time.monotonic() - began, 20)
+
     def test_the_fastest_batch_counts_and_failures_are_told(self):
         rows = [{"batch": 8, "molecules_per_second": 5}, {"batch": 16, "molecules_per_second": 9},
                 {"batch": 32, "failure": "no memory"}]
@@ -327,6 +367,27 @@ class GraphPeers(unittest.TestCase):
             with self.assertRaises(SystemExit) as stopped, contextlib.redirect_stderr(io.StringIO()):
                 graph_peers.main(arguments)
             self.assertEqual(stopped.exception.code, 2)
+
+
+class SanitizerFilter(unittest.TestCase):
+    # Tests by name as in the sources; those with parameters have a suffix that only the program knows.
+    def named(self):
+        text = "".join(path.read_text() for path in sorted((ROOT / "tests").glob("*/*_test.cpp")))
+        return [f"{family}.{name}" for family, name in re.findall(r"^TEST(?:_[FP])?\((\w+), (\w+)\)", text, re.M)]
+
+    def test_every_pattern_names_a_test(self):
+        tests = self.named()
+        for pattern in gpu_check.SANITIZER_FILTER.split(":"):
+            family = re.sub(r"\*(_T\d+|[a-z]\w*)$", "*", pattern)  # without a parameter's name
+            self.assertTrue(any(fnmatch.fnmatchcase(name, family) for name in tests), pattern)
+
+    def test_families_of_samples_are_in_and_what_takes_too_long_is_not(self):
+        patterns = gpu_check.SANITIZER_FILTER.split(":")
+        chosen = [name for name in self.named() if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+        for family in ("GraphConv", "Bag", "Pool", "Dropout", "Objective", "Slots", "Sample", "HalfPanel"):
+            self.assertTrue(any(name.startswith(f"{family}.Gpu") for name in chosen), family)
+        self.assertIn("Sample.GpuSmallDraws", chosen)
+        self.assertNotIn("Sample.GpuDrawsWhatTheContractSays", chosen)
 
 
 class GpuCheck(Folder):
