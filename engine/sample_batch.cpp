@@ -86,11 +86,26 @@ std::int64_t BatchLayout<T>::loops() const {
     return spec_.samples->edge_types == 1 ? frame_.nodes : 0;
 }
 
+// The smallest frame that holds so many nodes.
+template <class T>
+std::int64_t BatchLayout<T>::frame_nodes(std::int64_t nodes) const {
+    constexpr int kHalvings = 4;
+    const std::int64_t each = std::max<std::int64_t>(spec_.samples->nodes_per_sample, 1);
+    std::int64_t least = frame_.nodes;
+    for (int i = 1; i <= kHalvings; ++i) {
+        const std::int64_t part = frame_.nodes >> i, whole = (part + each - 1) / each * each;
+        if (whole >= nodes) least = whole;
+    }
+    return least;
+}
+
 // Of the batch as the kernels see it.
 template <class T>
 SampleCapacity BatchLayout<T>::sizes_of(const PreparedBatch& p) const {
     if (!framed_) return {p.nodes, p.samples, p.edges, p.feature_entries};
-    return {frame_.nodes, frame_.samples, frame_.edges + loops(), frame_.feature_entries};
+    const std::int64_t each = spec_.samples->nodes_per_sample;
+    return {p.frame_nodes, each > 0 ? p.frame_nodes / each : frame_.samples, frame_.edges + loops(),
+            frame_.feature_entries};
 }
 
 template <class T>
@@ -255,6 +270,7 @@ void BatchLayout<T>::prepare(const SampleBatch& b, const SampleDraw& draw, Prepa
     if (p.nodes > most_.nodes || p.samples > most_.samples || p.edges > most_.edges ||
         p.feature_entries > most_.feature_entries)
         throw std::logic_error("sample_batch: a larger batch than planned");
+    p.frame_nodes = framed_ ? frame_nodes(p.nodes) : 0;
     prepare_packing(b, p);
     if (spec_.samples->dense)
         prepare_dense(b, draw, p);

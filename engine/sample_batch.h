@@ -9,10 +9,11 @@
 //   training    input dropout on the features (what is dropped is left out; the rest is scaled up), and one random sign
 //               for each sample and column of the spectral embedding. Both depend on `draw` and on positions in the batch.
 //
-// Frames. On CUDA all batches have one shape, that of the largest: a matrix product of a size not seen before costs more
-// in the choice of its algorithm than in itself, and only what has one shape can be recorded. The frame's other nodes are
-// nodes without features, edges and targets, in samples of their own, and its other samples are empty. What is lost is
-// little, since a batch is filled until the next sample does not fit. The samples themselves do not notice.
+// Frames. On CUDA batches have one shape, that of the largest, or one with a half, a quarter, ... of its nodes: a matrix
+// product of a size not seen before costs more in the choice of its algorithm than in itself, and only what has one shape
+// can be recorded. The frame's other nodes are nodes without features, edges and targets, in samples of their own, and its
+// other samples are empty. What is lost is little, since a batch is filled until the next sample does not fit; the last
+// one of an epoch may be small. The samples themselves do not notice.
 #pragma once
 #include <array>
 #include <cstddef>
@@ -44,8 +45,9 @@ struct PreparedBatch {
     HostBlock block;
     // Of the batch itself, without what fills its frame: edges with loops, rows of targets and predictions, known targets.
     std::int64_t nodes = 0, samples = 0, edges = 0, feature_entries = 0, rows = 0, known = 0;
-    std::uint32_t arrays = 0;   // bit k: array k of the layout is there
-    std::vector<double> roots;  // room for what is needed on the way
+    std::uint32_t arrays = 0;      // bit k: array k of the layout is there
+    std::int64_t frame_nodes = 0;  // of the frame that it is in; 0: in none
+    std::vector<double> roots;     // room for what is needed on the way
 };
 
 // Where the arrays of a batch lie in its block: the same for all batches of a model and a capacity.
@@ -96,6 +98,7 @@ class BatchLayout {
         p.arrays |= 1u << a;
         return reinterpret_cast<U*>(p.block.get() + at_[a]);
     }
+    std::int64_t frame_nodes(std::int64_t nodes) const;
     SampleCapacity sizes_of(const PreparedBatch&) const;
     void prepare_packing(const SampleBatch&, PreparedBatch&) const;
     void prepare_features(const SampleBatch&, const SampleDraw&, PreparedBatch&) const;

@@ -137,14 +137,14 @@ void SampleRunner<Dev, T>::run(const DeviceBatch& batch) {
 }
 
 template <class Dev, class T>
-void SampleRunner<Dev, T>::launch_step(const DeviceBatch& batch, std::uint32_t arrays) {
+void SampleRunner<Dev, T>::launch_step(const DeviceBatch& batch, const StepShape& shape) {
     const auto step = [&] {
         run(batch);
         update_weights(*dev_, table_, *layout_);
     };
     if constexpr (std::is_same_v<Dev, Cuda>)
-        return recorded_.run(*dev_, arrays, plan_.cuda_graph && batches_.framed(), step);
-    (void)arrays;
+        return recorded_.run(*dev_, shape, plan_.cuda_graph && batches_.framed(), step);
+    (void)shape;
     step();
 }
 
@@ -160,7 +160,7 @@ void SampleRunner<Dev, T>::submit_step(const PreparedBatch& batch, const StepSet
     DeviceSamples samples;
     const DeviceBatch on_device = place(batch, samples);
     send(*dev_, layout_->control, slot.control, sizeof *slot.control);
-    launch_step(on_device, batch.arrays);
+    launch_step(on_device, {batch.frame_nodes, batch.arrays});
     fetch(*dev_, slot.result, layout_->control, sizeof *slot.result);
     set_mark(*dev_, mark);
     ++submitted_;

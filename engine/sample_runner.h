@@ -49,7 +49,9 @@ class SampleRunner final : public SampleEngine {
     DeviceBatch place(const PreparedBatch&, DeviceSamples&);
     const PreparedBatch& ready(const SampleBatch&, const SampleDraw&);
     void run(const DeviceBatch&);
-    void launch_step(const DeviceBatch&, std::uint32_t arrays);
+    // All that frames leave open: the nodes, and which arrays a batch has.
+    using StepShape = std::pair<std::int64_t, std::uint32_t>;
+    void launch_step(const DeviceBatch&, const StepShape&);
     void fill_ones();
 
     std::unique_ptr<Dev> dev_;
@@ -64,8 +66,8 @@ class SampleRunner final : public SampleEngine {
     std::byte* block_ = nullptr;  // for a batch on CUDA; a CPU reads it where it is
     std::unique_ptr<Model<Dev, T>> model_;
     std::unique_ptr<HostMemory<Dev>> host_;
-    PreparedBatch own_;                     // evaluate's
-    RecordedStep<std::uint32_t> recorded_;  // the arrays that a batch has are all that its frame leaves open
+    PreparedBatch own_;  // evaluate's
+    RecordedStep<StepShape> recorded_;
     Slot slots_[kStepsInFlight] = {};
     std::int64_t submitted_ = 0, finished_ = 0;
 };
