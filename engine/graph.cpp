@@ -214,6 +214,9 @@ Graph build_graph(std::int64_t nodes, std::vector<Edge> edges, GraphNotes* notes
 
 namespace {
 
+constexpr std::int64_t kHub =
+    100;  // times the mean number of neighbours: a node from where most of a graph may be near
+
 // Union by the smaller number, without locks: a root's parent is itself, any other node's a smaller node, so whatever the
 // order of the links, what remains is one root for each component, its smallest node.
 class Forest {
@@ -242,6 +245,42 @@ class Forest {
     std::vector<std::int32_t>& parent_;
 };
 
+// Nodes within a few steps of the one with the most neighbours, where these are most nodes, as in networks with hubs: their
+// parent is the smallest of them. False: they are not, and nothing is done. Nodes look for a neighbour that is found
+// already, in whatever state the others are: a sweep finds one step or more, and the forest's result is the same.
+template <class ForNodes>
+bool join_around_hub(const Graph& g, std::vector<std::int32_t>& parent, const ForNodes& for_nodes) {
+    constexpr int kSweeps = 8;
+    const auto degree = [&](std::int64_t i) { return g.offsets[Size(i) + 1] - g.offsets[Size(i)]; };
+    std::int64_t hub = 0;
+    for (std::int64_t i = 1; i < g.nodes; ++i)
+        if (degree(i) > degree(hub)) hub = i;
+    if (degree(hub) * g.nodes < kHub * std::int64_t(g.columns.size())) return false;
+    std::vector<std::uint8_t> found(parent.size(), 0);
+    found[Size(hub)] = 1;
+    std::int64_t count = 1;
+    for (int sweep = 0, going = 1; sweep < kSweeps && going; ++sweep) {
+        for_nodes([&](std::int32_t i) {
+            const auto at = [&](std::int32_t j) { return std::atomic_ref<std::uint8_t>(found[Size(j)]); };
+            if (at(i).load(std::memory_order_relaxed)) return;
+            for (auto k = g.offsets[Size(i)]; k < g.offsets[Size(i) + 1]; ++k)
+                if (at(g.columns[Size(k)]).load(std::memory_order_relaxed)) {
+                    at(i).store(1, std::memory_order_relaxed);
+                    return;
+                }
+        });
+        const auto now = std::int64_t(std::count(found.begin(), found.end(), 1));
+        going = now - count > g.nodes / 64;
+        count = now;
+    }
+    if (count < g.nodes / 2) return false;
+    const auto first = std::int32_t(std::find(found.begin(), found.end(), 1) - found.begin());
+    for_nodes([&](std::int32_t i) {
+        if (found[Size(i)]) parent[Size(i)] = first;
+    });
+    return true;
+}
+
 // Of a sample of nodes, the root that most of them have.
 std::int32_t frequent_root(const std::vector<std::int32_t>& parent) {
     constexpr Size kSamples = 1024;
@@ -260,7 +299,8 @@ std::int32_t frequent_root(const std::vector<std::int32_t>& parent) {
 }  // namespace
 
 // Afforest (Sutton, Ben-Nun, Barak 2018): two edges of every node join most of what belongs together; of the component
-// that most nodes are in by then, no other edge needs to be looked at, as the nodes outside it list theirs to it too.
+// that most nodes are in by then, no other edge needs to be looked at, as the nodes outside it list theirs to it too. Where
+// there are hubs, a few steps from the largest do that better: the first edges of nodes in random order make long chains.
 Components find_components(const Graph& g) {
     constexpr std::int64_t kFirst = 2;
     Components c;
@@ -282,13 +322,14 @@ Components find_components(const Graph& g) {
             forest.link(i, g.columns[static_cast<Size>(k)]);
     };
     for_nodes([&](std::int32_t i) { parent[static_cast<Size>(i)] = i; });
-    for (std::int64_t k = 0; k < kFirst; ++k) {
+    const std::int64_t first = join_around_hub(g, parent, for_nodes) ? 0 : kFirst;
+    for (std::int64_t k = 0; k < first; ++k) {
         for_nodes([&](std::int32_t i) { link(i, k, k + 1); });
         for_nodes([&](std::int32_t i) { forest.compress(i); });
     }
     const std::int32_t largest = frequent_root(parent);
     for_nodes([&](std::int32_t i) {
-        if (forest.up(i) != largest) link(i, kFirst, -1);
+        if (forest.up(i) != largest) link(i, first, -1);
     });
     for_nodes([&](std::int32_t i) { forest.compress(i); });
     // Roots are the smallest nodes of their components and parents come first: one ascending pass numbers all.

@@ -12,7 +12,8 @@ using Size = std::size_t;
 // Null vectors, whose direction gets some 1 / sqrt(nodes) of the noise, or up to 2^-12 of vectors with few different
 // entries, must not outgrow the others.
 constexpr double kHalfGrowth = 1e4;
-constexpr std::int64_t kHalfDegree = 25;  // a shorter filter is done in f32 before its noise were polished away
+constexpr std::int64_t kHalfDegree = 25;    // a shorter filter is done in f32 before its noise were polished away
+constexpr std::int64_t kNoisyDegree = 100;  // a longer filter of deviations, whose noise adds up, is polished, too
 // The polishing filter damps all but the lowest tenth of the spectrum, or what lies well above the wanted eigenvalues.
 constexpr double kNoiseCut = 0.1, kNoiseFactor = 2, kBulk = 0.35;
 constexpr double kNoiseDamping = 1e4;
@@ -175,7 +176,12 @@ template <class Dev, class A>
 bool SubspaceSolver<Dev, A>::filter_long(std::int64_t first, std::int64_t columns, double cut, std::int64_t degree,
                                          double lowest, double last, const std::vector<double>& theta) {
     const bool half = set_.half > 0 && level_ == 0;
-    if (half && !theta.empty() && filter_deviations(first, theta, cut, degree, lowest)) return true;
+    if (half && !theta.empty() && filter_deviations(first, theta, cut, degree, lowest)) {
+        if (degree < kNoisyDegree || !can_polish(lowest, last)) return true;
+        copy_columns(v_, first, p_, first, columns);
+        polish(first, columns, lowest, last, theta);
+        return true;
+    }
     const bool worth = half && theta.empty() && degree >= kHalfDegree && can_polish(lowest, last);
     if (!worth || !filter_half(first, columns, cut, degree, lowest)) {
         filter_columns(first, columns, cut, degree, lowest);

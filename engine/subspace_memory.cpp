@@ -90,6 +90,7 @@ void SubspaceSolver<Dev, A>::lay_out(Arena& arena) {
     p_ = arena.vec<A>("P", n * m, persistent);
     q_ = arena.vec<A>("Q", n * m, persistent);
     basis_ = arena.vec<A>("basis", n * set_.basis, persistent);
+    narrow_ = arena.vec<A>("panel", n * set_.panel, scratch);
     small_ = arena.vec<double>("small matrix", m * std::max(m, set_.basis), persistent);
     norms_ = arena.vec<double>("norms", m, persistent);
     theta_device_ = arena.vec<double>("theta", m, persistent);
@@ -152,9 +153,29 @@ void SubspaceSolver<Dev, A>::copy_columns(Vec<A> to, std::int64_t to_column, Vec
                         Size(n_));
 }
 
+// Where panels are asked for, columns of a wide block are copied out of it, a panel at a time: side by side they fit the
+// cache, and with what lies between them they do not.
 template <class Dev, class A>
 void SubspaceSolver<Dev, A>::product(Mat<A> y, Mat<const A> x, Mat<const A> z, double alpha, double beta,
                                      double gamma) {
+    if (level_ > 0 || set_.panel == 0 || x.ld <= set_.panel) {
+        product_as_it_is(y, x, z, alpha, beta, gamma);
+        return;
+    }
+    const auto some = [&](auto m, std::int64_t first, std::int64_t columns) {
+        return decltype(m)(m.data + first, m.rows, columns, m.ld);
+    };
+    for (std::int64_t first = 0; first < x.cols; first += set_.panel) {
+        const std::int64_t columns = std::min(set_.panel, x.cols - first);
+        copy_rows_on_device(dev_, narrow_.data, Size(set_.panel) * sizeof(A), x.data + first, Size(x.ld) * sizeof(A),
+                            Size(columns) * sizeof(A), Size(n_));
+        product_as_it_is(some(y, first, columns), {narrow_.data, n_, columns, set_.panel},
+                         z ? some(z, first, columns) : z, alpha, beta, gamma);
+    }
+}
+template <class Dev, class A>
+void SubspaceSolver<Dev, A>::product_as_it_is(Mat<A> y, Mat<const A> x, Mat<const A> z, double alpha, double beta,
+                                              double gamma) {
     Range range("laplacian");
     LaplacianApply<A> call;
     call.y = y, call.x = x, call.z = z;

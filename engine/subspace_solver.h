@@ -19,7 +19,8 @@
 // projected whenever that growth reaches kGrowth. The columns' own range of growth is held below kRange.
 //
 // Panels. The products of a filter gather rows of the block, and on graphs without locality the bound is where from. A
-// few columns that are filtered on their own, from beginning to end, fit a GPU's L2 cache (SolverSettings::panel).
+// few columns that are filtered on their own, from beginning to end, fit a GPU's L2 cache (SolverSettings::panel); single
+// products of a wide block are done in such panels, too.
 //
 // Half precision. Where a panel of X does not fit the cache even so, rows of half the length are worth more than digits:
 // long filters on the graph itself keep their vectors in f16 (SolverSettings::half), sums in f32. Each product leaves noise
@@ -150,6 +151,7 @@ class SubspaceSolver {
     void copy_columns(Vec<A> to, std::int64_t to_column, Vec<A> from, std::int64_t column, std::int64_t columns);
     std::int64_t first_active() const { return (locked_ + 3) / 4 * 4; }  // column
     void product(Mat<A> y, Mat<const A> x, Mat<const A> z, double alpha, double beta, double gamma);
+    void product_as_it_is(Mat<A> y, Mat<const A> x, Mat<const A> z, double alpha, double beta, double gamma);
     std::vector<double> gram(Mat<const A> x, Mat<const A> y);
     void rotate(Mat<A> y, Mat<const A> x, const std::vector<double>& q, double alpha, double beta);
     std::vector<double> norms(Mat<const A> w, Mat<const A> x, const std::vector<double>& theta);
@@ -204,7 +206,7 @@ class SubspaceSolver {
     SolverSettings set_;
     Arena arena_;
     std::vector<DeviceLevel> device_;
-    Vec<A> v_, p_, q_, basis_, apply_scratch_;
+    Vec<A> v_, p_, q_, basis_, narrow_, apply_scratch_;
     Vec<float> half_scale_, half_scratch_;
     Vec<double> small_, norms_, theta_device_, scratch_;
     std::size_t level_ = 0;

@@ -228,6 +228,50 @@ TEST(Graph, ComponentsAreNumberedByTheirSmallestNode) {
     EXPECT_EQ(c.sizes, (std::vector<std::int64_t>{2, 4, 1, 2}));
 }
 
+// Most nodes are next to a hub, some hang on long tails behind it, and others are apart, in any order of numbers.
+TEST(Graph, ComponentsAroundAHub) {
+    constexpr std::int32_t kNodes = 6000, kLeaves = 5000, kTail = 25;
+    const auto name = [](std::int32_t i) { return std::int32_t(i * std::int64_t{7919} % kNodes); };
+    std::vector<Edge> edges;
+    for (std::int32_t i = 1; i <= kLeaves; ++i) edges.push_back({name(0), name(i)});
+    std::vector<std::int32_t> owner(kNodes, 0);  // the component, by any of its nodes
+    for (std::int32_t i = kLeaves + 1; i < kNodes; ++i) {
+        const std::int32_t tail = (i - kLeaves - 1) / kTail, place = (i - kLeaves - 1) % kTail;
+        const bool apart = tail % 2 == 1;
+        if (place > 0) edges.push_back({name(i - 1), name(i)});
+        if (place == 0 && !apart) edges.push_back({name(tail + 1), name(i)});
+        owner[static_cast<std::size_t>(i)] = apart ? tail : 0;
+    }
+    const Components c = find_components(build_graph(kNodes, edges));
+    std::vector<std::int32_t> number(kNodes, -1), expected(kNodes);
+    std::int32_t count = 0;
+    std::vector<std::int32_t> inverse(kNodes);
+    for (std::int32_t i = 0; i < kNodes; ++i) inverse[static_cast<std::size_t>(name(i))] = i;
+    for (std::int32_t i = 0; i < kNodes; ++i) {
+        const auto mine =
+            static_cast<std::size_t>(owner[static_cast<std::size_t>(inverse[static_cast<std::size_t>(i)])]);
+        if (number[mine] < 0) number[mine] = count++;
+        expected[static_cast<std::size_t>(i)] = number[mine];
+    }
+    EXPECT_EQ(c.count, count);
+    EXPECT_EQ(c.of_node, expected);
+    EXPECT_EQ(std::accumulate(c.sizes.begin(), c.sizes.end(), std::int64_t{0}), kNodes);
+}
+
+// What a solver may leave out (half_panel.h).
+TEST(Graph, EqualWeightsAreKnown) {
+    const std::vector<Edge> edges = {{0, 1, 2.5f}, {1, 2, 2.5f}, {2, 3, 2.5f}};
+    for (const LaplacianKind kind : {LaplacianKind::combinatorial, LaplacianKind::normalised}) {
+        const auto l = laplacian_of<float>(build_graph(4, edges), kind);
+        EXPECT_EQ(l.equal_weight, 2.5f);
+        EXPECT_EQ(l.kind, kind);
+    }
+    std::vector<Edge> others = edges;
+    others[2].weight = 2;
+    EXPECT_EQ(laplacian_of<float>(build_graph(4, others), LaplacianKind::normalised).equal_weight, 0);
+    EXPECT_EQ(laplacian_of<float>(build_graph(4, edges), std::vector<double>(4, 1.0)).equal_weight, 0);
+}
+
 TEST(Graph, ComponentsOfALongPathInAnyOrder) {
     constexpr std::int32_t kNodes = 20000;
     std::vector<Edge> edges;
