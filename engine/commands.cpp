@@ -2,21 +2,13 @@
 
 #include <fmt/format.h>
 
-#include <nlohmann/json.hpp>
-
-#include "engine/bundle.h"
 #include "engine/error.h"
-#include "engine/evaluate.h"
-#include "engine/files.h"
 #include "engine/log.h"
 #include "engine/molecule_source.h"
-#include "engine/position_plot.h"
 #include "engine/prepare_config.h"
 #include "engine/runner.h"
-#include "engine/sample_bundle.h"
 #include "engine/signals.h"
 #include "engine/spectral_source.h"
-#include "engine/use_model.h"
 
 namespace fiedler {
 
@@ -44,35 +36,6 @@ int run_prepare(const Invocation& call) {
                count_text(double(info.val.tokens)), info.val.documents, bytes_text(info.val.bytes), info.split,
                info.unigram_entropy);
     fmt::print("dataset     {}\n", folder);
-    return 0;
-}
-
-int run_eval(const Invocation& call) {
-    const Config& c = call.config;
-    if (is_sample_model(c.model)) return run_sample_eval(call);
-    const SignalGuard guard;
-    const auto use = use_model(c.model, c);  // before the data: a missing device or memory is said at once
-    if (c.data.empty()) throw InputError("data: nothing to evaluate on; add --data with a corpus or a dataset");
-    const Dataset data = data_for(use->bundle(), c);
-    const LossSource source = use->losses();
-    const bool by_position = c.by_position || !c.plot.empty();
-    if (by_position && !source.token_losses)
-        throw InputError(
-            "by-position: the CPU runtime gives sums of losses only; leave --runtime out, or evaluate the "
-            "weights before they were quantised");
-    const Evaluation e =
-        evaluate(source, data, call.given("val-tokens") ? c.val_tokens : 0, c.document_mask, by_position);
-    fmt::print("validation loss    {:.4f} nats a token\n", e.loss);
-    if (e.bits_per_byte) fmt::print("bits per byte      {:.4f}\n", *e.bits_per_byte);
-    fmt::print("unigram entropy    {:.4f} nats a token\n", e.unigram_entropy);
-    fmt::print("tokens             {} ({} a second on {})\n", e.tokens, count_text(double(e.tokens) / e.seconds),
-               use->name());
-    for (const LossAtPosition& b : e.by_position)
-        fmt::print("after {} to {} tokens: {:.4f} nats ({} tokens)\n", b.begin, b.end - 1, b.loss, b.tokens);
-    if (!c.plot.empty()) {
-        write_file_atomic(c.plot, svg_of(e.by_position, "Loss by position: " + c.model));
-        fmt::print("plot               {}\n", c.plot);
-    }
     return 0;
 }
 

@@ -149,11 +149,12 @@ std::vector<std::string> json_values(const Json& j, const std::string& where, co
 // Knobs that must hold one of a few texts, or a path that exists nowhere yet, are checked where they are used; the
 // others here.
 void check_special(const Config& c, const Knob& k, const std::string& where) {
-    if (std::string_view(k.name) == "tau") try {
-            parse_tau(c.tau);
-        } catch (const InputError& e) {
-            throw InputError(where + ": " + e.what());
-        }
+    try {
+        if (std::string_view(k.name) == "tau") parse_tau(c.tau);
+        if (std::string_view(k.name) == "contexts") parse_contexts(c.contexts);
+    } catch (const InputError& e) {
+        throw InputError(where + ": " + e.what());
+    }
 }
 
 }  // namespace
@@ -188,6 +189,21 @@ TauChoice parse_tau(const std::string& text) {
         throw InputError(
             fmt::format("tau = '{}' is not allowed: give median-learned, median-fixed or a number above 0", text));
     return {false, false, value};
+}
+
+std::vector<std::int64_t> parse_contexts(const std::vector<std::string>& values) {
+    constexpr std::int64_t kMost = 1 << 24;
+    std::vector<std::int64_t> all;
+    for (const std::string& v : values) {
+        std::int64_t n = 0;
+        if (!parse_number(v, n) || n < 2 || n > kMost || n % 2 != 0)
+            throw InputError(fmt::format(
+                "contexts = '{}' is not allowed: give even numbers of tokens, 2 to {}, with commas between", v, kMost));
+        if (!all.empty() && n <= all.back())
+            throw InputError(fmt::format("contexts: {} stands after {}: give them in ascending order", n, all.back()));
+        all.push_back(n);
+    }
+    return all;
 }
 
 std::int64_t parse_bytes(const std::string& text, const std::string& where) {

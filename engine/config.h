@@ -141,6 +141,7 @@ struct Config {
     std::vector<std::string> eval;
     CacheChoice cache = CacheChoice::compact;
     bool runtime = false, by_position = false;
+    std::vector<std::string> contexts;  // parse_contexts()
 
     // graph: what `spectrum` reads
     std::vector<std::string> graph;
@@ -243,6 +244,8 @@ struct TauChoice {
     double value = 1;
 };
 TauChoice parse_tau(const std::string& text);
+// The contexts knob: even lengths, each above the one before. InputError in one line, without where.
+std::vector<std::int64_t> parse_contexts(const std::vector<std::string>& values);
 // "18 GiB", "1.5GiB", "400 MB", "1000": InputError with `where` otherwise.
 std::int64_t parse_bytes(const std::string& text, const std::string& where);
 std::string bytes_text(std::int64_t bytes);  // "1.50 GiB"

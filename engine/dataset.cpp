@@ -310,13 +310,20 @@ std::int64_t Dataset::val_start(std::int64_t window, std::int64_t count, std::in
 
 void Dataset::val_batch(std::int64_t first, std::int64_t count, std::int64_t rows, std::int64_t length,
                         bool document_mask, Batch& batch) const {
+    std::vector<std::int64_t> starts;
+    for (std::int64_t w = first; w < std::min(first + rows, count); ++w) starts.push_back(val_start(w, count, length));
+    val_batch_at(starts, rows, length, document_mask, batch);
+}
+
+void Dataset::val_batch_at(std::span<const std::int64_t> starts, std::int64_t rows, std::int64_t length,
+                           bool document_mask, Batch& batch) const {
     batch.rows = rows;
     batch.length = length;
-    batch.real_rows = std::clamp<std::int64_t>(count - first, 0, rows);
+    batch.real_rows = static_cast<std::int64_t>(starts.size());
     batch.inputs.assign(static_cast<std::size_t>(rows * length), std::max(0, info_.separator));
     batch.targets.assign(batch.inputs.size(), -1);
     for (std::int64_t r = 0; r < batch.real_rows; ++r) {
-        const std::int64_t start = val_start(first + r, count, length);
+        const std::int64_t start = starts[static_cast<std::size_t>(r)];
         val_.copy(start, length, batch.inputs.data() + r * length);
         val_.copy(start + 1, length, batch.targets.data() + r * length);
     }

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -81,6 +82,9 @@ class Dataset {
     std::int64_t val_windows(std::int64_t length, std::int64_t max_windows = 0) const;  // InputError: not even one
     void val_batch(std::int64_t first, std::int64_t count, std::int64_t rows, std::int64_t length, bool document_mask,
                    Batch& batch) const;
+    // Windows at these places instead.
+    void val_batch_at(std::span<const std::int64_t> starts, std::int64_t rows, std::int64_t length, bool document_mask,
+                      Batch& batch) const;
     double val_entropy(std::int64_t count,
                        std::int64_t length) const;  // unigram, nats a token, of these windows' targets
     // Bytes of text that the targets stand for (padding and separators: none); nothing without a tokenizer.

@@ -234,6 +234,15 @@ void write_file_atomic(const std::string& path, std::string_view bytes) {
     sync_folder(target.parent_path());
 }
 
+void probe_writable(const std::string& path) {
+    if (folder_exists(path)) input_error("{}: is a folder; name a file", path);
+    const std::filesystem::path target(path);
+    const std::string probe = (target.parent_path() / ("." + target.filename().string() + ".probe")).string();
+    { const FileWriter writer(probe); }
+    std::error_code ignored;
+    std::filesystem::remove(probe, ignored);
+}
+
 StagedFolder::StagedFolder(const std::string& destination)
     : destination_(without_trailing_slash(destination).string()) {
     const fs::path target(destination_);

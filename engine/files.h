@@ -58,6 +58,8 @@ class FileWriter {
 
 // Writes to a temporary name beside `path`, makes it durable, then renames: readers see the old file or the new one.
 void write_file_atomic(const std::string& path, std::string_view bytes);
+// Finds out before the work that a file can be written where it shall be.
+void probe_writable(const std::string& path);
 
 // A folder built under a temporary name beside its destination. commit() renames it into place; destruction without
 // commit() removes it. Left-overs of processes killed on this machine are removed when the next one begins.

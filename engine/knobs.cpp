@@ -449,6 +449,12 @@ std::vector<Knob> use_knobs() {
          "CPU runtime: what is kept of each token: compact (values f32, scalars f16), exact (f32), or int8 values",
          {.choices = {"compact", "exact", "int8"}}},
         {"by-position", &C::by_position, kEval, "the loss by the number of tokens before, in buckets that double"},
+        {"contexts",
+         &C::contexts,
+         kEval,
+         "the loss of the same tokens for each of these context lengths, as in 256,1024,4096: windows of c tokens that "
+         "advance by c/2, their last half scored",
+         {.split_commas = true}},
         {"runtime", &C::runtime, kEval | kGenerate,
          "run unquantised weights, too, by the CPU runtime, as quantised ones are without --device cuda"},
     };

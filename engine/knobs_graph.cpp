@@ -146,11 +146,11 @@ std::vector<Knob> spectrum_knobs() {
         {"allow-partial", &C::allow_partial, kSpectrum | kTrain,
          "a result that has not converged is one (exit code 0), and a file of one may be given (--start, "
          "--spectral-source, --feature-laplacian)"},
-        {"json", &C::json, kSpectrum, "one line of JSON on standard output; words go to standard error"},
+        {"json", &C::json, kSpectrum | kEval, "one line of JSON on standard output; words go to standard error"},
         {"plot", &C::plot, kSpectrum | kEval | kPredict,
          "file (.svg) for a plot. spectrum: the eigenvalues, and the nodes on two eigenvectors; eval of text: the loss "
-         "by position; predict: the first graph or molecule on its eigenvectors, coloured by prediction or by what its "
-         "atoms contribute; the last forecast of a series, against what came"},
+         "by position, or by context with --contexts; predict: the first graph or molecule on its eigenvectors, "
+         "coloured by prediction or by what its atoms contribute; the last forecast of a series, against what came"},
         {"labels",
          &C::labels,
          kSpectrum,

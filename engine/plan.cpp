@@ -113,13 +113,14 @@ std::vector<std::int32_t> divisors_descending(std::int32_t n) {
                                   const RunPlan& smallest) {
     const RunPlan least = measured(spec, o, 1, smallest.micro_batch * smallest.micro_batches, Recompute::layer);
     std::string mend;
+    const char* context = o.training ? "--context" : "context";  // that of a trained model is no flag
     if (o.training && least.bytes <= budget)
         mend = "--micro-batch 1 --recompute layer would fit";
     else if (o.memory_budget == 0)
-        mend = "choose a smaller model or a smaller --context";
+        mend = fmt::format("choose a smaller model or a smaller {}", context);
     else
-        mend =
-            fmt::format("--memory-budget {}MiB would fit, or a smaller model or --context", (smallest.bytes >> 20) + 1);
+        mend = fmt::format("--memory-budget {}MiB would fit, or a smaller model or {}", (smallest.bytes >> 20) + 1,
+                           context);
     const auto text = [](std::size_t bytes) { return bytes_text(static_cast<std::int64_t>(bytes)); };
     throw InputError(fmt::format("{} {} too small for this {}, which needs {} with micro-batch {} and recompute {}; {}",
                                  o.memory_budget > 0 ? fmt::format("memory-budget: {} is", text(budget))
@@ -162,7 +163,7 @@ RunPlan plan_run(const ModelSpec& spec, const EngineOptions& o) {
             }
     RunPlan smallest;
     for (const auto& [m, r] : order) {
-        RunPlan p = measured(spec, o, m, sequences / m, r);
+        RunPlan p = measured(spec, o, m, std::max(1, sequences / m), r);
         if (budget == 0 || p.bytes <= budget) return p;
         if (smallest.bytes == 0 || p.bytes < smallest.bytes) smallest = std::move(p);
     }

@@ -131,9 +131,17 @@ int run_sample_eval(const Invocation& call) {
         input_error("part: no target is known in the part '{}'; give the targets, or another --part",
                     value_text(call.config, *find_knob("part")));
     const SampleShape& shape = m.source->shape();
-    for (const auto& [name, value] : metrics.numbers()) fmt::print("{:<18} {:.4f}\n", name, value);
-    fmt::print("{:<18} {}\n", "targets", metrics.known);
-    if (shape.kind == TargetKind::classes && shape.outputs <= 20) fmt::print("{}\n", confusion_text(metrics, shape));
+    std::FILE* words = call.config.json ? stderr : stdout;
+    Json j = Json::object();
+    for (const auto& [name, value] : metrics.numbers()) {
+        fmt::print(words, "{:<18} {:.4f}\n", name, value);
+        j[name] = value;
+    }
+    fmt::print(words, "{:<18} {}\n", "targets", metrics.known);
+    if (shape.kind == TargetKind::classes && shape.outputs <= 20)
+        fmt::print(words, "{}\n", confusion_text(metrics, shape));
+    j["targets"] = metrics.known;
+    if (call.config.json) fmt::print("{}\n", j.dump(-1, ' ', false, Json::error_handler_t::replace));
     return 0;
 }
 

@@ -34,16 +34,6 @@ std::string output_folder(const Config& c, const std::string& name) {
     return free_folder("runs/spectrum-" + name);
 }
 
-// Finds out before the work that a file can be written where it shall be.
-void check_writable(const std::string& path) {
-    if (folder_exists(path)) input_error("{}: is a folder; name a file", path);
-    const std::filesystem::path target(path);
-    const std::string probe = (target.parent_path() / ("." + target.filename().string() + ".probe")).string();
-    { const FileWriter writer(probe); }
-    std::error_code ignored;
-    std::filesystem::remove(probe, ignored);
-}
-
 // ---- the solve ------------------------------------------------------------------------------------------------------------
 
 RawVector<float> start_vectors(const Config& c, const SpectrumInput& in, std::int64_t& columns) {
@@ -226,7 +216,7 @@ int run_spectrum(const Invocation& call) {
     std::FILE* words = c.json ? stderr : stdout;
     const bool cuda = choose_device(c.device) == DeviceKind::cuda;
     for (const std::string& path : {c.plot, c.save_graph})
-        if (!path.empty()) check_writable(path);
+        if (!path.empty()) probe_writable(path);
     if (!c.out.empty()) (void)output_folder(c, "");
 
     const auto begin = Clock::now();

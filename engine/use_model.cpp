@@ -13,9 +13,11 @@ namespace {
 
 class EngineInUse final : public ModelInUse {
   public:
-    EngineInUse(Bundle b, const Config& c) : ModelInUse(std::move(b)) {
+    EngineInUse(Bundle b, const Config& c, const SequenceShape& shape) : ModelInUse(std::move(b)) {
         EngineOptions o = engine_options(c, choose_device(c.device), false);
-        o.micro_batch = 0;
+        o.micro_batch = static_cast<std::int32_t>(shape.rows);
+        // No parameter depends on the context: positions are rotations, gates and convolutions, none of them a table.
+        if (shape.context > 0) bundle_.spec.context = static_cast<std::int32_t>(shape.context);
         engine_ = make_engine(bundle_.spec, o, bundle_.constants);
         engine_->write(Block::master, bundle_.master.data());
     }
@@ -54,10 +56,12 @@ class SessionDecoder final : public Decoder {
 
 class RuntimeInUse final : public ModelInUse {
   public:
-    RuntimeInUse(const std::string& weights, const Config& c) : ModelInUse({}), model_(weights) {
+    RuntimeInUse(const std::string& weights, const Config& c, const SequenceShape& shape)
+        : ModelInUse({}), model_(weights) {
         bundle_.path = weights;
         bundle_.config = model_.config();
         bundle_.spec = model_.spec();
+        if (shape.context > 0) bundle_.spec.context = static_cast<std::int32_t>(shape.context);
         if (!model_.tokenizer_model().empty())
             bundle_.tokenizer = Tokenizer::from_model(model_.tokenizer_model(), weights);
         options_.threads = static_cast<int>(c.threads);
@@ -69,8 +73,10 @@ class RuntimeInUse final : public ModelInUse {
                            name_of(options_.cache));
     }
     LossSource losses() override {
-        session_ = std::make_unique<Session>(model_, options_);
-        return {model_.spec().context, 1, [this](const Batch& b) { return loss_sum(b); }};
+        SessionOptions o = options_;
+        o.capacity = bundle_.spec.context;
+        session_ = std::make_unique<Session>(model_, o);
+        return {bundle_.spec.context, 1, [this](const Batch& b) { return loss_sum(b); }};
     }
     std::unique_ptr<Decoder> decoder(std::int64_t capacity) override {
         SessionOptions o = options_;
@@ -98,14 +104,14 @@ class RuntimeInUse final : public ModelInUse {
 
 }  // namespace
 
-std::unique_ptr<ModelInUse> use_bundle(Bundle b, const Config& c) {
-    return std::make_unique<EngineInUse>(std::move(b), c);
+std::unique_ptr<ModelInUse> use_bundle(Bundle b, const Config& c, const SequenceShape& shape) {
+    return std::make_unique<EngineInUse>(std::move(b), c, shape);
 }
-std::unique_ptr<ModelInUse> use_runtime(const std::string& weights, const Config& c) {
-    return std::make_unique<RuntimeInUse>(weights, c);
+std::unique_ptr<ModelInUse> use_runtime(const std::string& weights, const Config& c, const SequenceShape& shape) {
+    return std::make_unique<RuntimeInUse>(weights, c, shape);
 }
 
-std::unique_ptr<ModelInUse> use_model(const std::string& path, const Config& c) {
+std::unique_ptr<ModelInUse> use_model(const std::string& path, const Config& c, const SequenceShape& shape) {
     const auto weights = weights_file_of(path);
     if (c.runtime && !weights)
         throw InputError("runtime: the CPU runtime takes a .fdl file; `fiedler export` makes one of a checkpoint");
@@ -115,9 +121,9 @@ std::unique_ptr<ModelInUse> use_model(const std::string& path, const Config& c) 
         const WeightsFile file(*weights, false);
         if (c.runtime || !file.config().contains("model") ||
             model_spec(config_from_json(file.config()["model"], *weights)).causal)
-            return use_runtime(*weights, c);
+            return use_runtime(*weights, c, shape);
     }
-    return use_bundle(load_bundle(path), c);
+    return use_bundle(load_bundle(path), c, shape);
 }
 
 Dataset data_for(const Bundle& bundle, const Config& c) {

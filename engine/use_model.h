@@ -26,11 +26,16 @@ class ModelInUse {
     Bundle bundle_;
 };
 
+// The sequences that losses() takes. 0: of the training's context, and one at a time.
+struct SequenceShape {
+    std::int64_t context = 0, rows = 0;
+};
 // path: as load_bundle takes it. --device cuda and bidirectional models widen quantised weights for the engine;
 // --runtime runs unquantised ones by the runtime.
-std::unique_ptr<ModelInUse> use_model(const std::string& path, const Config&);
-std::unique_ptr<ModelInUse> use_bundle(Bundle, const Config&);                       // by the engine
-std::unique_ptr<ModelInUse> use_runtime(const std::string& weights, const Config&);  // a .fdl file
+std::unique_ptr<ModelInUse> use_model(const std::string& path, const Config&, const SequenceShape& = {});
+std::unique_ptr<ModelInUse> use_bundle(Bundle, const Config&, const SequenceShape& = {});  // by the engine
+std::unique_ptr<ModelInUse> use_runtime(const std::string& weights, const Config&,
+                                        const SequenceShape& = {});  // a .fdl file; rows: always one
 
 // Data is measured with the model's own tokenizer. A corpus is encoded whole and held out whole.
 Dataset data_for(const Bundle&, const Config&);
