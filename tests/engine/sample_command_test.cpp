@@ -125,6 +125,10 @@ TEST_F(SampleCommand, LearnsEvaluatesAndPredicts) {
     EXPECT_EQ(end.at("test").at("classes"), (Json{"blue", "green", "red"}));
     const Outcome e = run({"eval", "run", "--device", "cpu", "--threads", "1"});
     EXPECT_EQ(e.code, 0) << e.err;
+    const Json same = Json::parse(run({"eval", "run", "--device", "cpu", "--threads", "1", "--json"}).out);
+    EXPECT_HAS(e.out, fmt::format("{:.4f}", same.at("macro_f1").get<double>()));
+    EXPECT_GT(same.at("targets"), 0);
+    expect_refused(run({"eval", "run", "--device", "cpu", "--contexts", "16"}), {"contexts: run is no model of text"});
     EXPECT_HAS(e.out, fmt::format("accuracy           {:.4f}", end.at("test").at("accuracy").get<double>()));
     const auto lines = lines_of(predictions("run"));
     ASSERT_EQ(lines.size(), static_cast<std::size_t>(kNodes + 1));
