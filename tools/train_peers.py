@@ -157,7 +157,7 @@ def make_models(torch, device="cuda"):
                 scalars = scalars.reshape(batch, length, 2, self.heads, self.scalars)
                 scalars = scalars * torch.exp(-self.log_temperature).view(1, 1, 1, self.heads, 1)
                 a, b = (t.transpose(1, 2).contiguous() for t in scalars.unbind(2))
-                gate = functional.logsigmoid(extra[..., columns:] + self.gate_bias).cumsum(1).transpose(1, 2).contiguous()
+                gate = functional.logsigmoid(extra[..., columns:] + self.gate_bias).transpose(1, 2).contiguous().cumsum(2)
                 y = self.attend(a, b, gate, v.to(torch.bfloat16).contiguous())
             x = x + self.out(y.transpose(1, 2).reshape(batch, length, width))
             return x + self.down(torch.relu(self.up(self.norm(x))).square())
