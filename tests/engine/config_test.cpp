@@ -53,6 +53,7 @@ class TomlFile {
 std::vector<std::string> other_value(const Knob& k) {
     if (std::string_view(k.name) == "preset") return {"small"};
     if (std::string_view(k.name) == "tau") return {"0.25"};
+    if (std::string_view(k.name) == "contexts") return {"16", "64"};
     if (std::holds_alternative<bool Config::*>(k.field)) return {value_text(Config{}, k) == "true" ? "false" : "true"};
     if (!k.rules.choices.empty())
         return {k.rules.choices[1] == value_text(Config{}, k) ? k.rules.choices[0] : k.rules.choices[1]};
