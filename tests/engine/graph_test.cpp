@@ -231,7 +231,7 @@ TEST(Graph, ComponentsAreNumberedByTheirSmallestNode) {
 // Most nodes are next to a hub, some hang on long tails behind it, and others are apart, in any order of numbers.
 TEST(Graph, ComponentsAroundAHub) {
     constexpr std::int32_t kNodes = 6000, kLeaves = 5000, kTail = 25;
-    const auto name = [](std::int32_t i) { return std::int32_t(i * std::int64_t{7919} % kNodes); };
+    const auto name = [](std::int32_t i) { return std::int32_t((i * std::int64_t{7919} + 1234) % kNodes); };
     std::vector<Edge> edges;
     for (std::int32_t i = 1; i <= kLeaves; ++i) edges.push_back({name(0), name(i)});
     std::vector<std::int32_t> owner(kNodes, 0);  // the component, by any of its nodes
