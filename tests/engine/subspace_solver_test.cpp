@@ -157,6 +157,7 @@ void expect_halves_find_the_same(Dev& dev) {
         std::int64_t half;
         double share;  // of the products, at least, in half precision
         double most;   // products, by those of f32 alone; two in half precision for one
+        LaplacianKind kind = LaplacianKind::normalised;
     };
     const auto whole = [](const Graph& g) { return std::vector<std::int64_t>{0, g.nodes}; };
     const Graph bulks = three_bulks(), cliques = chain_of_cliques(6, 240);
@@ -164,14 +165,20 @@ void expect_halves_find_the_same(Dev& dev) {
     for (int i = 0; i < 1500; ++i)
         for (int k = 1; k <= 5; ++k) ring.push_back({i, (i + k) % 1500, 1});
     const Graph near = build_graph(1500, ring), mesh = random_mesh(12000);
+    std::vector<Edge> light = ring, uneven = ring;  // degrees of 0.5, so that L is of the others' size
+    for (Edge& e : light) e.weight = 0.05f;
+    for (std::size_t k = 0; k < uneven.size(); ++k) uneven[k].weight = k % 3 == 0 ? 0.5f : 1;
+    const Graph equal = build_graph(1500, light), weighted = build_graph(1500, uneven);
+    const auto combinatorial = LaplacianKind::combinatorial;
     for (const Case& c : {Case{"Krylov", bulks, {0, 900, 902, 1802}, true, false, 16, 0.5, 2},
                           Case{"components", bulks, {0, 900, 902, 1802}, false, false, 16, 0.02, 1.2},
                           Case{"ring", near, whole(near), false, false, 32, 0.02, 1.2},
+                          Case{"ring, combinatorial", equal, whole(equal), false, false, 32, 0.02, 1.2, combinatorial},
+                          Case{"ring, weighted", weighted, whole(weighted), false, false, 32, 0.02, 1.2},
                           Case{"cliques", cliques, whole(cliques), true, false, 16, 0.02, 2.5},
                           Case{"mesh", mesh, whole(mesh), false, true, 32, 0.5, 1}}) {
         SCOPED_TRACE(c.name);
-        const auto levels =
-            solver_levels<float>(c.graph, c.components, LaplacianKind::normalised, c.multilevel ? 48 : 0);
+        const auto levels = solver_levels<float>(c.graph, c.components, c.kind, c.multilevel ? 48 : 0);
         std::vector<float> vectors;
         const auto solve = [&](std::int64_t half) {
             SolverSettings settings;
