@@ -109,6 +109,11 @@ __device__ inline void pin(float (&d)[n]) {
 #pragma unroll
     for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
+template <int n>
+__device__ inline void pin(std::uint32_t (&a)[n]) {  // operands in registers likewise
+#pragma unroll
+    for (int i = 0; i < n; ++i) asm volatile("" : "+r"(a[i])::"memory");
+}
 
 // d = [d +] A B': A 64 x 16, B N x 16 (d kept when `add`). Thread `lane` of warp w holds, in d[4 j .. 4 j + 3], columns
 // 8 j + 2 t and the next one of rows 16 w + g and then 16 w + g + 8, where g = lane / 4, t = lane % 4.
@@ -151,6 +156,18 @@ __device__ inline void multiply<192>(float (&d)[96], std::uint64_t a, std::uint6
                                   "%96", "%97", "%98")
                  : FIEDLER_D32(0), FIEDLER_D32(32), FIEDLER_D32(64)
                  : "l"(a), "l"(b), "r"(int(add)));
+}
+// d = [d +] A B with A 64 x 16 in registers: each warp has 16 of the rows, in the layout of A in kernels/mma.cuh; they may be
+// written again once the product has been waited for. kTurned: B as it lies, 16 rows of 64 columns, the rows the inner
+// dimension ("N-major"; 16 further rows are 2048 bytes on); otherwise 64 rows of the inner dimension, as above.
+template <bool kTurned>
+__device__ inline void multiply_registers(float (&d)[32], const std::uint32_t (&a)[4], std::uint64_t b, bool add) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" FIEDLER_TEN() FIEDLER_TEN(1)
+            FIEDLER_TEN(2) "%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, %38;\n}\n"
+        : FIEDLER_D32(0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(kTurned)));
 }
 #undef FIEDLER_TEN
 #undef FIEDLER_D8
