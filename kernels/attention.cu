@@ -3,6 +3,7 @@
 // Rows and columns are tokens of the flat axis; what a row sees (sequence, causality, window) is an interval, so a tile
 // is skipped, taken whole, or masked, 16 columns at a time.
 #include "kernels/attention_forward.cuh"
+#include "kernels/attention_forward_sm90.h"
 
 namespace fiedler {
 namespace {
@@ -123,18 +124,41 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) attention_decode_kernel(A
     nv(p.o.data)[head * width + column] = from_float<nv_bf16>(result / total);
 }
 
-}  // namespace
+#if FIEDLER_SM90A  // kernels/attention_forward_sm90.cu is in this build
+bool try_sm90(const Cuda& device, const AttentionForward<bf16>& p) {
+    if (!attention_forward_sm90_takes(device, p)) return false;
+    attention_forward_sm90(device, p);
+    return true;
+}
+#else
+bool try_sm90(const Cuda&, const AttentionForward<bf16>&) { return false; }
+#endif
 
-void attention_forward(const Cuda& device, const AttentionForward<bf16>& p) {
+void check_all(const AttentionForward<bf16>& p) {
     check(p);
     check_width(p.v.cols / p.heads);
     FIEDLER_REQUIRE("attention", is_aligned16(p.v) && is_aligned16(p.o));
+}
+void general(const Cuda& device, const AttentionForward<bf16>& p) {
     with_sizes(static_cast<int>(p.v.cols / p.heads), p.scalars, [&]<int D, int R>() {
         using S = Shape<D, R>;
         const Order order = Order::of(p.seq, p.heads, S::kQueries, D);
         attention_forward_kernel<D, R><<<order.grid(), S::kBlockThreads, 0, stream_of(device)>>>(p, order);
     });
     LAUNCH_CHECK("attention_forward");
+}
+
+}  // namespace
+
+void attention_forward(const Cuda& device, const AttentionForward<bf16>& p) {
+    check_all(p);
+    if (!try_sm90(device, p)) general(device, p);
+}
+bool attention_forward_by_path(const Cuda& device, const AttentionForward<bf16>& p, AttentionPath path) {
+    check_all(p);
+    if (path == AttentionPath::sm90) return try_sm90(device, p);
+    general(device, p);
+    return true;
 }
 void attention_decode(const Cuda& device, const AttentionDecode<bf16>& p) {
     check(p);

@@ -13,12 +13,14 @@
 // Shapes     v, o, dv, do_: [tokens, heads D] T, any ld (16-byte aligned rows on Cuda), D in {16, 32, 64, 128} on Cuda
 //            a, b, da, db: [tokens, heads R] acc_t<T>, contiguous, R = 1..16
 //            F, dF, lse, delta: [tokens, heads] acc_t<T>
-// Writes     o, lse; da, db, dF, dv, delta and partial (scratch): overwritten. dF absent iff F is. Outputs alias nothing.
+// Writes     o, lse, scratch; da, db, dF, dv, delta and partial (scratch): overwritten. dF absent iff F is. Outputs alias nothing.
 // Numerics   scores, weights and sums in acc_t<T>; on Cuda p and ds are rounded to bf16 for the tensor-core products
 //            only (P V, dO V', P' dO), f32 accumulation; there, o is divided by the sum of the rounded weights, lse is
 //            from the sum before rounding. With R = 1 a weight is a product of factors of its row and column, each
 //            within a few units of rounding, as long as their range permits. Fixed order, no atomics: bit-equal from
 //            run to run.
+//            Cuda, sm_90, D = 64, R = 1, no window, equal sequences of a multiple of 128 tokens, and scratch: the forward
+//            pass is a kernel of its own (attention_forward_sm90.cu).
 //            Cuda, sm_90, D = 64, R = 1 or 4, no window, equal sequences of a multiple of 64 tokens: the backward pass
 //            is a kernel of its own (attention_backward_sm90.cu); R = 1: scalars that differ by a rounding of a product
 //            may count as equal there. The way depends on shapes and the device alone.
@@ -43,6 +45,7 @@ struct AttentionForward {
     Mat<const acc_t<T>> a, b;
     Mat<const acc_t<T>> F;  // optional
     Mat<const T> v;
+    Vec<acc_t<T>> scratch;  // optional, Cuda: attention_forward_scratch_elements
     Packed seq;
     std::int32_t heads = 1, scalars = 1, window = 0;
     bool causal = true, skip = true;
@@ -130,6 +133,13 @@ struct Sight {
     }
 };
 
+// Scratch of the forward pass on sm_90: what it makes of every 128 keys of a head. Of use for D = 64, R = 1 alone; without
+// it the general way is taken.
+constexpr std::int32_t kAttentionForwardKeys = 128, kAttentionForwardTile = 2 * kAttentionForwardKeys + 4;
+inline std::int64_t attention_forward_scratch_elements(std::int64_t tokens, std::int32_t heads) {
+    return tokens / kAttentionForwardKeys * heads * kAttentionForwardTile;
+}
+
 // On the GPU the backward pass makes da in parts: a block adds up the keys of one group, consecutive tiles of keys, and
 // writes the sum for each query that sees any of them to a slab of `partial`, [slabs][heads][tokens up to 64][R]; then
 // the slabs are added in order. Groups that one tile of 64 queries sees have different slabs: group modulo slabs.
@@ -205,8 +215,9 @@ void attention_forward(const Cuda&, const AttentionForward<bf16>&);
 void attention_backward(const Cuda&, const AttentionBackward<bf16>&);
 void attention_decode(const Cuda&, const AttentionDecode<bf16>&);
 
-// For tests and benchmarks: the same by one way alone. False: it does not take this problem here; no gradient was written.
+// For tests and benchmarks: the same by one way alone. False: it does not take this problem here; nothing was written.
 enum class AttentionPath { general, sm90 };
+bool attention_forward_by_path(const Cuda&, const AttentionForward<bf16>&, AttentionPath);
 bool attention_backward_by_path(const Cuda&, const AttentionBackward<bf16>&, AttentionPath);
 
 }  // namespace fiedler

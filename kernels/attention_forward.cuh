@@ -109,16 +109,13 @@ struct Queries {
     }
 
   private:
-    // lse of a query with this sum of weights. F_i - E and log sum may be large and of opposite signs.
+    // lse of a query with this sum of weights.
     __device__ float log_of(float total, float top, int token, int head, const AttentionForward<bf16>& p,
                             bool bounded) const {
-        if (!(total < INFINITY)) return total;  // NaN, and what should not be
-        const int bits = __float_as_int(total), exponent = (bits >> 23) - 127;
-        const float fraction = __int_as_float((bits & 0x7fffff) | 0x3f800000);
         double of_gate = 0;
         if (bounded && p.F.data != nullptr && token < p.seq.tokens)
             of_gate = double(p.F.data[token * p.F.ld + head]) - double(shared.views[warp_in_block()].gate);
-        return static_cast<float>(of_gate + top + exponent * 0.6931471805599453 + logf(fraction));
+        return lse_of(total, of_gate + top);
     }
     // 64 keys within the bounds, all of which all queries of the warp see. first: of the stage.
     __device__ void add_whole(int stage, int first) {

@@ -119,6 +119,14 @@ __device__ inline float exp_of_sum(float x, float y, float low) {
     return fmaf(power * kLn2, rest, power);
 }
 
+// shift + log total; a large F_i - E and log total may be of opposite signs.
+__device__ inline float lse_of(float total, double shift) {
+    if (!(total < INFINITY)) return total;  // NaN, and what should not be
+    const int bits = __float_as_int(total), exponent = (bits >> 23) - 127;
+    const float fraction = __int_as_float((bits & 0x7fffff) | 0x3f800000);
+    return static_cast<float>(shift + exponent * 0.6931471805599453 + logf(fraction));
+}
+
 template <int D, int R>
 struct Shape {
     static constexpr tuning::AttentionForward kTuned = tuning::attention_forward(D, R);

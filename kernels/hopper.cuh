@@ -82,9 +82,32 @@ __device__ inline void load_box(void* to, const CUtensorMap* map, int x, int y, 
         "l"(map), "r"(shared_address(b)), "r"(x), "r"(y), "r"(z), "r"(w)
         : "memory");
 }
+// `bytes` as they lie, both at multiples of 16, and `bytes` too.
+__device__ inline void load_bytes(void* to, const void* from, int bytes, Barrier* b) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(b))
+                 : "memory");
+}
+// The box at the given coordinates <- shared memory, after publish_shared(). The memory must stay as it is until
+// store_wait(); only the thread that stored may wait.
+__device__ inline void store_box(const CUtensorMap* map, int x, int y, const void* from) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];\n" ::"l"(map),
+                 "r"(shared_address(from)), "r"(x), "r"(y)
+                 : "memory");
+    asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
+}
+__device__ inline void store_wait() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
 // What this thread has written into shared memory becomes visible to products and TMA (after a barrier, to those that
 // others start).
 __device__ inline void publish_shared() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
+
+// Four 8 x 8 matrices of 16-bit values, in the layout of mma.cuh's C: lane l gives where row l % 8 of matrix l / 8 goes.
+__device__ inline void store_matrices(void* to, std::uint32_t a, std::uint32_t b, std::uint32_t c, std::uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};\n" ::"r"(shared_address(to)), "r"(a),
+                 "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
 
 // ---- products of a warpgroup -------------------------------------------------------------------------------------
 // Operand in shared memory: rows of 64 of the inner dimension, swizzled as above, eight rows after each other every 1024
@@ -168,6 +191,14 @@ __device__ inline void multiply_registers(float (&d)[32], const std::uint32_t (&
             FIEDLER_TEN(2) "%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, %38;\n}\n"
         : FIEDLER_D32(0)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(kTurned)));
+}
+// The same with 8 columns: B 8 rows of the inner dimension.
+__device__ inline void multiply_registers(float (&d)[4], const std::uint32_t (&a)[4], std::uint64_t b, bool add) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %9, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, p, 1, 1, 0;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
 }
 #undef FIEDLER_TEN
 #undef FIEDLER_D8

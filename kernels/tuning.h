@@ -27,6 +27,10 @@ constexpr AttentionForward attention_forward(int width, int scalars) {
     return {large ? 1 : 2, 1, 64, 3};
 }
 
+// Blocks of the forward pass on sm_90a, D = 64, one scalar (kernels/attention_forward_sm90.cu), that fit on a
+// multiprocessor: one warpgroup with 128 queries each, 168 registers a thread.
+constexpr int kAttentionForwardSm90Blocks = 3;
+
 // Backward pass of scalar-distance attention (kernels/attention_backward.cuh). A block is four warps of `row_tiles` x 16
 // keys and streams the queries that see them.
 struct AttentionBackward {

@@ -21,6 +21,8 @@ void add_shape(Suite& suite, const Shape& s) {
     f.b = Mat<Accum>(suite.random<Accum>(n * scalars), n, scalars);
     if (s.causal) f.F = Mat<Accum>(suite.zeros<Accum>(n * s.heads), n, s.heads);  // open gate: no tile may be skipped
     f.v = Mat<Storage>(suite.random<Storage>(n * values), n, values);
+    const auto scratch = attention_forward_scratch_elements(n, s.heads);
+    f.scratch = {suite.zeros<Accum>(scratch), scratch};
     f.seq = Packed::uniform(s.count, s.length);
     f.heads = s.heads, f.scalars = s.scalars, f.window = s.window, f.causal = s.causal;
 
@@ -46,10 +48,13 @@ void add_shape(Suite& suite, const Shape& s) {
     suite.add(
         "backward " + name, traffic(b), [=, &suite] { attention_backward(suite.device, b); }, true);
 #if FIEDLER_BENCH_CUDA
-    if (s.count == 64)  // the anchor: beside it, the way of other architectures
-        suite.add(
-            "backward " + name + " general", traffic(b),
-            [=, &suite] { attention_backward_by_path(suite.device, b, AttentionPath::general); }, true);
+    if (s.count != 64) return;  // the anchor: beside it, the way of other architectures
+    suite.add(
+        "forward " + name + " general", traffic(f),
+        [=, &suite] { attention_forward_by_path(suite.device, f, AttentionPath::general); }, true);
+    suite.add(
+        "backward " + name + " general", traffic(b),
+        [=, &suite] { attention_backward_by_path(suite.device, b, AttentionPath::general); }, true);
 #endif
 }
 

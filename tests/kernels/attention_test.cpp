@@ -290,20 +290,29 @@ TEST(Attention, GpuMatchesReferenceAtTiesAndFarApart) {
             check_gpu({.lengths = {129}, .scalars = scalars, .width = 32, .causal = false, .points = points});
         }
 }
-// o and lse of the forward pass, twice.
+bool sm90_takes_forward(const Case& c) {
+    return FIEDLER_SM90A && gpu().arch == 90 && c.width == 64 && c.scalars == 1 && c.window == 0 && c.uniform() &&
+           c.lengths[0] % 128 == 0;
+}
+// o and lse of the forward pass, twice, by every way that there is for the case.
 void check_gpu_forward(const Inputs& in, const char* what) {
     SCOPED_TRACE(in.c.name() + ", " + what);
     Trial<double, Cpu> reference(kCpu, in);
     reference.forward();
     const Outputs low = naive<float, bf16, bf16>(in);
-    Trial<bf16, Cuda> run(gpu(), in), again(gpu(), in);
-    run.forward();
-    again.forward();
-    const Values o = run.compact(run.o), lse = run.lse.values();
-    EXPECT_TRUE(close(o, reference.compact(reference.o), low.o)) << "o";
-    EXPECT_TRUE(close(lse, reference.lse.values(), low.lse)) << "lse";
-    EXPECT_TRUE(identical(o.data(), again.compact(again.o).data(), o.size() * 8));
-    EXPECT_TRUE(identical(lse.data(), again.lse.values().data(), lse.size() * 8));
+    for (const AttentionPath path : {AttentionPath::general, AttentionPath::sm90}) {
+        SCOPED_TRACE(path == AttentionPath::sm90 ? "sm90" : "general");
+        Trial<bf16, Cuda> run(gpu(), in), again(gpu(), in);
+        const bool taken = attention_forward_by_path(gpu(), run.forward_arguments(), path);
+        EXPECT_EQ(taken, path == AttentionPath::general || sm90_takes_forward(in.c));
+        if (!taken) continue;
+        attention_forward_by_path(gpu(), again.forward_arguments(), path);
+        const Values o = run.compact(run.o), lse = run.lse.values();
+        EXPECT_TRUE(close(o, reference.compact(reference.o), low.o)) << "o";
+        EXPECT_TRUE(close(lse, reference.lse.values(), low.lse)) << "lse";
+        EXPECT_TRUE(identical(o.data(), again.compact(again.o).data(), o.size() * 8));
+        EXPECT_TRUE(identical(lse.data(), again.lse.values().data(), lse.size() * 8));
+    }
 }
 // F of every head falls by `step` a token, and by `jump` at every 100th; sums restart with the sequences.
 void set_gate(Inputs& in, double step, double jump) {
@@ -319,8 +328,8 @@ void set_gate(Inputs& in, double step, double jump) {
 // with a running maximum: inside, at the border, outside, and changing over on the way.
 TEST(Attention, GpuForwardMatchesReferenceInAndOutOfBounds) {
     FIEDLER_GPU_OR_SKIP();
-    for (const std::int32_t scalars : {1, 2, 8}) {
-        const Case c{.lengths = {700}, .heads = 2, .scalars = scalars, .width = 64, .gate = true};
+    for (const auto& [length, scalars] : {std::pair{768, 1}, {700, 1}, {700, 2}, {700, 8}}) {
+        const Case c{.lengths = {length}, .heads = 2, .scalars = scalars, .width = 64, .gate = true};
         const auto count = std::size_t(c.heads * scalars);
         const auto check = [&](const char* what, auto&& change) {
             Inputs in(c);
@@ -365,7 +374,7 @@ TEST(Attention, GpuForwardMatchesReferenceInAndOutOfBounds) {
 }
 TEST(Attention, GpuForwardMatchesReferenceAtEveryBorderOfBlocks) {
     FIEDLER_GPU_OR_SKIP();
-    for (const std::int32_t n : {1, 31, 33, 127, 128, 129, 255, 256, 257, 512, 1000})
+    for (const std::int32_t n : {1, 31, 33, 127, 128, 129, 255, 256, 257, 384, 512, 1000, 1024})
         for (const std::int32_t scalars : {1, 8})
             for (const bool causal : {true, false}) {
                 Inputs in({.lengths = {n, n},
@@ -393,13 +402,13 @@ TEST(Attention, GpuForwardMatchesReferenceAtEveryBorderOfBlocks) {
 // A query of NaN gives NaN, and to no other query.
 TEST(Attention, GpuForwardShowsNaN) {
     FIEDLER_GPU_OR_SKIP();
-    for (const std::int32_t scalars : {1, 8}) {
-        Inputs in({.lengths = {300}, .scalars = scalars, .width = 64});
+    for (const auto& [length, scalars] : {std::pair{384, 1}, {300, 1}, {300, 8}}) {
+        Inputs in({.lengths = {length}, .scalars = scalars, .width = 64});
         in.a[std::size_t(200 * scalars)] = NAN;
         Trial<bf16, Cuda> run(gpu(), in);
         run.forward();
         const Values o = run.compact(run.o), lse = run.lse.values();
-        for (std::size_t i = 0; i < 300; ++i) {
+        for (std::size_t i = 0; i < std::size_t(length); ++i) {
             ASSERT_EQ(std::isnan(lse[i]), i == 200) << i;
             for (std::size_t d = 0; d < 64; ++d) ASSERT_EQ(std::isnan(o[i * 64 + d]), i == 200) << i;
         }

@@ -150,7 +150,7 @@ struct Trial {
     const Dev& dev;
     const Inputs& in;
     std::int64_t n, ld;
-    Buffer<A, Dev> a, b, F, lse, delta, da, db, dF, partial;
+    Buffer<A, Dev> a, b, F, lse, delta, da, db, dF, partial, scratch;
     Buffer<T, Dev> v, o, dout, dv;
     Buffer<std::int32_t, Dev> offsets, begin, end;
 
@@ -168,6 +168,7 @@ struct Trial {
           db(d, i.a.size()),
           dF(d, i.F.size()),
           partial(d, partial_elements(i)),
+          scratch(d, std::is_same_v<Dev, Cpu> ? 0 : std::size_t(attention_forward_scratch_elements(n, i.c.heads))),
           v(d, padded(i.v)),
           o(d, v.size()),
           dout(d, padded(i.dout)),
@@ -213,14 +214,16 @@ struct Trial {
     Mat<A> numbers(const Buffer<A, Dev>& x) const { return x.mat(n, in.c.heads); }
     Mat<T> rows(const Buffer<T, Dev>& x) const { return {x.data(), n, in.values(), ld}; }
 
-    void forward() {
+    AttentionForward<T> forward_arguments() const {
         AttentionForward<T> p;
+        p.scratch = scratch.vec();
         p.o = rows(o), p.lse = numbers(lse), p.a = scalars(a), p.b = scalars(b), p.v = rows(v);
         if (in.c.gate) p.F = numbers(F);
         p.seq = packed(), p.heads = in.c.heads, p.scalars = in.c.scalars, p.window = in.c.window,
         p.causal = in.c.causal, p.skip = in.c.skip;
-        attention_forward(dev, p);
+        return p;
     }
+    void forward() { attention_forward(dev, forward_arguments()); }
     AttentionBackward<T> backward_arguments() const {
         AttentionBackward<T> p;
         p.da = scalars(da), p.db = scalars(db), p.dv = rows(dv), p.delta = numbers(delta);

@@ -1,0 +1,286 @@
+// kernels/attention_forward_sm90.cuh: what a block of the forward pass of scalar-distance attention for sm_90a keeps, and
+// the weights of its queries (the kernel is in attention_forward_sm90.cu).
+//
+// A block is one warpgroup and owns 128 queries of a head, two products of 64 rows; tiles of 128 keys stream through it:
+//     o += P V  [64, 64]    A: P, from registers; B: V, 16 keys of 64 columns as they lie in memory
+//     r += P 1  [64, 8]     the sums of the rounded weights
+// Rows 16 w .. + 15 of a product are of warp w; its queries are 32 w .. + 31, the first 16 in the first product. (Rows come
+// from registers and go there: which row a query is does not matter.) A thread holds rows g and g + 8 of its warp's 16 and,
+// of each 8 columns, 2t and 2t + 1.
+//
+// Weights are p'_ij = min(rho_i u_j, w_j), and what was said in attention_forward_stage.cuh holds, with c the block's. The
+// factors are made once for all blocks, relative to the middles of their tile, c' of its scalars and G of its gates, and
+// made relative to the block's own c and E by two factors a tile:
+//     u_j = exp((b_j - c') + (G - F_j)) exp((c' - c) + (E - G))       w_j likewise with b and c of the other sign
+// A tile's factors lie between exp(-kTileSpread) and exp(kTileSpread), or the tile is out of bounds. Neither product of
+// 0 and infinity can occur, and one that is 0 because the tile's second factor is (below e^-87.3) has s_ij - s_ii
+// < -87.3 + kTileSpread + kRange + kOwnDistance < -kFaded: nothing.
+#pragma once
+#include "kernels/attention_forward_stage.cuh"
+#include "kernels/hopper.cuh"
+
+namespace fiedler::attention_forward_sm90_tile {
+
+using namespace attention_tile;
+using attention_forward_tile::exp_of_sum;
+using attention_forward_tile::from_ordered;
+using attention_forward_tile::largest_of_warp;
+
+constexpr int kWidth = 64, kQueries = 128, kKeys = 128, kProducts = kQueries / 64, kStages = 3,
+              kWarps = kThreads / kWarp;
+constexpr float kRange = 16.f, kOwnDistance = 24.f, kTileSpread = 22.f;
+constexpr float kGateRange = attention_forward_tile::kGateRange<1>;
+static_assert(-87.3f + kTileSpread + kRange + kOwnDistance < -kFaded);
+
+// 128 keys of a head, as they lie in AttentionForward::scratch, [tiles of the token axis][heads].
+struct alignas(16) KeyTile {
+    float2 factors[kKeys];  // of u_j and w_j
+    float centre, gate;     // c', G
+    float least;            // F
+    float spread;           // largest |b_j - c'| + |F_j - G| that there may be; NaN where a number is
+};
+static_assert(sizeof(KeyTile) == kAttentionForwardTile * sizeof(float) && kKeys == kAttentionForwardKeys);
+
+struct Shared {
+    alignas(hopper::kTileAlignment) nv_bf16 values[kStages][kKeys * kWidth];
+    nv_bf16 results[kQueries * kWidth];
+    nv_bf16 ones[8 * kWidth];
+    KeyTile keys[kStages];
+    float a[kQueries], gate[kQueries];  // of the queries
+    float top[kQueries];                // the running maximum of a query that has one
+    float extremes[kWarps][6];          // see References
+    hopper::Barrier full[kStages], empty[kStages];
+};
+
+// What the weights of a block are relative to, the same in all threads.
+struct References {
+    float centre, gate;  // c, E
+    float reach;         // largest F_i + d_i: keys with F_j beyond that + kFaded are nothing
+    bool bounded;
+
+    // Also fills a and gate. All threads; `first`: the block's first query.
+    __device__ References(Shared& shared, const AttentionForward<bf16>& p, int head, int first) {
+        const int thread = threadIdx.x;
+        const std::int64_t token = first + thread;
+        const float a = p.a.data[token * p.a.ld + head], own = fabsf(a - p.b.data[token * p.b.ld + head]);
+        const float F = p.F.data == nullptr ? 0.f : p.F.data[token * p.F.ld + head];
+        shared.a[thread] = a, shared.gate[thread] = F;
+        const float of_lane[6] = {a, -a, F, -F, own, F + own};
+#pragma unroll
+        for (int i = 0; i < 6; ++i) shared.extremes[thread / kWarp][i] = from_ordered(largest_of_warp(of_lane[i]));
+        __syncthreads();
+        float most[6];
+#pragma unroll
+        for (int i = 0; i < 6; ++i) {
+            most[i] = shared.extremes[0][i];
+#pragma unroll
+            for (int w = 1; w < kWarps; ++w) {
+                const float x = shared.extremes[w][i];
+                most[i] = x > most[i] || x != x ? x : most[i];  // NaN stays
+            }
+        }
+        centre = 0.5f * (most[0] - most[1]), gate = most[2], reach = most[5];
+        bounded = most[0] - centre <= kRange && most[4] <= kOwnDistance && most[2] + most[3] <= kGateRange;
+    }
+    // The tile's second factors.
+    __device__ float2 factors(const float4& of_tile) const {
+        const float apart = of_tile.x - centre, above = gate - of_tile.y, low = gate - (above + of_tile.y);
+        return {exp_of_sum(above, apart, low), exp_of_sum(above, -apart, low)};
+    }
+};
+
+// A thread's part of the block's queries.
+struct Queries {
+    static constexpr int M = kProducts;
+    using Weights = float[M][2][4];  // of 16 queries and 16 keys each: two C tiles
+    using Packed = std::uint32_t[M][4];
+
+    Shared& shared;
+    float o[M][8][4] = {}, rounded[M][4] = {};
+    float sum[M][2] = {};  // of the weights, for lse
+    float rho[M][2];
+
+    __device__ Queries(Shared& s, float centre) : shared(s) {
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int k = 0; k < 2; ++k) rho[m][k] = expf(-2.f * (shared.a[row(m, k)] - centre));
+    }
+    static __device__ int warp() { return static_cast<int>(threadIdx.x) / kWarp; }
+    static __device__ int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
+    static __device__ int row(int m, int k) { return 32 * warp() + 16 * m + 8 * k + lane() / 4; }
+
+    __device__ float (&sums(int m))[32] { return reinterpret_cast<float(&)[32]>(o[m]); }
+    // Sums may be read and written.
+    __device__ void wait() {
+        hopper::product_wait<0>();
+#pragma unroll
+        for (int m = 0; m < M; ++m) hopper::pin(sums(m)), hopper::pin(rounded[m]);
+    }
+
+    // A tile within the bounds. by: its second factors. kDiagonal: the queries' own tokens, of which each sees those up to
+    // itself; otherwise every query sees every key.
+    template <bool kDiagonal>
+    __device__ void add(int stage, float2 by) {
+        const float4* factors = reinterpret_cast<const float4*>(shared.keys[stage].factors) + lane() % 4;
+        constexpr int kUnroll = kDiagonal ? 1 : 2;
+#pragma unroll kUnroll
+        for (int chunk = 0; chunk < kKeys / 16; ++chunk) {
+            Weights w = {};
+            const int beyond = chunk - 2 * warp();  // kDiagonal: from 2 on, no query of the warp sees the chunk
+            if (!kDiagonal || beyond < 2) {
+#pragma unroll
+                for (int n = 0; n < 2; ++n) {
+                    float4 f = factors[8 * chunk + 4 * n];
+                    f.x *= by.x, f.y *= by.y, f.z *= by.x, f.w *= by.y;
+#pragma unroll
+                    for (int m = 0; m < M; ++m)
+#pragma unroll
+                        for (int k = 0; k < 2; ++k) {
+                            w[m][n][2 * k] = fminf(rho[m][k] * f.x, f.y);
+                            w[m][n][2 * k + 1] = fminf(rho[m][k] * f.z, f.w);
+                        }
+                }
+                if (kDiagonal) hide(w, beyond, 0.f);
+            }
+            hopper::product_wait<0>();  // the operands are free
+            Packed packed;
+            fold(packed, w);
+            multiply(packed, stage, chunk);
+        }
+    }
+
+    // Any tile, with the running maximum. first: its first token; own: that of the block's queries.
+    __device__ void add_carefully(const AttentionForward<bf16>& p, int head, int stage, int first, bool diagonal) {
+#pragma unroll 1
+        for (int chunk = 0; chunk < kKeys / 16; ++chunk) {
+            Weights s;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const std::int64_t token = first + 16 * chunk + i / 2 * 8 + lane() % 4 * 2 + i % 2;
+                const float b = p.b.data[token * p.b.ld + head];
+                const float F = p.F.data == nullptr ? 0.f : p.F.data[token * p.F.ld + head];
+#pragma unroll
+                for (int m = 0; m < M; ++m)
+#pragma unroll
+                    for (int k = 0; k < 2; ++k)
+                        s[m][i / 2][2 * k + i % 2] = (shared.gate[row(m, k)] - F) - fabsf(shared.a[row(m, k)] - b);
+            }
+            if (diagonal) hide(s, chunk - 2 * warp(), -INFINITY);
+            wait();
+            soften(s);
+            Packed packed;
+            fold(packed, s);
+            multiply(packed, stage, chunk);
+        }
+    }
+    // From here on the maximum runs. What has been summed is relative to lambda.
+    __device__ void begin_carefully(const References& of, bool summed) {
+        __syncwarp();
+        if (lane() % 4 == 0)
+#pragma unroll
+            for (int m = 0; m < M; ++m)
+#pragma unroll
+                for (int k = 0; k < 2; ++k) {
+                    const int i = row(m, k);
+                    shared.top[i] = summed ? (shared.a[i] - of.centre) + (shared.gate[i] - of.gate) : -INFINITY;
+                }
+        __syncwarp();
+    }
+
+    // lse, and the outputs to `results` as TMA stores them. careful: the maximum ran.
+    __device__ void finish(const AttentionForward<bf16>& p, const References& of, int head, int first, bool careful) {
+        float total[M][2];
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int k = 0; k < 2; ++k) total[m][k] = row_sum(sum[m][k]);
+        // Of the four rows that four lanes share, each has one.
+        const int which = lane() % 4, i = row(which / 2, which % 2);
+        const double shift =
+            careful ? double(shared.top[i]) : (double(shared.gate[i]) - double(of.gate)) + (shared.a[i] - of.centre);
+        float mine = total[0][0];
+        if (which == 1) mine = total[0][1];
+        if (which == 2) mine = total[1][0];
+        if (which == 3) mine = total[1][1];
+        p.lse.data[std::int64_t(first + i) * p.lse.ld + head] = attention_forward_tile::lse_of(mine, shift);
+        const int matrix = lane() / 8, at = 32 * warp() + matrix % 2 * 8 + lane() % 8;
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+            const float scale[2] = {1.f / rounded[m][0], 1.f / rounded[m][2]};
+#pragma unroll
+            for (int n = 0; n < 8; n += 2) {
+                const auto pack = [&](int column, int k) {
+                    return pack_bf16(o[m][column][2 * k] * scale[k], o[m][column][2 * k + 1] * scale[k]);
+                };
+                const int to = at + 16 * m, piece = (n + matrix / 2) ^ to % 8;
+                hopper::store_matrices(shared.results + to * kWidth + piece * 8, pack(n, 0), pack(n, 1), pack(n + 1, 0),
+                                       pack(n + 1, 1));
+            }
+        }
+    }
+
+  private:
+    // beyond: by how many 16 keys the chunk is past the warp's first query.
+    __device__ static void hide(Weights& w, int beyond, float nothing) {
+        const int last = lane() / 4 - lane() % 4 * 2 - 16 * beyond;  // of the thread's columns, that its first row sees
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int e = 0; e < 8; ++e)
+                if (e / 4 * 8 + e % 2 > last + 16 * m + e % 4 / 2 * 8) w[m][e / 4][e % 4] = nothing;
+    }
+    // Scores to weights relative to the running maximum; all sums follow it.
+    __device__ void soften(Weights& s) {
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                float& kept = shared.top[row(m, k)];
+                float best = -INFINITY;
+#pragma unroll
+                for (int e = 0; e < 4; ++e) best = fmaxf(best, s[m][e / 2][2 * k + e % 2]);
+                const float old = kept, top = fmaxf(old, row_max(best));
+                const float shift = top == -INFINITY ? 0.f : top;  // nothing seen so far: every weight is exp(-inf)
+                const float rescale = exp2_fast((old - shift) * kLog2e);
+                __syncwarp();
+                kept = top;  // the same from all four lanes of the row
+                __syncwarp();
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    float& w = s[m][e / 2][2 * k + e % 2];
+                    w = exp2_fast((w - shift) * kLog2e);
+                }
+                sum[m][k] *= rescale, rounded[m][2 * k] *= rescale;
+#pragma unroll
+                for (int n = 0; n < 8; ++n) o[m][n][2 * k] *= rescale, o[m][n][2 * k + 1] *= rescale;
+            }
+    }
+    // Weights into their sums, and rounded: A operands.
+    __device__ void fold(Packed& packed, const Weights& w) {
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float first = w[m][i / 2][i % 2 * 2], second = w[m][i / 2][i % 2 * 2 + 1];
+                sum[m][i % 2] += first;
+                sum[m][i % 2] += second;
+                packed[m][i] = pack_bf16(first, second);
+            }
+    }
+    __device__ void multiply(const Packed& packed, int stage, int chunk) {
+        // The upper half of an operand is the same for all: fewer instructions than adding to 64 bits.
+        const std::uint64_t ones = hopper::operand(shared.ones), values = hopper::operand(shared.values[stage]);
+        const std::uint32_t lower = static_cast<std::uint32_t>(values) + chunk * (16 * hopper::kSwizzleBytes / 16);
+        const std::uint64_t b = ones >> 32 << 32 | lower;
+        hopper::product_begin();
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+            hopper::multiply_registers<true>(sums(m), packed[m], b, true);
+            hopper::multiply_registers(rounded[m], packed[m], ones, true);
+        }
+        hopper::product_commit();
+    }
+};
+
+}  // namespace fiedler::attention_forward_sm90_tile
