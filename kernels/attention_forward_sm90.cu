@@ -13,7 +13,6 @@ namespace fiedler {
 namespace {
 
 using namespace attention_forward_sm90_tile;
-using attention_forward_tile::Order;
 
 __global__ void __launch_bounds__(kKeys) attention_factors_kernel(AttentionForward<bf16> p, KeyTile* tiles) {
     __shared__ float extremes[kKeys / kWarp][4];
@@ -73,27 +72,33 @@ __device__ void begin(Shared& shared) {
     hopper::publish_shared();
 }
 
-struct Maps {
+struct Problem {
     CUtensorMap values, results;  // V and o, [tokens, heads D]
+    AttentionForward<bf16> p;
+    const KeyTile* tiles;
+    int sequences, together;  // (sequence, head) pairs whose V stays in L2 together
 };
 
+// Blocks start in the order x, y, z: within the pairs that stay together, those with the longest rows come first.
 __global__ void __launch_bounds__(kThreads, tuning::kAttentionForwardSm90Blocks)
-    attention_forward_sm90_kernel(AttentionForward<bf16> p, Order order, const KeyTile* key_tiles,
-                                  const __grid_constant__ Maps maps) {
+    attention_forward_sm90_kernel(const __grid_constant__ Problem problem) {
     extern __shared__ __align__(1024) unsigned char memory[];
     auto& shared = *reinterpret_cast<Shared*>(memory);
-    int head, first;
-    order.place(static_cast<int>(blockIdx.x), head, first);
-    Tiles tiles{key_tiles + head, &maps.values, p.heads, head, 0, 0};
-    {
-        const int in_sequence = first % p.seq.length, begins = (first - in_sequence) / kKeys;
-        tiles.count = (p.causal ? in_sequence + kQueries : p.seq.length) / kKeys;
-        tiles.last = begins + tiles.count - 1;
-    }
+    const AttentionForward<bf16>& p = problem.p;
+    const int pair = static_cast<int>(blockIdx.z) * problem.together + static_cast<int>(blockIdx.x);
+    const int sequence = pair / p.heads, head = pair % p.heads, of_sequence = static_cast<int>(gridDim.y);
+    const int in_sequence = of_sequence - 1 - static_cast<int>(blockIdx.y);  // in tiles
+    if (sequence >= problem.sequences) return;
+    const int first = (sequence * of_sequence + in_sequence) * kQueries;
+    const Numbers of_thread(p, head, first);
+    Tiles tiles{problem.tiles + head, &problem.values, p.heads, head, 0, p.causal ? in_sequence + 1 : of_sequence};
+    tiles.last = sequence * of_sequence + tiles.count - 1;
+    static_assert(kQueries == kKeys);
     begin(shared);
     const bool loads = threadIdx.x == 0;
     if (loads) tiles.load(shared, 0, true);  // causal: no query is far from itself; otherwise there is no gate
-    const References of(shared, p, head, first);
+    refer(shared, of_thread);
+    const References& of = shared.references[threadIdx.x / kWarp];
     const float faded = p.skip ? kFaded : INFINITY;
     const auto counts = [&](float least) { return !(of.reach - least < -faded); };
     float least = 0.f;  // of the tile that is asked for next, thread 0
@@ -123,9 +128,9 @@ __global__ void __launch_bounds__(kThreads, tuning::kAttentionForwardSm90Blocks)
             if (careful)
                 queries.add_carefully(p, head, stage, tiles.first_token(k), diagonal);
             else if (diagonal)
-                queries.add<true>(stage, of.factors(of_tile));
+                queries.add_diagonal(stage, of.factors(of_tile));
             else
-                queries.add<false>(stage, of.factors(of_tile));
+                queries.add(stage, of.factors(of_tile));
         }
         queries.wait();
         if (threadIdx.x % kWarp == 0) hopper::barrier_arrive(&shared.empty[stage]);
@@ -135,8 +140,11 @@ __global__ void __launch_bounds__(kThreads, tuning::kAttentionForwardSm90Blocks)
     hopper::publish_shared();
     __syncwarp();
     if (threadIdx.x % kWarp == 0) {
-        const int row = static_cast<int>(threadIdx.x) / kWarp * 32;
-        hopper::store_box(&maps.results, head * kWidth, first + row, shared.results + row * kWidth);
+#pragma unroll
+        for (int m = 0; m < kProducts; ++m) {
+            const int row = Queries::row(m, 0);  // of lane 0: the warp's first of the product
+            hopper::store_box(&problem.results, head * kWidth, first + row, shared.results + row * kWidth);
+        }
         hopper::store_wait();
     }
 }
@@ -159,11 +167,16 @@ void attention_forward_sm90(const Cuda& device, const AttentionForward<bf16>& p)
     const dim3 grid(static_cast<unsigned>(p.heads), static_cast<unsigned>(p.seq.tokens / kKeys));
     attention_factors_kernel<<<grid, kKeys, 0, stream_of(device)>>>(p, tiles);
     LAUNCH_CHECK("attention_factors");
-    const Order order = Order::of(p.seq, p.heads, kQueries, kWidth);
+    // As Order::of of the other architectures.
+    const std::int64_t pairs = std::int64_t(p.seq.count) * p.heads;
+    const std::int64_t fitting = attention_forward_tile::kResident / (std::int64_t(p.seq.length) * kWidth * 2);
+    const Problem problem{map(p.v, kKeys), map(p.o, 16), p,
+                          tiles,           p.seq.count,  static_cast<int>(std::clamp<std::int64_t>(fitting, 1, pairs))};
+    const dim3 blocks(static_cast<unsigned>(problem.together), static_cast<unsigned>(p.seq.length / kQueries),
+                      static_cast<unsigned>(ceil_div(pairs, std::int64_t(problem.together))));
     CUDA_CHECK(
         cudaFuncSetAttribute(attention_forward_sm90_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-    attention_forward_sm90_kernel<<<order.grid(), kThreads, kBytes, stream_of(device)>>>(
-        p, order, tiles, Maps{map(p.v, kKeys), map(p.o, kQueries / kWarps)});
+    attention_forward_sm90_kernel<<<blocks, kThreads, kBytes, stream_of(device)>>>(problem);
     LAUNCH_CHECK("attention_forward_sm90");
 }
 

@@ -51,6 +51,9 @@ constexpr float kOwnDistance = R == 1 ? 37.f : 61.f;
 template <int R>
 constexpr float kGateRange = R == 1 ? 32.f : 16.f;
 
+// Bytes of V that surely stay in L2: a fifth of that of sm_80, an eighth of sm_89's.
+constexpr std::int64_t kResident = 8 << 20;
+
 // Which head and which queries a block takes. Blocks start in the order of their numbers: within a batch of
 // (sequence, head) pairs whose V stays in L2 together the longest rows of all come first, so that the last to run are
 // short.
@@ -61,7 +64,6 @@ struct Order {
     static Order of(const Packed& seq, int heads, int rows, int width) {
         Order o{rows, 1, seq.tokens, heads, 1};
         if (seq.length > 0 && seq.length % rows == 0) o.sequences = seq.count, o.length = seq.length;
-        constexpr std::int64_t kResident = 8 << 20;  // bytes: a fifth of the L2 of sm_80, an eighth of sm_89's
         const std::int64_t fitting = kResident / (std::int64_t(o.length) * width * 2);
         o.together = static_cast<int>(std::clamp<std::int64_t>(fitting, 1, std::int64_t(o.sequences) * heads));
         return o;

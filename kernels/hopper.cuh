@@ -192,14 +192,22 @@ __device__ inline void multiply_registers(float (&d)[32], const std::uint32_t (&
         : FIEDLER_D32(0)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(kTurned)));
 }
-// The same with 8 columns: B 8 rows of the inner dimension.
-__device__ inline void multiply_registers(float (&d)[4], const std::uint32_t (&a)[4], std::uint64_t b, bool add) {
+// The same with 72 columns, B as it lies: the last 8 are the first 8 columns of another tile, which b names (beside()).
+__device__ inline void multiply_registers(float (&d)[36], const std::uint32_t (&a)[4], std::uint64_t b, bool add) {
     asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %9, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, p, 1, 1, 0;\n}\n"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %41, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 {" FIEDLER_TEN() FIEDLER_TEN(1)
+            FIEDLER_TEN(2) "%30,%31,%32,%33,%34,%35}, {%36,%37,%38,%39}, %40, p, 1, 1, 1;\n}\n"
+        : FIEDLER_D32(0), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
 }
+// The operand of `tile`, as it lies, with columns 64 and on in `next`, which comes after it: bits 16-29 are the distance /
+// 16. The operand k steps of 16 rows on, with the same `next`, is k kBesideStep more.
+__device__ inline std::uint64_t beside(const void* tile, const void* next) {
+    const std::uint64_t distance = (shared_address(next) - shared_address(tile)) / 16;
+    return (operand(tile) & ~(std::uint64_t(0x3fff) << 16)) | distance << 16;
+}
+constexpr std::uint32_t kBesideStep = 16 * kSwizzleBytes / 16 - (16 * kSwizzleBytes / 16 << 16);
 #undef FIEDLER_TEN
 #undef FIEDLER_D8
 #undef FIEDLER_D32
