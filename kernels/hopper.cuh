@@ -207,7 +207,7 @@ __device__ inline std::uint64_t beside(const void* tile, const void* next) {
     const std::uint64_t distance = (shared_address(next) - shared_address(tile)) / 16;
     return (operand(tile) & ~(std::uint64_t(0x3fff) << 16)) | distance << 16;
 }
-constexpr std::uint32_t kBesideStep = 16 * kSwizzleBytes / 16 - (16 * kSwizzleBytes / 16 << 16);
+constexpr std::uint32_t kBesideStep = 0u - kSwizzleBytes * 0xffffu;  // kSwizzleBytes - (kSwizzleBytes << 16)
 #undef FIEDLER_TEN
 #undef FIEDLER_D8
 #undef FIEDLER_D32
