@@ -185,7 +185,11 @@ void Activations<T>::place_scratch(Arena& arena, const ActivationPlan& plan) {
     else
         place_logits(arena, plan);
     if constexpr (std::is_same_v<T, bf16>) place_tree(arena, plan);
-    if (plan.training) place_gradients(arena, plan);
+    if (plan.training)
+        place_gradients(arena, plan);
+    else if (const std::int64_t elements = forward_elements(plan);
+             std::is_same_v<T, bf16> && !spec_.samples && scratch_.tree.size == 0 && elements > 0)
+        scratch_.partials = {arena.take<A>("partials", {elements}, Lifetime::scratch), elements};
     bind(plan.tokens);
 }
 
@@ -267,10 +271,20 @@ void Activations<T>::place_gradients(Arena& arena, const ActivationPlan& plan) {
     scope.close();
 }
 
+// What a forward pass of dense attention may use.
+template <class T>
+std::int64_t Activations<T>::forward_elements(const ActivationPlan& plan) const {
+    std::int64_t elements = 0;
+    for (const LayerSpec& l : spec_.layer)
+        if (l.kind != LayerKind::dot && l.scalars == 1 && !plan.attends_by_tree(spec_, l))
+            elements = attention_forward_scratch_elements(plan.tokens, spec_.heads);
+    return elements;
+}
+
 // Partial sums of the kernels that reduce over tokens without atomics: elements of the largest.
 template <class T>
 std::int64_t Activations<T>::partial_elements(const ActivationPlan& plan) const {
-    std::int64_t elements = 1;
+    std::int64_t elements = std::max<std::int64_t>(1, forward_elements(plan));
     const Packed seq = packing_of(spec_, plan);
     const std::int64_t n = plan.tokens;
     if (spec_.samples) {

@@ -109,6 +109,7 @@ class Activations {
     void place_tree(Arena&, const ActivationPlan&);
     void place_logits(Arena&, const ActivationPlan&);
     void place_outputs(Arena&, const ActivationPlan&);
+    std::int64_t forward_elements(const ActivationPlan& plan) const;
     std::int64_t partial_elements(const ActivationPlan&) const;
 
     const ModelSpec& spec_;

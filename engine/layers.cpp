@@ -151,6 +151,7 @@ void Model<Dev, T>::forward_attention(int l, const DeviceBatch& batch) {
                                                 .b = act.b,
                                                 .F = act.F,
                                                 .v = act.v(c),
+                                                .scratch = acts_.scratch().partials,
                                                 .seq = batch.seq,
                                                 .heads = spec_.heads,
                                                 .scalars = spec.scalars,
