@@ -14,12 +14,13 @@
 #pragma once
 #include "kernels/attention_backward.cuh"
 #include "kernels/hopper.cuh"
+#include "kernels/warpgroup_tile.cuh"
 
 namespace fiedler::attention_backward_sm90_tile {
 
 using namespace attention_tile;
 
-constexpr int kWidth = 64, kRowBytes = 2 * kWidth, kStages = 3;
+constexpr int kWidth = 64, kStages = 3;
 constexpr int kTileElements = kTile * kWidth;
 
 template <int R>
@@ -36,15 +37,7 @@ struct Shape {
 // unit is 64 of M (128 bytes, one row of the tile) by 8 of K (eight rows, 1024 bytes). The stride of the descriptor is
 // the distance of units along K, 1024 bytes as hopper::operand has it; its leading distance, that of units along M,
 // is not used, because M = 64 is one unit. So the descriptor is the same; a step of 16 along K is two units, 2048 bytes.
-//
-// Operand: the lower half of a descriptor. The upper half, the distance of eight rows and the swizzle, is one constant,
-// and addresses stay in the lower half: fewer instructions where a tile's operands are named.
-using Operand = std::uint32_t;
-__device__ inline Operand operand_of(const void* tile) { return static_cast<Operand>(hopper::operand(tile)); }
-constexpr std::uint64_t kOperandLayout = std::uint64_t(8 * hopper::kSwizzleBytes / 16) << 32 | std::uint64_t(1) << 62;
-__device__ inline Operand advance(Operand o, int bytes) { return o + static_cast<Operand>(bytes) / 16; }
-constexpr int kColumnStep = 32,
-              kRowStep = 16 * kRowBytes;  // bytes of 16 along the inner dimension, in and down the rows
+using namespace warpgroup_tile;
 
 // d = [d +] A B', A 64 x 16 (kTurned: as it lies, 16 x 64), B N x 16; see hopper::multiply.
 template <int N, bool kTurned>
