@@ -37,6 +37,7 @@ struct Shape {
 // unit is 64 of M (128 bytes, one row of the tile) by 8 of K (eight rows, 1024 bytes). The stride of the descriptor is
 // the distance of units along K, 1024 bytes as hopper::operand has it; its leading distance, that of units along M,
 // is not used, because M = 64 is one unit. So the descriptor is the same; a step of 16 along K is two units, 2048 bytes.
+
 using namespace warpgroup_tile;
 
 // d = [d +] A B', A 64 x 16 (kTurned: as it lies, 16 x 64), B N x 16; see hopper::multiply.
