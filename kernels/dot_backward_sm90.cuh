@@ -1,7 +1,7 @@
 // kernels/dot_backward_sm90.cuh: the two passes of the backward pass of dot.h for sm_90a (kernel; launched by dot_sm90.cu).
 //
 // Rows are queries (x = Q, y = dO; columns K, V) for dq, or keys (x = K, y = V; columns Q, dO) for dk and dv:
-//     S = x X', dP = y Y'     A: the rows' own; B: the columns, rows of D, as they lie
+//     S = x X', dP = y Y'     A: the rows' own, in shared memory; B: the columns, rows of D, as they lie
 //     first += dS X           A: dS, rounded;   B: X as it lies          (dq or dk)
 //     second += P Y           A: P, rounded;    B: Y as it lies          (dv)
 // dP goes on behind the weights of a tile, second behind its dS; S and dP of the next tile are asked for at once after
@@ -97,16 +97,14 @@ __global__ void __launch_bounds__(kGroups* kGroupThreads, 1)
     if constexpr (!kKeyRows) mine = of_rows(p, stream.head, row);
 
     hopper::barrier_wait(&shared.own_full, 0);
-    Operands x, y;
-    shared.take_own(x, 0);
-    shared.take_own(y, 1);
+    const Operand x = shared.own_operand(0, group), y = shared.own_operand(1, group);
     for (int k = 0; k < stream.skipped; ++k) shared.release(k);
     Ring<Memory::kStages> ring(stream.skipped);
     Sums s, dp, first = {};
     [[maybe_unused]] Sums second = {};
     Operands ds;
     [[maybe_unused]] Operands w;
-    pin(x), pin(y), pin(first);
+    pin(first);
     if constexpr (kKeyRows) pin(second);
     int before = -1;  // the stage of the tile before
 #pragma unroll 1

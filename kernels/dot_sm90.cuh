@@ -55,19 +55,17 @@ struct Stream {
         const int blocks = ceil_div(cut.tiles, kGroups), batch = static_cast<int>(blockIdx.x) / (cut.together * blocks);
         const int before = batch * cut.together, size = min(cut.together, cut.pairs - before);
         const int rest = static_cast<int>(blockIdx.x) - before * blocks, pair = before + rest % size;
-        // A block that is not full is that which sees the least, and the last to start.
-        int begin = rest / size * kGroups, end = min(begin + kGroups, cut.tiles);
-        if constexpr (!kKeyRows) {
-            const int of_end = cut.tiles - begin;
-            begin = cut.tiles - end, end = of_end;
-        }
+        // A block that is not full is that which sees the least, and the last to start. groups is not end - begin: ptxas 13.0
+        // computes that from the end that causality has not changed yet or from the changed one, as it happens.
+        const int before_it = rest / size * kGroups, groups = min(kGroups, cut.tiles - before_it);
+        const int begin = kKeyRows ? before_it : cut.tiles - before_it - groups, end = begin + groups;
         const int sequence = pair / cut.heads * cut.tiles * kTile;
-        Stream s{pair % cut.heads, end - begin, sequence + (begin + group) * kTile, sequence, kTile, cut.tiles, 0};
+        Stream s{pair % cut.heads, groups, sequence + (begin + group) * kTile, sequence, kTile, cut.tiles, 0};
         if (!cut.causal) return s;
         if (kKeyRows) {
             s.first += begin * kTile, s.count -= begin, s.skipped = group;
         } else {
-            s.first += (end - 1) * kTile, s.step = -kTile, s.count = end, s.skipped = end - 1 - begin - group;
+            s.first += (end - 1) * kTile, s.step = -kTile, s.count = end, s.skipped = groups - 1 - group;
         }
         return s;
     }
@@ -136,7 +134,8 @@ struct alignas(hopper::kTileAlignment) Shared {
                 hopper::load_box(own[i] + g * kTileElements, &of[i], stream.head * kWidth, first + g * kTile,
                                  &own_full);
     }
-    // A operands: this warp's rows of matrix i.
+    // A operands of the warpgroup's rows of matrix i, in place; and this warp's, in registers.
+    __device__ Operand own_operand(int i, int group) const { return operand_of(own[i] + group * kTileElements); }
     __device__ void take_own(Operands& a, int i) const {
         const int row = static_cast<int>(threadIdx.x) / kWarp * 16;
 #pragma unroll
@@ -188,7 +187,12 @@ struct Loader {
 
 // ---- products ------------------------------------------------------------------------------------------------------
 
-// d = A B', both of rows of 64. Committed.
+// d = A B', both of rows of 64. Committed. From shared memory:
+__device__ inline void multiply_rows(Sums& d, Operand a, Operand b) {
+    warpgroup_tile::multiply_rows<kTile>(flat(d), a, b);
+}
+// From registers. They must be something new in every round of a loop: ptxas 13.0 takes operands that stay the same for
+// dead after a round's products, and gives their registers to others.
 __device__ inline void multiply_rows(Sums& d, const Operands& a, Operand b) {
     hopper::product_begin();
 #pragma unroll
