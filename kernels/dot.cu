@@ -4,6 +4,7 @@
 // which columns they see follows from the packing, and only tiles on the border of that region pay for a mask. Rows are
 // queries in the forward pass and for dq, keys for dk and dv. Scores are kept in base 2: exp(x) = 2^(x log2 e).
 #include "kernels/dot.h"
+#include "kernels/dot_sm90.h"
 #include "kernels/dot_tile.cuh"
 #include "kernels/head_width.cuh"
 
@@ -465,34 +466,85 @@ void launch_backward(const Cuda& cuda, const DotBackward<bf16>& p) {
     LAUNCH_CHECK("dot_backward");
 }
 
+void check_all(const DotForward<bf16>& p) {
+    check(p);
+    FIEDLER_REQUIRE("dot", is_aligned16(p.q) && is_aligned16(p.k) && is_aligned16(p.v) && is_aligned16(p.o));
+}
+void check_all(const DotBackward<bf16>& p) {
+    check(p);
+    FIEDLER_REQUIRE("dot", is_aligned16(p.q) && is_aligned16(p.k) && is_aligned16(p.v) && is_aligned16(p.o));
+    FIEDLER_REQUIRE("dot", is_aligned16(p.do_) && is_aligned16(p.dq) && is_aligned16(p.dk) && is_aligned16(p.dv));
+}
+void general(const Cuda& cuda, const DotForward<bf16>& p) {
+    for_head_width("dot", p.v.cols / p.heads, [&](auto width) {
+        constexpr int D = decltype(width)::value;
+        constexpr std::size_t bytes = 2 * kRows * D * sizeof(bf16);
+        const Sight sight = Sight::of_queries(p.seq, p.window, p.causal);
+        forward_kernel<D><<<row_blocks(p.v.rows, p.heads), kThreads, bytes, stream_of(cuda)>>>(p, sight);
+        LAUNCH_CHECK("dot_forward");
+    });
+}
+void run_delta(const Cuda& cuda, const DotBackward<bf16>& p) {
+    for_head_width("dot", p.v.cols / p.heads, [&](auto width) {
+        constexpr int D = decltype(width)::value;
+        const std::int64_t threads = p.v.rows * p.heads * (D / 8);
+        delta_kernel<D>
+            <<<unsigned(ceil_div(threads, std::int64_t(256))), 256, 0, stream_of(cuda)>>>(p.delta, p.o, p.do_, p.heads);
+        LAUNCH_CHECK("dot_delta");
+    });
+}
+void general(const Cuda& cuda, const DotBackward<bf16>& p) {
+    for_head_width("dot", p.v.cols / p.heads, [&](auto width) {
+        constexpr int D = decltype(width)::value;
+        launch_backward<D, false>(cuda, p);
+        launch_backward<D, true>(cuda, p);
+    });
+}
+
+#if FIEDLER_SM90A  // kernels/dot_sm90.cu is in this build
+bool try_sm90(const Cuda& cuda, const DotForward<bf16>& p) {
+    if (!dot_sm90_takes(cuda, p)) return false;
+    dot_forward_sm90(cuda, p);
+    return true;
+}
+bool try_sm90(const Cuda& cuda, const DotBackward<bf16>& p) {
+    if (!dot_sm90_takes(cuda, p)) return false;
+    dot_backward_sm90(cuda, p);
+    return true;
+}
+#else
+bool try_sm90(const Cuda&, const DotForward<bf16>&) { return false; }
+bool try_sm90(const Cuda&, const DotBackward<bf16>&) { return false; }
+#endif
+
+template <class P>
+bool run_by_path(const Cuda& cuda, const P& p, DotPath path) {
+    if (path == DotPath::sm90) return try_sm90(cuda, p);
+    general(cuda, p);
+    return true;
+}
+
 }  // namespace
 }  // namespace dot
 
 void dot_forward(const Cuda& cuda, const DotForward<bf16>& p) {
-    check(p);
-    FIEDLER_REQUIRE("dot", is_aligned16(p.q) && is_aligned16(p.k) && is_aligned16(p.v) && is_aligned16(p.o));
-    for_head_width("dot", p.v.cols / p.heads, [&](auto width) {
-        constexpr int D = decltype(width)::value;
-        constexpr std::size_t bytes = 2 * dot::kRows * D * sizeof(bf16);
-        const Sight sight = Sight::of_queries(p.seq, p.window, p.causal);
-        dot::forward_kernel<D><<<dot::row_blocks(p.v.rows, p.heads), dot::kThreads, bytes, stream_of(cuda)>>>(p, sight);
-        LAUNCH_CHECK("dot_forward");
-    });
+    dot::check_all(p);
+    if (!dot::try_sm90(cuda, p)) dot::general(cuda, p);
+}
+bool dot_forward_by_path(const Cuda& cuda, const DotForward<bf16>& p, DotPath path) {
+    dot::check_all(p);
+    return dot::run_by_path(cuda, p, path);
 }
 
 void dot_backward(const Cuda& cuda, const DotBackward<bf16>& p) {
-    check(p);
-    FIEDLER_REQUIRE("dot", is_aligned16(p.q) && is_aligned16(p.k) && is_aligned16(p.v) && is_aligned16(p.o));
-    FIEDLER_REQUIRE("dot", is_aligned16(p.do_) && is_aligned16(p.dq) && is_aligned16(p.dk) && is_aligned16(p.dv));
-    for_head_width("dot", p.v.cols / p.heads, [&](auto width) {
-        constexpr int D = decltype(width)::value;
-        const std::int64_t threads = p.v.rows * p.heads * (D / 8);
-        dot::delta_kernel<D>
-            <<<unsigned(ceil_div(threads, std::int64_t(256))), 256, 0, stream_of(cuda)>>>(p.delta, p.o, p.do_, p.heads);
-        LAUNCH_CHECK("dot_delta");
-        dot::launch_backward<D, false>(cuda, p);
-        dot::launch_backward<D, true>(cuda, p);
-    });
+    dot::check_all(p);
+    dot::run_delta(cuda, p);
+    if (!dot::try_sm90(cuda, p)) dot::general(cuda, p);
+}
+bool dot_backward_by_path(const Cuda& cuda, const DotBackward<bf16>& p, DotPath path) {
+    dot::check_all(p);
+    dot::run_delta(cuda, p);
+    return dot::run_by_path(cuda, p, path);
 }
 
 void dot_decode(const Cuda& cuda, const DotDecode<bf16>& p) {

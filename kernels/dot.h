@@ -94,4 +94,9 @@ void dot_forward(const Cuda&, const DotForward<bf16>&);
 void dot_backward(const Cuda&, const DotBackward<bf16>&);
 void dot_decode(const Cuda&, const DotDecode<bf16>&);
 
+// For tests and benchmarks: the same by one way alone. False: it does not take this problem here; no result was written.
+enum class DotPath { general, sm90 };
+bool dot_forward_by_path(const Cuda&, const DotForward<bf16>&, DotPath);
+bool dot_backward_by_path(const Cuda&, const DotBackward<bf16>&, DotPath);
+
 }  // namespace fiedler

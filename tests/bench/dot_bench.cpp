@@ -28,7 +28,8 @@ void set_common(P& p, const Shape& s) {
     p.scale = Accum(1 / std::sqrt(double(s.width)));
 }
 
-void add_dot(Suite& suite, const Shape& s) {
+// general: and the path that every GPU takes, by itself.
+void add_dot(Suite& suite, const Shape& s, [[maybe_unused]] bool general = false) {
     const std::int64_t n = std::int64_t(s.count) * s.length, c = std::int64_t(s.heads) * s.width;
     Storage* qkv = suite.random<Storage>(n * 3 * c);
     Storage* gradients = suite.zeros<Storage>(n * 3 * c);
@@ -48,6 +49,15 @@ void add_dot(Suite& suite, const Shape& s) {
         "forward " + name_of(s), traffic(f), [f, &suite] { dot_forward(suite.device, f); }, true);
     suite.add(
         "backward " + name_of(s), traffic(b), [b, &suite] { dot_backward(suite.device, b); }, true);
+#if FIEDLER_BENCH_CUDA
+    if (!general) return;
+    suite.add(
+        "forward " + name_of(s) + ", general", traffic(f),
+        [f, &suite] { dot_forward_by_path(suite.device, f, DotPath::general); }, true);
+    suite.add(
+        "backward " + name_of(s) + ", general", traffic(b),
+        [b, &suite] { dot_backward_by_path(suite.device, b, DotPath::general); }, true);
+#endif
 }
 
 void add_decode(Suite& suite, std::int64_t length) {
@@ -73,7 +83,7 @@ FIEDLER_BENCH(dot) {
         add_decode(suite, 1024);
         return;
     }
-    add_dot(suite, {32, 1024, 6, 64});
+    add_dot(suite, {32, 1024, 6, 64}, true);
     add_dot(suite, {32, 1024, 6, 64, true, 256});
     add_dot(suite, {32, 1024, 6, 64, false});
     add_dot(suite, {8, 4096, 6, 64});

@@ -8,12 +8,14 @@
 #include <numeric>
 #include <optional>
 
+#include "kernels/dot_sm90.h"
 #include "tests/support/buffer.h"
 #include "tests/support/gradcheck.h"
 
 namespace fiedler::test {
 namespace {
 
+using Path = std::optional<DotPath>;  // instead of the one that is chosen
 using Lengths = std::vector<std::int32_t>;
 
 struct Problem {
@@ -183,8 +185,28 @@ void set_common(P& p, const Problem& problem, const Packing<Dev>& packing) {
     p.scale = static_cast<decltype(p.scale)>(problem.scale);
 }
 
+// False: it does not take the problem.
+template <class Dev, class T>
+bool call(const Dev& dev, const DotForward<T>& p, [[maybe_unused]] Path path) {
+#if FIEDLER_CUDA
+    if constexpr (std::is_same_v<Dev, Cuda>)
+        if (path) return dot_forward_by_path(dev, p, *path);
+#endif
+    dot_forward(dev, p);
+    return true;
+}
+template <class Dev, class T>
+bool call(const Dev& dev, const DotBackward<T>& p, [[maybe_unused]] Path path) {
+#if FIEDLER_CUDA
+    if constexpr (std::is_same_v<Dev, Cuda>)
+        if (path) return dot_backward_by_path(dev, p, *path);
+#endif
+    dot_backward(dev, p);
+    return true;
+}
+
 template <class T, class Dev>
-void forward(const Dev& dev, const Problem& problem, Answer& answer) {
+bool forward(const Dev& dev, const Problem& problem, Answer& answer, Path path = {}) {
     const Packing<Dev> packing(dev, problem);
     const Panel<T, Dev> in(dev, problem.tokens, problem.columns(), {&problem.q, &problem.k, &problem.v});
     const Panel<T, Dev> out(dev, problem.tokens, problem.columns(), {nullptr});
@@ -192,11 +214,12 @@ void forward(const Dev& dev, const Problem& problem, Answer& answer) {
     DotForward<T> p;
     set_common(p, problem, packing);
     p.q = in.mat(0), p.k = in.mat(1), p.v = in.mat(2), p.o = out.mat(0), p.lse = lse.mat(0);
-    dot_forward(dev, p);
+    const bool taken = call(dev, p, path);
     answer.o = out.values(0), answer.lse = lse.values(0);
+    return taken;
 }
 template <class T, class Dev>
-void backward(const Dev& dev, const Problem& problem, Answer& answer) {
+bool backward(const Dev& dev, const Problem& problem, Answer& answer, Path path = {}) {
     const Packing<Dev> packing(dev, problem);
     const Panel<T, Dev> in(dev, problem.tokens, problem.columns(), {&problem.q, &problem.k, &problem.v});
     const Panel<T, Dev> from_forward(dev, problem.tokens, problem.columns(), {&problem.o, &problem.grad});
@@ -207,15 +230,16 @@ void backward(const Dev& dev, const Problem& problem, Answer& answer) {
     set_common(p, problem, packing);
     p.q = in.mat(0), p.k = in.mat(1), p.v = in.mat(2), p.o = from_forward.mat(0), p.do_ = from_forward.mat(1);
     p.dq = out.mat(0), p.dk = out.mat(1), p.dv = out.mat(2), p.lse = lse.mat(0), p.delta = delta.mat(0);
-    dot_backward(dev, p);
+    const bool taken = call(dev, p, path);
     answer.dq = out.values(0), answer.dk = out.values(1), answer.dv = out.values(2), answer.delta = delta.values(0);
+    return taken;
 }
 // Both passes; the backward pass reads problem.o and problem.lse.
 template <class T, class Dev>
-Answer run(const Dev& dev, const Problem& problem) {
+Answer run(const Dev& dev, const Problem& problem, Path path = {}) {
     Answer answer;
-    forward<T>(dev, problem, answer);
-    backward<T>(dev, problem, answer);
+    EXPECT_TRUE(forward<T>(dev, problem, answer, path));
+    EXPECT_TRUE(backward<T>(dev, problem, answer, path));
     return answer;
 }
 // The problem with the true lse in f32.
@@ -372,11 +396,23 @@ TEST(Dot, RejectsBrokenContracts) {
 // ---- GPU -----------------------------------------------------------------------------------------------------------
 
 #if FIEDLER_CUDA
+#if !defined(FIEDLER_SM90A)
+#define FIEDLER_SM90A 0
+#endif
+bool sm90_takes(const Problem& p) {
+    return FIEDLER_SM90A && gpu().arch == 90 && p.width == 64 && p.window == 0 && p.uniform && p.lengths[0] % 64 == 0;
+}
 void expect_gpu_matches(const Problem& p) {
-    const Answer low = naive<float, true>(p);
-    const Answer got = run<bf16>(gpu(), p);
-    expect_close(got, run<double>(Cpu{}, p), low);
-    expect_identical(got, run<bf16>(gpu(), p));
+    const Answer low = naive<float, true>(p), want = run<double>(Cpu{}, p);
+    std::vector<Path> paths{Path{}};
+    if (sm90_takes(p)) paths = {DotPath::sm90, DotPath::general};
+    for (const Path path : paths) {
+        SCOPED_TRACE(!path ? "chosen path" : path == DotPath::sm90 ? "sm90" : "general");
+        const Answer got = run<bf16>(gpu(), p, path);
+        expect_close(got, want, low);
+        expect_identical(got, run<bf16>(gpu(), p, path));
+        if (path == DotPath::sm90) expect_identical(got, run<bf16>(gpu(), p));  // it is the one that is chosen
+    }
 }
 
 class DotWidth : public testing::TestWithParam<int> {};
@@ -424,6 +460,67 @@ TEST_P(DotWidth, GpuChain) {
     p.o = got.o, p.lse = got.lse;
     expect_gpu_matches(p);
 }
+
+// Tiles of 64 in sequences: one, two, three (a block that is not full), and more than a ring has stages.
+TEST(Dot, GpuTilesOfSequences) {
+    FIEDLER_GPU_OR_SKIP();
+    const auto check = [](std::int64_t heads, const Lengths& lengths, double spread = 1) {
+        for (const bool causal : {true, false}) {
+            SCOPED_TRACE(testing::Message() << heads << " heads, " << lengths.size() << " of " << lengths[0]
+                                            << ", causal " << causal << ", spread " << spread);
+            expect_gpu_matches(with_lse(Problem(64, heads, lengths, causal, 0, spread)));
+        }
+    };
+    check(1, {64});
+    check(6, {64, 64, 64});
+    check(2, {128, 128});
+    check(3, {192, 192});
+    check(5, {320});
+    check(4, {448, 448});
+    check(1, Lengths(2, 1024));
+    check(2, {192, 192}, 12);
+    check(1, {512}, 12);
+}
+TEST(Dot, GpuSm90TakesWhatItSays) {
+    FIEDLER_GPU_OR_SKIP();
+    const auto check = [](const Problem& p) {
+        Answer answer;
+        EXPECT_EQ(forward<bf16>(gpu(), p, answer, DotPath::sm90), sm90_takes(p));
+        EXPECT_EQ(backward<bf16>(gpu(), with_lse(p), answer, DotPath::sm90), sm90_takes(p));
+    };
+    check(Problem(64, 2, {64, 64}, true, 0));
+    check(Problem(64, 2, {64, 128}, true, 0));
+    check(Problem(64, 2, {96, 96}, true, 0));
+    check(Problem(64, 2, {64}, true, 64));
+    check(Problem(32, 2, {64}, true, 0));
+    check(Problem(128, 1, {64}, false, 0));
+}
+#if FIEDLER_SM90A
+// The sm_90 kernels' operands, as TMA lays them out, on integers: x y' and x y.
+TEST(Dot, GpuSm90ProductsOfIntegers) {
+    FIEDLER_GPU_OR_SKIP();
+    if (gpu().arch != 90) GTEST_SKIP() << "not an sm_90 device";
+    constexpr std::size_t n = 64;
+    const auto integers = [](std::uint64_t seed) {
+        Values v;
+        for (const auto i : random_ints(n * n, seed, -4, 5)) v.push_back(i);
+        return v;
+    };
+    const Values x = integers(1), y = integers(2);
+    const Panel<bf16, Cuda> in(gpu(), n, n, {&x, &y});
+    Buffer<float, Cuda> rows(gpu(), n * n), turned(gpu(), n * n);
+    dot_sm90_products(gpu(), in.mat(0), in.mat(1), rows.data(), turned.data());
+    Values want_rows(n * n), want_turned(n * n);
+    for (std::size_t i = 0; i < n; ++i)
+        for (std::size_t j = 0; j < n; ++j)
+            for (std::size_t k = 0; k < n; ++k) {
+                want_rows[i * n + j] += x[i * n + k] * y[j * n + k];
+                want_turned[i * n + j] += x[i * n + k] * y[k * n + j];
+            }
+    EXPECT_EQ(rows.values(), want_rows) << "rows times rows";
+    EXPECT_EQ(turned.values(), want_turned) << "an operand as it lies";
+}
+#endif
 
 TEST(Dot, GpuDecode) {
     FIEDLER_GPU_OR_SKIP();
