@@ -8,6 +8,7 @@
 #include <numbers>
 #include <numeric>
 #include <random>
+#include <tuple>
 
 #include "engine/error.h"
 #include "kernels/device.h"
@@ -166,49 +167,53 @@ SpectrumOptions options(std::int64_t k, LaplacianKind kind, SpectrumMethod metho
     return o;
 }
 
-void expect_closed_forms(bool cuda, double accuracy) {
-    for (const Closed& c : closed_forms())
-        for (const auto method : {SpectrumMethod::dense, SpectrumMethod::filter, SpectrumMethod::multilevel}) {
-            if (cuda && method == SpectrumMethod::dense) continue;
-            SCOPED_TRACE(std::string(c.name) + ", " + name_of(method));
-            const Spectrum s = solve_spectrum(c.graph, options(25, c.kind, method), cuda);
-            EXPECT_EQ(s.method, method);
-            EXPECT_EQ(s.zeros, 1);
-            expect_spectrum(c.graph, s, sorted(c.all, 25), accuracy);
-        }
+void expect_closed_form(const Closed& c, SpectrumMethod method, bool cuda, double accuracy) {
+    SCOPED_TRACE(std::string(c.name) + ", " + name_of(method));
+    const Spectrum s = solve_spectrum(c.graph, options(25, c.kind, method), cuda);
+    EXPECT_EQ(s.method, method);
+    EXPECT_EQ(s.zeros, 1);
+    expect_spectrum(c.graph, s, sorted(c.all, 25), accuracy);
 }
 
 // Three components, an isolated node, repeated eigenvalues across components.
-void expect_union(bool cuda, double accuracy) {
+void expect_union(SpectrumMethod method, bool cuda, double accuracy) {
     const Graph g = disjoint({cycle(300), grid(20, 20), Graph{1, {0, 0}, {}, {}, {}}, cycle(300), path(2)});
     std::vector<double> all{0, 0, 2};
     for (int m = 0; m < 300; ++m) all.insert(all.end(), 2, 2 - 2 * std::cos(2 * kPi * m / 300));
     for (int m = 0; m < 400; ++m)
         all.push_back(4 - 2 * std::cos(kPi * (m / 20) / 20) - 2 * std::cos(kPi * (m % 20) / 20));
-    for (const auto method : {SpectrumMethod::filter, SpectrumMethod::multilevel}) {
-        const Spectrum s = solve_spectrum(g, options(40, LaplacianKind::combinatorial, method), cuda);
-        EXPECT_EQ(s.zeros, 5);
-        expect_spectrum(g, s, sorted(all, 40), accuracy);
-        SpectrumOptions beyond = options(35, LaplacianKind::combinatorial, method);
-        beyond.beyond_null = true;
-        std::vector<double> nonzero = sorted(all, 40);
-        nonzero.erase(nonzero.begin(), nonzero.begin() + 5);
-        expect_spectrum(g, solve_spectrum(g, beyond, cuda), nonzero, accuracy);
+    const Spectrum s = solve_spectrum(g, options(40, LaplacianKind::combinatorial, method), cuda);
+    EXPECT_EQ(s.zeros, 5);
+    expect_spectrum(g, s, sorted(all, 40), accuracy);
+    SpectrumOptions beyond = options(35, LaplacianKind::combinatorial, method);
+    beyond.beyond_null = true;
+    std::vector<double> nonzero = sorted(all, 40);
+    nonzero.erase(nonzero.begin(), nonzero.begin() + 5);
+    expect_spectrum(g, solve_spectrum(g, beyond, cuda), nonzero, accuracy);
+}
+
+void expect_agrees_with_dense(LaplacianKind kind, SpectrumMethod method, bool cuda, double accuracy) {
+    for (const Graph& g : {random_graph(600, 8, 1), disjoint({random_graph(400, 4, 3), path(150)})}) {
+        const Spectrum exact = solve_spectrum(g, options(60, kind, SpectrumMethod::dense), false);
+        expect_spectrum(g, solve_spectrum(g, options(60, kind, method), cuda), exact.eigenvalues, accuracy);
     }
 }
 
-void expect_agrees_with_dense(bool cuda, double accuracy) {
-    for (const auto kind : {LaplacianKind::normalised, LaplacianKind::combinatorial})
-        for (const Graph& g : {random_graph(600, 8, 1), disjoint({random_graph(400, 4, 3), path(150)})}) {
-            const Spectrum exact = solve_spectrum(g, options(60, kind, SpectrumMethod::dense), false);
-            for (const auto method : {SpectrumMethod::filter, SpectrumMethod::multilevel})
-                expect_spectrum(g, solve_spectrum(g, options(60, kind, method), cuda), exact.eigenvalues, accuracy);
-        }
-}
+constexpr SpectrumMethod kIterative[] = {SpectrumMethod::filter, SpectrumMethod::multilevel};
+constexpr LaplacianKind kKinds[] = {LaplacianKind::normalised, LaplacianKind::combinatorial};
 
-TEST(Spectrum, ClosedForms) { expect_closed_forms(false, 1e-9); }
-TEST(Spectrum, UnionsAndIsolatedNodes) { expect_union(false, 1e-9); }
-TEST(Spectrum, AgreesWithDense) { expect_agrees_with_dense(false, 1e-9); }
+TEST(Spectrum, ClosedForms) {
+    for (const Closed& c : closed_forms())
+        for (const auto method : {SpectrumMethod::dense, SpectrumMethod::filter, SpectrumMethod::multilevel})
+            expect_closed_form(c, method, false, 1e-9);
+}
+TEST(Spectrum, UnionsAndIsolatedNodes) {
+    for (const auto method : kIterative) expect_union(method, false, 1e-9);
+}
+TEST(Spectrum, AgreesWithDense) {
+    for (const auto kind : kKinds)
+        for (const auto method : kIterative) expect_agrees_with_dense(kind, method, false, 1e-9);
+}
 
 // In double. In f32 such a spectrum may end as a partial result: SubspaceSolverF32.
 TEST(Spectrum, TinyEigenvaluesBelowACluster) {
@@ -340,7 +345,8 @@ TEST(Spectrum, RefusesBadInput) {
     EXPECT_NE(refusal(Graph{4, {0, 0, 0, 0, 0}, {}, {}, {}}, o).find("no edges"), std::string::npos);
 }
 
-// In f32 with f64 sums: eigenvalues to 1e-6 of the norm.
+// In f32 with f64 sums: eigenvalues to 1e-6 of the norm. One solve or two a test, so that several processes share them
+// under compute-sanitizer.
 class SpectrumGpu : public testing::Test {
   protected:
     void SetUp() override {
@@ -348,9 +354,30 @@ class SpectrumGpu : public testing::Test {
         if (cuda_device_count(&why) == 0) GTEST_SKIP() << "no GPU: " << why;
     }
 };
-TEST_F(SpectrumGpu, ClosedForms) { expect_closed_forms(true, 1e-6); }
-TEST_F(SpectrumGpu, UnionsAndIsolatedNodes) { expect_union(true, 1e-6); }
-TEST_F(SpectrumGpu, AgreesWithDense) { expect_agrees_with_dense(true, 1e-6); }
+class SpectrumGpuMethod : public SpectrumGpu, public testing::WithParamInterface<SpectrumMethod> {};
+class SpectrumGpuForm : public SpectrumGpu, public testing::WithParamInterface<std::tuple<int, SpectrumMethod>> {};
+class SpectrumGpuKind : public SpectrumGpu,
+                        public testing::WithParamInterface<std::tuple<LaplacianKind, SpectrumMethod>> {};
+constexpr int kClosedForms = 11;
+INSTANTIATE_TEST_SUITE_P(Each, SpectrumGpuMethod, testing::ValuesIn(kIterative));
+INSTANTIATE_TEST_SUITE_P(Each, SpectrumGpuForm,
+                         testing::Combine(testing::Range(0, kClosedForms), testing::ValuesIn(kIterative)));
+INSTANTIATE_TEST_SUITE_P(Each, SpectrumGpuKind,
+                         testing::Combine(testing::ValuesIn(kKinds), testing::ValuesIn(kIterative)));
+TEST_P(SpectrumGpuForm, Closed) {
+    const std::vector<Closed> forms = closed_forms();
+    ASSERT_EQ(forms.size(), Size(kClosedForms));
+    expect_closed_form(forms[Size(std::get<0>(GetParam()))], std::get<1>(GetParam()), true, 1e-6);
+}
+TEST_P(SpectrumGpuMethod, UnionsAndIsolatedNodes) { expect_union(GetParam(), true, 1e-6); }
+TEST_P(SpectrumGpuKind, AgreesWithDense) {
+    expect_agrees_with_dense(std::get<0>(GetParam()), std::get<1>(GetParam()), true, 1e-6);
+}
+TEST_P(SpectrumGpuMethod, RepetitionChangesNothing) {
+    const Graph g = grid(60, 50);
+    const SpectrumOptions o = options(20, LaplacianKind::normalised, GetParam());
+    EXPECT_EQ(solve_spectrum(g, o, true).vectors, solve_spectrum(g, o, true).vectors);
+}
 TEST_F(SpectrumGpu, OverlookedPairIsFound) { expect_overlooked_pair_found(true); }
 // More than a cache holds: filtered in narrow panels, from a Krylov space.
 TEST_F(SpectrumGpu, ManyNodesWithoutLocality) {
@@ -360,13 +387,6 @@ TEST_F(SpectrumGpu, ManyNodesWithoutLocality) {
     const Spectrum s = solve_spectrum(g, o, true);
     expect_spectrum(g, s, s.eigenvalues, 1);
     EXPECT_EQ(solve_spectrum(g, o, true).vectors, s.vectors);
-}
-TEST_F(SpectrumGpu, RepetitionChangesNothing) {
-    const Graph g = grid(60, 50);
-    for (const auto method : {SpectrumMethod::filter, SpectrumMethod::multilevel}) {
-        const SpectrumOptions o = options(20, LaplacianKind::normalised, method);
-        EXPECT_EQ(solve_spectrum(g, o, true).vectors, solve_spectrum(g, o, true).vectors);
-    }
 }
 
 }  // namespace
