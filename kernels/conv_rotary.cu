@@ -7,6 +7,9 @@
 // All threads of a warp take every step of their runs, though there be no token or no channel: the sums over heads need
 // them. Rows and columns are then those of others, and nothing is written.
 #include "kernels/conv_rotary.h"
+
+#include <type_traits>
+
 #include "kernels/conv_taps.cuh"
 #include "kernels/rotary_turn.cuh"
 
@@ -18,9 +21,10 @@ using namespace turning;
 constexpr int kAngles = kPackSize / 2;             // of a thread
 constexpr int kForwardRun = 16, kForwardStep = 4;  // tokens of a run, and how many are loaded at a time
 constexpr int kAfter = kTaps - 1;                  // tokens after a run, whose dm its dx needs
-constexpr int kBackwardRun = kConvRotaryBlockTokens / kRuns, kBackwardStep = 3;
+constexpr int kBackwardRun = kConvRotaryBlockTokens / kRuns, kBackwardStep = 4;
+constexpr int kAhead = 1;
 constexpr int kForwardBlocks = 4, kBackwardBlocks = 3;  // that fit on a multiprocessor: the bound on registers
-static_assert(kForwardRun % kForwardStep == 0 && (kBackwardRun + kAfter) % kBackwardStep == 0);
+static_assert(kForwardRun % kForwardStep == 0 && kBackwardRun % kBackwardStep == 0);
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
 struct Args {
@@ -52,11 +56,22 @@ struct Place {
     }
 };
 
+// This thread's columns of the rows of a matrix; in place of rows beyond low and high these.
 template <int D>
-__device__ uint4 load_row(const nv_bf16* in, int row, int ld, int tokens) {
-    const nv_bf16* p = in + std::int64_t(min(max(row, 0), tokens - 1)) * ld;
-    const uint2 lower = *reinterpret_cast<const uint2*>(p), upper = *reinterpret_cast<const uint2*>(p + D / 2);
-    return {lower.x, lower.y, upper.x, upper.y};
+struct Rows {
+    const nv_bf16* data;
+    int ld, low, high;
+    __device__ uint4 load(int row) const {
+        const nv_bf16* p = data + std::int64_t(min(max(row, low), high)) * ld;
+        const uint2 lower = *reinterpret_cast<const uint2*>(p), upper = *reinterpret_cast<const uint2*>(p + D / 2);
+        return {lower.x, lower.y, upper.x, upper.y};
+    }
+};
+template <int N>
+__device__ void push(uint4 (&rows)[N], const uint4& next) {
+#pragma unroll
+    for (int o = 0; o + 1 < N; ++o) rows[o] = rows[o + 1];
+    rows[N - 1] = next;
 }
 template <int D>
 __device__ void store_row(nv_bf16* out, int row, int ld, const Row& y) {
@@ -66,114 +81,135 @@ __device__ void store_row(nv_bf16* out, int row, int ld, const Row& y) {
     *reinterpret_cast<uint2*>(p + D / 2) = {words.z, words.w};
 }
 
-// cos and sin of the angles of kSteps tokens from the first of a sequence on, then of the first token of each run.
+// cos and sin of the angles of kSteps tokens from the first of a sequence on, then of the first token of each run, in
+// fours. Without rotation all angles are 0, as those of row 0 always are.
 template <int D, int kSteps>
 struct Table {
-    float cosine[kSteps + kRuns][D / 2], sine[kSteps + kRuns][D / 2];
+    static constexpr int kRows = kSteps + kRuns, kFours = D / 8;
+    float4 cosine[kRows][kFours], sine[kRows][kFours];
 
-    // All threads of the block take part, without a barrier.
+    // All threads of the block take part, without a barrier. run: tokens of each.
     __device__ void fill(const Args& a, int run) {
         static_assert(kThreads % (D / 2) == 0);
         const int thread = threadIdx.y * kLanes + threadIdx.x, d = thread % (D / 2);
-        const float frequency = a.frequencies.value[d];
-        for (int row = thread / (D / 2); row < kSteps + kRuns; row += kThreads / (D / 2)) {
+        const float frequency = a.rotate ? a.frequencies.value[d] : 0.f;
+        for (int row = thread / (D / 2); row < kRows; row += kThreads / (D / 2)) {
             int position = row;
             if (row >= kSteps) {
                 const int start = min((int(blockIdx.x) * kRuns + row - kSteps) * run, a.tokens - 1);
                 position = start - a.seq.first(start);
             }
-            sincosf(float(position) * frequency, &sine[row][d], &cosine[row][d]);
+            sincosf(float(position) * frequency, &sine[row][d / 4].x + d % 4, &cosine[row][d / 4].x + d % 4);
         }
     }
 };
 
-// The angles of a thread at `origin`, a token of the sequence at hand: its first one, or the run's first one.
+// The angles of a thread: those at `origin`, a token of the sequence at hand (its first, or the run's first), and what
+// they grow by from there. In a thread that turns nothing they stay 0.
+template <int D, int kSteps>
 struct Turn {
+    const Table<D, kSteps>& table;
+    int start, stride, four, origin;
     float cosine[kAngles], sine[kAngles];
-    int origin;
 
-    template <class T>
-    __device__ void begin(const T& table, int steps, int angle, int start, int first) {
+    __device__ Turn(const Table<D, kSteps>& t, const Place<D>& place, int run_start)
+        : table(t), start(run_start), stride(place.turns ? Table<D, kSteps>::kFours : 0), four(place.angle / 4) {}
+    __device__ void begin(int first) {
         origin = max(start, first);
-        const int row = first <= start ? steps + threadIdx.y : 0;
+        const int row = first <= start && stride > 0 ? kSteps + threadIdx.y : 0;
+        unpack_four(cosine, table.cosine[row][four]);
+        unpack_four(sine, table.sine[row][four]);
+    }
+    // The angles at `token`, origin <= token < origin + kSteps, by the addition theorem.
+    __device__ void at(float (&c)[kAngles], float (&s)[kAngles], int token) const {
+        const int place = (token - origin) * stride + four;
+        float by_cosine[kAngles], by_sine[kAngles];
+        unpack_four(by_cosine, (&table.cosine[0][0])[place]);
+        unpack_four(by_sine, (&table.sine[0][0])[place]);
 #pragma unroll
         for (int i = 0; i < kAngles; ++i) {
-            cosine[i] = table.cosine[row][angle + i];
-            sine[i] = table.sine[row][angle + i];
+            c[i] = fmaf(cosine[i], by_cosine[i], -sine[i] * by_sine[i]);
+            s[i] = fmaf(sine[i], by_cosine[i], cosine[i] * by_sine[i]);
         }
     }
-    // The angles at `token`, origin <= token < origin + kSteps.
-    template <class T>
-    __device__ void at(float (&c)[kAngles], float (&s)[kAngles], const T& table, int angle, int token) const {
-#pragma unroll
-        for (int i = 0; i < kAngles; ++i) {
-            const float by_cosine = table.cosine[token - origin][angle + i];
-            const float by_sine = table.sine[token - origin][angle + i];
-            c[i] = fmaf(cosine[i], by_cosine, -sine[i] * by_sine);
-            s[i] = fmaf(sine[i], by_cosine, cosine[i] * by_sine);
-        }
+    __device__ static void unpack_four(float (&v)[kAngles], const float4& four) {
+        v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
     }
 };
 
-template <int D>
-__global__ __launch_bounds__(kThreads, kForwardBlocks) void forward_kernel(const Args a) {
-    __shared__ Table<D, kForwardRun> table;
-    const int first_channel = blockIdx.y * kBlockChannels;
-    const int start = (blockIdx.x * kRuns + threadIdx.y) * kForwardRun;
-    const bool turns = first_channel < a.turned;  // some of the block's channels
-    const Place<D> place(a, first_channel);
-    if (turns && a.rotate) table.fill(a, kForwardRun);
-    Row w[kTaps];
-    load_weights(w, a.w, a.channels, first_channel, place.own);
+// Norm and rotation of a row of m, in place.
+template <int D, class T>
+__device__ void turn_row(Row& y, const Args& a, const Place<D>& place, const T& turns, int token) {
+    if (a.normalise) {
+        const float squares = product_of_head<D / 8>(y, y, kWholeWarp);
+        const float r = place.turns ? inverse_rms_of_head<D>(squares, a.eps) : 1.f;
+#pragma unroll
+        for (int e = 0; e < kPackSize; ++e) y[e] *= r;
+    }
+    float cosine[kAngles], sine[kAngles];
+    turns.at(cosine, sine, token);
+    turn(y, cosine, sine);
+}
 
-    const nv_bf16* in = a.in + place.column;
+// kTurned: some of the block's channels are.
+template <int D, bool kTurned>
+__device__ void forward_run(const Row (&w)[kTaps], const Args& a, const Place<D>& place,
+                            const Table<D, kForwardRun>& table, int start) {
+    const Rows<D> in{a.in + place.column, a.ld_in, 0, a.tokens - 1};
     nv_bf16* out = a.out + place.column;
     Row window[kTaps];  // once shifted, window[o] is the row o tokens before the next one
     clear(window);
     const int known = min(start, a.tokens - 1), first = a.seq.first(known);
 #pragma unroll
     for (int o = 1; o < kTaps; ++o)
-        if (known - o >= first) unpack(window[o], load_row<D>(in, known - o, a.ld_in, a.tokens));
+        if (known - o >= first) unpack(window[o], in.load(known - o));
     int boundary = a.seq.last(known);  // where the next sequence begins
-    Turn turn_of;
-    if (turns && a.rotate) turn_of.begin(table, kForwardRun, place.angle, start, first);
+    Turn<D, kForwardRun> turns(table, place, start);
+    if (kTurned) turns.begin(first);
 
     for (int i0 = start; i0 < start + kForwardRun; i0 += kForwardStep) {
         uint4 rows[kForwardStep];
 #pragma unroll
-        for (int s = 0; s < kForwardStep; ++s) rows[s] = load_row<D>(in, i0 + s, a.ld_in, a.tokens);
+        for (int s = 0; s < kForwardStep; ++s) rows[s] = in.load(i0 + s);
 #pragma unroll
         for (int s = 0; s < kForwardStep; ++s) {
             const int i = i0 + s;
             if (i == boundary && i < a.tokens) {
                 clear(window);
                 boundary = a.seq.last(i);
-                if (turns && a.rotate) turn_of.begin(table, kForwardRun, place.angle, start, i);
+                if (kTurned) turns.begin(i);
             }
             unpack(window[0], rows[s]);
             Row y;
             weighted_sum(y, window, w);
-            if (turns) {
-                const float squares = a.normalise ? product_of_head<D / 8>(y, y, kWholeWarp) : 0.f;
-                if (a.normalise && place.turns) normalise<D>(y, squares, a.eps);
-                if (a.rotate && place.turns) {
-                    float cosine[kAngles], sine[kAngles];
-                    turn_of.at(cosine, sine, table, place.angle, i);
-                    turn(y, cosine, sine);
-                }
-            }
+            if (kTurned) turn_row(y, a, place, turns, i);
             if (i < a.tokens && place.inside) store_row<D>(out, i, a.ld_out, y);
             shift(window);
         }
     }
 }
 
-// m, without the rows that lie before the token's sequence, in the order of weighted_sum. distance: from its first.
-__device__ void convolve(Row& m, const uint4* x, int distance, const Row (&w)[kTaps]) {
+template <int D>
+__global__ __launch_bounds__(kThreads, kForwardBlocks) void forward_kernel(const Args a) {
+    __shared__ Table<D, kForwardRun> table;
+    const int first_channel = blockIdx.y * kBlockChannels;
+    const int start = (blockIdx.x * kRuns + threadIdx.y) * kForwardRun;
+    const Place<D> place(a, first_channel);
+    if (first_channel < a.turned) table.fill(a, kForwardRun);
+    Row w[kTaps];
+    load_weights(w, a.w, a.channels, first_channel, place.own);
+    if (first_channel < a.turned)
+        forward_run<D, true>(w, a, place, table, start);
+    else
+        forward_run<D, false>(w, a, place, table, start);
+}
+
+// m of a token; x[o]: the row o tokens before it, as it lies in memory, of which those up to `distance` count.
+__device__ void convolve(Row& m, const uint4 (&x)[kTaps], int distance, const Row (&w)[kTaps]) {
     clear_row(m);
 #pragma unroll
     for (int o = 0; o < kTaps; ++o) {
-        if (o > distance) continue;
+        if (o > distance) return;
         Row row;
         unpack(row, x[o]);
 #pragma unroll
@@ -181,83 +217,99 @@ __device__ void convolve(Row& m, const uint4* x, int distance, const Row (&w)[kT
     }
 }
 
-// One thread's share of backward: dx of its run, and its run's terms of dw.
+// From the gradient of a row of y to that of m, in place; x and distance: as in convolve.
 template <int D, class T>
+__device__ void turn_gradient(Row& g, const uint4 (&x)[kTaps], int distance, const Row (&w)[kTaps], const Args& a,
+                              const Place<D>& place, const T& turns, int token) {
+    float cosine[kAngles], sine[kAngles];
+    turns.at(cosine, sine, token);
+    turn_back(g, cosine, sine);
+    if (!a.normalise) return;
+    Row m;
+    if (distance >= kAfter)
+        convolve(m, x, kAfter, w);
+    else
+        convolve(m, x, distance, w);
+    const float squares = product_of_head<D / 8>(m, m, kWholeWarp);
+    const float along = product_of_head<D / 8>(g, m, kWholeWarp);
+    const float r = place.turns ? inverse_rms_of_head<D>(squares, a.eps) : 1.f;
+    normalise_back<D>(g, m, r, place.turns ? along : 0.f);
+}
+
+// One thread's share of backward: dx of its run, and its run's terms of dw.
+template <int D, bool kTurned>
 __device__ void backward_run(Row (&dw)[kTaps], const Row (&w)[kTaps], const Args& a, const Place<D>& place,
-                             const T& table, bool turns, int start) {
+                             const Table<D, kBackwardRun + kAfter>& table, int start) {
     constexpr int kSteps = kBackwardRun + kAfter;
+    constexpr int kBefore = kTurned ? kAfter : 0;  // rows of x before a token that are needed with it
     const nv_bf16 *dy = a.in + place.column, *x = a.x + place.column;
     nv_bf16* dx = a.out + place.column;
-    const int stop = min(start + kBackwardRun, a.tokens), known = min(stop, a.tokens) - 1;
+    const int stop = min(start + kBackwardRun, a.tokens), known = stop - 1;
     int first = a.seq.first(known);
     const int end = a.seq.last(known);  // tokens from here on have no part in this run
-    Turn turn_of;
-    if (turns && a.rotate) turn_of.begin(table, kSteps, place.angle, start, first);
-    Row window[kTaps];  // once shifted, window[o] is dm o tokens after the next one
+    Turn<D, kSteps> turns(table, place, start);
+    if (kTurned) turns.begin(first);
+    Row window[kTaps];  // dm o tokens after the one at hand
     clear(window);
+    const Rows<D> dy_at{dy, a.ld_in, start, a.tokens - 1}, x_at{x, a.ld_x, max(start - kBefore, 0), a.tokens - 1};
+    uint4 dy_rows[kAhead], x_rows[kBefore + kAhead];  // those of the token at hand, and before it
+    int i = start + kSteps - 1;
+#pragma unroll
+    for (int o = 0; o < kAhead; ++o) dy_rows[o] = dy_at.load(i - o);
+#pragma unroll
+    for (int o = 0; o < kBefore + kAhead; ++o) x_rows[o] = x_at.load(i - o);
 
-    int i0 = start + kSteps - 1;
-    uint4 x_rows[kBackwardStep + kAfter];  // s tokens before i0
-#pragma unroll
-    for (int s = 0; s < kAfter; ++s) x_rows[s] = load_row<D>(x, i0 - s, a.ld_x, a.tokens);
-    for (; i0 >= start; i0 -= kBackwardStep) {
-        uint4 dy_rows[kBackwardStep];
-#pragma unroll
-        for (int s = 0; s < kBackwardStep; ++s) {
-            dy_rows[s] = load_row<D>(dy, i0 - s, a.ld_in, a.tokens);
-            x_rows[kAfter + s] = load_row<D>(x, i0 - s - kAfter, a.ld_x, a.tokens);
+    const auto take_token = [&](auto after_run) {
+        const uint4 next_dy = dy_at.load(i - kAhead), next_x = x_at.load(i - kBefore - kAhead);
+        if (i < first) {  // i is the last token of the sequence before
+            clear(window);
+            first = a.seq.first(i);
+            if (kTurned) turns.begin(first);
         }
-#pragma unroll
-        for (int s = 0; s < kBackwardStep; ++s) {
-            const int i = i0 - s;
-            if (i < first) {  // i is the last token of the sequence before
-                clear(window);
-                first = a.seq.first(i);
-                if (turns && a.rotate) turn_of.begin(table, kSteps, place.angle, start, first);
-            }
-            unpack(window[0], dy_rows[s]);
-            if (turns) {
-                if (a.rotate && place.turns) {
-                    float cosine[kAngles], sine[kAngles];
-                    turn_of.at(cosine, sine, table, place.angle, i);
-                    turn_back(window[0], cosine, sine);
-                }
-                if (a.normalise) {
-                    Row m;
-                    convolve(m, x_rows + s, i - first, w);
-                    const float squares = product_of_head<D / 8>(m, m, kWholeWarp);
-                    const float along = product_of_head<D / 8>(window[0], m, kWholeWarp);
-                    if (place.turns) normalise_back<D>(window[0], m, squares, along, a.eps);
-                }
-            }
-            if (i >= end) clear_row(window[0]);
-            if (i < stop) {
-                Row row;
-                weighted_sum(row, window, w);
-                if (place.inside) store_row<D>(dx, i, a.ld_out, row);
-                unpack(row, x_rows[s]);
-                add_terms(dw, row, window);
-            }
-            shift(window);
+        unpack(window[0], dy_rows[0]);
+        if constexpr (kTurned) {
+            const uint4 rows[kTaps] = {x_rows[0], x_rows[1], x_rows[2], x_rows[3]};
+            turn_gradient(window[0], rows, i - first, w, a, place, turns, i);
         }
+        if (i >= (after_run.value ? end : stop)) {
+            clear_row(window[0]);
+        } else if (!after_run.value) {
+            Row row;
+            weighted_sum(row, window, w);
+            if (place.inside) store_row<D>(dx, i, a.ld_out, row);
+            unpack(row, x_rows[0]);
+            add_terms(dw, row, window);
+        }
+        shift(window);
+        push(dy_rows, next_dy);
+        push(x_rows, next_x);
+        --i;
+    };
 #pragma unroll
-        for (int s = 0; s < kAfter; ++s) x_rows[s] = x_rows[kBackwardStep + s];
+    for (int s = 0; s < kAfter; ++s) take_token(std::true_type{});
+    while (i >= start) {
+#pragma unroll
+        for (int s = 0; s < kBackwardStep; ++s) take_token(std::false_type{});
     }
 }
 
 template <int D>
 __global__ __launch_bounds__(kThreads, kBackwardBlocks) void backward_kernel(const Args a) {
-    __shared__ union {
+    __shared__ union Memory {
         Table<D, kBackwardRun + kAfter> table;
         Sums sums;
+        __device__ Memory() {}
     } shared;
     const int first_channel = blockIdx.y * kBlockChannels;
-    const bool turns = first_channel < a.turned;
+    const int start = (blockIdx.x * kRuns + threadIdx.y) * kBackwardRun;
     const Place<D> place(a, first_channel);
-    if (turns && a.rotate) shared.table.fill(a, kBackwardRun);
+    if (first_channel < a.turned) shared.table.fill(a, kBackwardRun);
     Row w[kTaps], dw[kTaps] = {};
     load_weights(w, a.w, a.channels, first_channel, place.own);
-    backward_run(dw, w, a, place, shared.table, turns, (blockIdx.x * kRuns + threadIdx.y) * kBackwardRun);
+    if (first_channel < a.turned)
+        backward_run<D, true>(dw, w, a, place, shared.table, start);
+    else
+        backward_run<D, false>(dw, w, a, place, shared.table, start);
     __syncthreads();  // the table has been read
     store_partial(shared.sums, dw, a.partial, a.channels, first_channel, place.own);
 }

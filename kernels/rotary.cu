@@ -78,7 +78,11 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const RotaryForward<b
     for (int head = 0; head < p.heads; ++head, x += D, y += D) {
         Share s;
         load_share(s, x, at.part, D / 2);
-        if (p.normalise) normalise<D>(s, product_of_token<D>(s, s), p.eps);
+        if (p.normalise) {
+            const float r = inverse_rms_of_head<D>(product_of_token<D>(s, s), p.eps);
+#pragma unroll
+            for (int i = 0; i < 2 * kHalf; ++i) s[i] *= r;
+        }
         turn(s, angles.cosine, angles.sine);
         store_share(y, at.part, D / 2, s);
     }
@@ -99,7 +103,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const RotaryBackward
         if (p.normalise) {
             Share s;
             load_share(s, x, at.part, D / 2);
-            normalise_back<D>(g, s, product_of_token<D>(s, s), product_of_token<D>(g, s), p.eps);
+            const float r = inverse_rms_of_head<D>(product_of_token<D>(s, s), p.eps);
+            normalise_back<D>(g, s, r, product_of_token<D>(g, s));
         }
         store_share(dx, at.part, D / 2, g);
     }

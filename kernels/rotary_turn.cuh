@@ -49,19 +49,17 @@ __device__ void turn_back(float (&x)[2 * N], const float (&cosine)[N], const flo
     }
 }
 
-// Through the norm: g = r (g - x r^2 mean(g x)); squares and along: the sums of x^2 and of g x over the head of D.
+// squares: the sum of x^2 over a head of D.
+template <int D>
+__device__ float inverse_rms_of_head(float squares, float eps) {
+    return rsqrtf(squares * (1.f / D) + eps);
+}
+// Through the norm: g = r (g - x r^2 mean(g x)); along: the sum of g x over the head.
 template <int D, int N>
-__device__ void normalise_back(float (&g)[N], const float (&x)[N], float squares, float along, float eps) {
-    const float r = rsqrtf(squares * (1.f / D) + eps);
+__device__ void normalise_back(float (&g)[N], const float (&x)[N], float r, float along) {
     const float share = r * r * along * (1.f / D);
 #pragma unroll
     for (int i = 0; i < N; ++i) g[i] = r * fmaf(-share, x[i], g[i]);
-}
-template <int D, int N>
-__device__ void normalise(float (&x)[N], float squares, float eps) {
-    const float r = rsqrtf(squares * (1.f / D) + eps);
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] *= r;
 }
 
 template <int D>

@@ -210,28 +210,32 @@ void expect_gpu_matches(const Problem& q, bool uniform) {
     EXPECT_EQ(got.dw, again.dw);
 }
 
-// Tokens around the runs (16, 33) and blocks (128, 264); then packings, with borders at, before and after those of runs.
+// Tokens around the runs (16, 32) and blocks (128, 256); then packings, with borders at, before and after those of runs.
 const std::vector<Lengths> kGpuLengths = {{1},
                                           {3},
                                           {7},
                                           {15},
                                           {16},
                                           {17},
+                                          {31},
                                           {32},
                                           {33},
                                           {34},
+                                          {35},
                                           {127},
                                           {128},
                                           {129},
-                                          {263},
-                                          {264},
-                                          {265},
+                                          {255},
+                                          {256},
+                                          {257},
+                                          {258},
+                                          {259},
                                           {257, 257},
                                           {1, 1, 1, 1, 1},
                                           {3, 3, 3, 3},
                                           {1, 2, 3, 4, 5, 60, 1, 31, 32, 33},
                                           {0, 5, 0, 0, 257, 0},
-                                          {33, 33, 16, 17, 1, 32, 66, 264, 2}};
+                                          {32, 32, 16, 16, 1, 31, 33, 64, 256, 2, 35, 29, 3}};
 
 TEST(ConvRotary, GpuMatchesReference) {
     FIEDLER_GPU_OR_SKIP();
