@@ -2,15 +2,17 @@
 //
 // A thread owns 4 neighbouring channels of the lower half of a head and the 4 of the upper half that turn with them: D / 8
 // neighbouring threads share a head. It walks a run of tokens, forward in time for y; backward for dx and dw, with a
-// window of dm, and the rows of x that lie before, from which m is computed again.
+// window of dm, and one of x, from which m is computed again. The three tokens after a run are walked as well: its dx
+// needs their dm.
 //
 // All threads of a warp take every step of their runs, though there be no token or no channel: the sums over heads need
-// them. Rows and columns are then those of others, and nothing is written.
+// them. Rows are then 0, columns those of the block's first head, and nothing is written.
 #include "kernels/conv_rotary.h"
 
 #include <type_traits>
 
 #include "kernels/conv_taps.cuh"
+#include "kernels/mma.cuh"
 #include "kernels/rotary_turn.cuh"
 
 namespace fiedler {
@@ -21,10 +23,10 @@ using namespace turning;
 constexpr int kAngles = kPackSize / 2;             // of a thread
 constexpr int kForwardRun = 16, kForwardStep = 4;  // tokens of a run, and how many are loaded at a time
 constexpr int kAfter = kTaps - 1;                  // tokens after a run, whose dm its dx needs
-constexpr int kBackwardRun = kConvRotaryBlockTokens / kRuns, kBackwardStep = 4;
-constexpr int kAhead = 1;
+constexpr int kBackwardRun = kConvRotaryBlockTokens / kRuns;
+constexpr int kDepth = 4;                               // rows on their way, and the one at hand, backward
 constexpr int kForwardBlocks = 4, kBackwardBlocks = 3;  // that fit on a multiprocessor: the bound on registers
-static_assert(kForwardRun % kForwardStep == 0 && kBackwardRun % kBackwardStep == 0);
+static_assert(kForwardRun % kForwardStep == 0 && kBackwardRun % kDepth == 0);
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
 struct Args {
@@ -56,23 +58,38 @@ struct Place {
     }
 };
 
-// This thread's columns of the rows of a matrix; in place of rows beyond low and high these.
+// Rows on their way from memory, each thread's piece to a place of its own: no thread reads another's, so there are no
+// barriers. Backward has no registers left for them to wait in.
+using Ring = uint4[kDepth][kThreads];
+
+// A thread's columns of the rows of a matrix; those of rows that it does not have are 0.
 template <int D>
 struct Rows {
     const nv_bf16* data;
-    int ld, low, high;
+    int ld, rows;
+    __device__ bool has(int row) const { return unsigned(row) < unsigned(rows); }
+    __device__ const nv_bf16* at(int row) const { return data + std::int64_t(row) * ld; }
     __device__ uint4 load(int row) const {
-        const nv_bf16* p = data + std::int64_t(min(max(row, low), high)) * ld;
-        const uint2 lower = *reinterpret_cast<const uint2*>(p), upper = *reinterpret_cast<const uint2*>(p + D / 2);
+        if (!has(row)) return {0, 0, 0, 0};
+        const uint2 lower = *reinterpret_cast<const uint2*>(at(row));
+        const uint2 upper = *reinterpret_cast<const uint2*>(at(row) + D / 2);
         return {lower.x, lower.y, upper.x, upper.y};
     }
+    __device__ void send(uint4& to, int row, bool wanted) const {
+        const int bytes = wanted && has(row) ? 8 : 0;  // of 8, which are read; the rest becomes 0
+        asm volatile(
+            "cp.async.ca.shared.global [%0], [%1], 8, %3;\n"
+            "cp.async.ca.shared.global [%0 + 8], [%2], 8, %3;\n" ::"r"(shared_address(&to)),
+            "l"(at(row)), "l"(at(row) + D / 2), "r"(bytes)
+            : "memory");
+    }
 };
-template <int N>
-__device__ void push(uint4 (&rows)[N], const uint4& next) {
-#pragma unroll
-    for (int o = 0; o + 1 < N; ++o) rows[o] = rows[o + 1];
-    rows[N - 1] = next;
+// Waits until no more than kPending of the thread's last groups of rows are on their way.
+template <int kPending>
+__device__ void wait_for_rows() {
+    asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
+
 template <int D>
 __device__ void store_row(nv_bf16* out, int row, int ld, const Row& y) {
     nv_bf16* p = out + std::int64_t(row) * ld;
@@ -155,7 +172,7 @@ __device__ void turn_row(Row& y, const Args& a, const Place<D>& place, const T& 
 template <int D, bool kTurned>
 __device__ void forward_run(const Row (&w)[kTaps], const Args& a, const Place<D>& place,
                             const Table<D, kForwardRun>& table, int start) {
-    const Rows<D> in{a.in + place.column, a.ld_in, 0, a.tokens - 1};
+    const Rows<D> in{a.in + place.column, a.ld_in, a.tokens};
     nv_bf16* out = a.out + place.column;
     Row window[kTaps];  // once shifted, window[o] is the row o tokens before the next one
     clear(window);
@@ -204,22 +221,20 @@ __global__ __launch_bounds__(kThreads, kForwardBlocks) void forward_kernel(const
         forward_run<D, false>(w, a, place, table, start);
 }
 
-// m of a token; x[o]: the row o tokens before it, as it lies in memory, of which those up to `distance` count.
-__device__ void convolve(Row& m, const uint4 (&x)[kTaps], int distance, const Row (&w)[kTaps]) {
+// m of a token; x[o]: the row o tokens before it, of which those up to `distance` count.
+__device__ void convolve(Row& m, const Row (&x)[kTaps], int distance, const Row (&w)[kTaps]) {
     clear_row(m);
 #pragma unroll
     for (int o = 0; o < kTaps; ++o) {
         if (o > distance) return;
-        Row row;
-        unpack(row, x[o]);
 #pragma unroll
-        for (int e = 0; e < kPackSize; ++e) m[e] += w[kTaps - 1 - o][e] * row[e];
+        for (int e = 0; e < kPackSize; ++e) m[e] += w[kTaps - 1 - o][e] * x[o][e];
     }
 }
 
 // From the gradient of a row of y to that of m, in place; x and distance: as in convolve.
 template <int D, class T>
-__device__ void turn_gradient(Row& g, const uint4 (&x)[kTaps], int distance, const Row (&w)[kTaps], const Args& a,
+__device__ void turn_gradient(Row& g, const Row (&x)[kTaps], int distance, const Row (&w)[kTaps], const Args& a,
                               const Place<D>& place, const T& turns, int token) {
     float cosine[kAngles], sine[kAngles];
     turns.at(cosine, sine, token);
@@ -236,81 +251,92 @@ __device__ void turn_gradient(Row& g, const uint4 (&x)[kTaps], int distance, con
     normalise_back<D>(g, m, r, place.turns ? along : 0.f);
 }
 
+template <int D>
+struct BackwardMemory {
+    Table<D, kBackwardRun + kAfter> table;
+    Ring dy, x;
+};
+
 // One thread's share of backward: dx of its run, and its run's terms of dw.
 template <int D, bool kTurned>
 __device__ void backward_run(Row (&dw)[kTaps], const Row (&w)[kTaps], const Args& a, const Place<D>& place,
-                             const Table<D, kBackwardRun + kAfter>& table, int start) {
+                             BackwardMemory<D>& shared, int start) {
     constexpr int kSteps = kBackwardRun + kAfter;
     constexpr int kBefore = kTurned ? kAfter : 0;  // rows of x before a token that are needed with it
-    const nv_bf16 *dy = a.in + place.column, *x = a.x + place.column;
     nv_bf16* dx = a.out + place.column;
-    const int stop = min(start + kBackwardRun, a.tokens), known = stop - 1;
-    int first = a.seq.first(known);
-    const int end = a.seq.last(known);  // tokens from here on have no part in this run
-    Turn<D, kSteps> turns(table, place, start);
-    if (kTurned) turns.begin(first);
-    Row window[kTaps];  // dm o tokens after the one at hand
-    clear(window);
-    const Rows<D> dy_at{dy, a.ld_in, start, a.tokens - 1}, x_at{x, a.ld_x, max(start - kBefore, 0), a.tokens - 1};
-    uint4 dy_rows[kAhead], x_rows[kBefore + kAhead];  // those of the token at hand, and before it
+    const int thread = threadIdx.y * kLanes + threadIdx.x;
+    const int stop = min(start + kBackwardRun, a.tokens);
+    const Rows<D> dy{a.in + place.column, a.ld_in, a.tokens}, x{a.x + place.column, a.ld_x, a.tokens};
     int i = start + kSteps - 1;
+    const auto send = [&](int slot, int row) {
+        dy.send(shared.dy[slot][thread], row, row >= start);
+        x.send(shared.x[slot][thread], row - kBefore, row >= start);
+        cp_async_commit();
+    };
 #pragma unroll
-    for (int o = 0; o < kAhead; ++o) dy_rows[o] = dy_at.load(i - o);
+    for (int s = 0; s < kDepth - 1; ++s) send(s, i - s);
+    Row window[kTaps], before[kTaps];  // window[o]: dm o tokens after the one at hand; before[o]: x o tokens before it
+    clear(window);
 #pragma unroll
-    for (int o = 0; o < kBefore + kAhead; ++o) x_rows[o] = x_at.load(i - o);
+    for (int o = 0; o < kBefore; ++o) unpack(before[o], x.load(i - o));
+    int first = a.seq.first(stop - 1);
+    const int end = a.seq.last(stop - 1);  // tokens from here on have no part in this run
+    Turn<D, kSteps> turns(shared.table, place, start);
+    if (kTurned) turns.begin(first);
 
-    const auto take_token = [&](auto after_run) {
-        const uint4 next_dy = dy_at.load(i - kAhead), next_x = x_at.load(i - kBefore - kAhead);
+    const auto take_token = [&](auto after_run, int slot) {
+        send((slot + kDepth - 1) % kDepth, i - (kDepth - 1));  // where the token before was: it has been used
+        wait_for_rows<kDepth - 1>();
+        unpack(window[0], shared.dy[slot][thread]);
+        unpack(before[kBefore], shared.x[slot][thread]);
         if (i < first) {  // i is the last token of the sequence before
             clear(window);
             first = a.seq.first(i);
             if (kTurned) turns.begin(first);
         }
-        unpack(window[0], dy_rows[0]);
-        if constexpr (kTurned) {
-            const uint4 rows[kTaps] = {x_rows[0], x_rows[1], x_rows[2], x_rows[3]};
-            turn_gradient(window[0], rows, i - first, w, a, place, turns, i);
-        }
+        if (kTurned) turn_gradient(window[0], before, i - first, w, a, place, turns, i);
         if (i >= (after_run.value ? end : stop)) {
             clear_row(window[0]);
         } else if (!after_run.value) {
             Row row;
             weighted_sum(row, window, w);
             if (place.inside) store_row<D>(dx, i, a.ld_out, row);
-            unpack(row, x_rows[0]);
-            add_terms(dw, row, window);
+            add_terms(dw, before[0], window);
         }
         shift(window);
-        push(dy_rows, next_dy);
-        push(x_rows, next_x);
+#pragma unroll
+        for (int o = 0; o < kBefore; ++o)
+#pragma unroll
+            for (int e = 0; e < kPackSize; ++e) before[o][e] = before[o + 1][e];
         --i;
     };
 #pragma unroll
-    for (int s = 0; s < kAfter; ++s) take_token(std::true_type{});
+    for (int s = 0; s < kAfter; ++s) take_token(std::true_type{}, s);
     while (i >= start) {
 #pragma unroll
-        for (int s = 0; s < kBackwardStep; ++s) take_token(std::false_type{});
+        for (int s = 0; s < kDepth; ++s) take_token(std::false_type{}, (kAfter + s) % kDepth);
     }
+    wait_for_rows<0>();
 }
 
 template <int D>
 __global__ __launch_bounds__(kThreads, kBackwardBlocks) void backward_kernel(const Args a) {
     __shared__ union Memory {
-        Table<D, kBackwardRun + kAfter> table;
+        BackwardMemory<D> rows;
         Sums sums;
         __device__ Memory() {}
     } shared;
     const int first_channel = blockIdx.y * kBlockChannels;
     const int start = (blockIdx.x * kRuns + threadIdx.y) * kBackwardRun;
     const Place<D> place(a, first_channel);
-    if (first_channel < a.turned) shared.table.fill(a, kBackwardRun);
+    if (first_channel < a.turned) shared.rows.table.fill(a, kBackwardRun);
     Row w[kTaps], dw[kTaps] = {};
     load_weights(w, a.w, a.channels, first_channel, place.own);
     if (first_channel < a.turned)
-        backward_run<D, true>(dw, w, a, place, shared.table, start);
+        backward_run<D, true>(dw, w, a, place, shared.rows, start);
     else
-        backward_run<D, false>(dw, w, a, place, shared.table, start);
-    __syncthreads();  // the table has been read
+        backward_run<D, false>(dw, w, a, place, shared.rows, start);
+    __syncthreads();  // table and rows have been read
     store_partial(shared.sums, dw, a.partial, a.channels, first_channel, place.own);
 }
 
