@@ -184,7 +184,8 @@ __device__ void forward_run(const Row (&w)[kTaps], const Args& a, const Place<D>
     Turn<D, kForwardRun> turns(table, place, start);
     if (kTurned) turns.begin(first);
 
-    for (int i0 = start; i0 < start + kForwardRun; i0 += kForwardStep) {
+    for (int step = 0; step < kForwardRun / kForwardStep; ++step) {  // known to be the same for all threads of a warp
+        const int i0 = start + step * kForwardStep;
         uint4 rows[kForwardStep];
 #pragma unroll
         for (int s = 0; s < kForwardStep; ++s) rows[s] = in.load(i0 + s);
@@ -312,7 +313,7 @@ __device__ void backward_run(Row (&dw)[kTaps], const Row (&w)[kTaps], const Args
     };
 #pragma unroll
     for (int s = 0; s < kAfter; ++s) take_token(std::true_type{}, s);
-    while (i >= start) {
+    for (int step = 0; step < kBackwardRun / kDepth; ++step) {  // known to be the same for all threads of a warp
 #pragma unroll
         for (int s = 0; s < kDepth; ++s) take_token(std::false_type{}, (kAfter + s) % kDepth);
     }

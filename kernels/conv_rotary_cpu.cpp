@@ -41,16 +41,20 @@ std::vector<T> values(std::int64_t n) {
     return std::vector<T>(static_cast<std::size_t>(n), T(0));
 }
 
+// The first `count` columns of m of token i; w by tap.
+template <class T, class P>
+void convolve_row(T* m, const P& p, std::int64_t i, const T* w, const T* zeros, std::int64_t count) {
+    Rows<T> rows;
+    rows_before(rows, p.x, p.seq, i, zeros);
+    weighted_sum(m, rows, w, p.x.cols, count);
+}
+
 // dm of token i; m: room for one row.
 template <class T>
 void gradient_row(T* dm, const ConvRotaryBackward<T>& p, const Turner<T>& turner, std::int64_t i, const T* w,
                   const T* zeros, T* m, T* angles) {
     const T* dy = p.dy.row(i);
-    if (p.normalise) {
-        Rows<T> rows;
-        rows_before(rows, p.x, p.seq, i, zeros);
-        weighted_sum(m, rows, w, p.x.cols, turner.columns());
-    }
+    if (p.normalise) convolve_row(m, p, i, w, zeros, turner.columns());
     turner.for_heads(p.seq, i, angles, [&](std::int64_t at, const T* cosine, const T* sine) {
         backward_head(p, dy + at, m + at, dm + at, turner.half, cosine, sine);
     });
@@ -69,9 +73,7 @@ void conv_rotary_forward(const Cpu& dev, const ConvRotaryForward<T>& p) {
         std::vector<T> angles = values<T>(2 * turner.half);
         for (std::int64_t i = task * kWindow; i < std::min(tokens, (task + 1) * kWindow); ++i) {
             T* y = p.y.row(i);
-            Rows<T> rows;
-            rows_before(rows, p.x, p.seq, i, zeros.data());
-            weighted_sum(y, rows, w.data(), channels, channels);
+            convolve_row(y, p, i, w.data(), zeros.data(), channels);
             turner.for_heads(p.seq, i, angles.data(), [&](std::int64_t at, const T* cosine, const T* sine) {
                 forward_head(p, y + at, y + at, turner.half, cosine, sine);
             });
