@@ -8,6 +8,7 @@
 #include "kernels/attention_tree.h"
 #include "kernels/bag.h"
 #include "kernels/conv.h"
+#include "kernels/conv_rotary.h"
 #include "kernels/coordinate.h"
 #include "kernels/embedding.h"
 #include "kernels/energy.h"
@@ -59,7 +60,7 @@ std::vector<Slot> slots_of(LayerActivations<T>& a, const ModelSpec& m, const Lay
     for (std::size_t hop = 0; hop < a.hops.size(); ++hop)
         matrix(a.hops[hop], ("hops" + std::to_string(hop)).c_str(), m.projected_columns(l));
     if (m.causal_conv() || m.graph_conv()) matrix(a.mixed, "mixed", m.projected_columns(l));
-    if (m.rotates(l) || m.normalises(l)) matrix(a.rotated, "rotated", 2 * c);
+    if (m.turns(l) && !m.causal_conv()) matrix(a.rotated, "rotated", 2 * c);
     if (m.aux_columns(l) > 0) matrix(a.aux, "aux", round_up(m.aux_columns(l), 8));
     if (m.graph_conv() && m.scalar_columns(l) > 0) matrix(a.scalars, "scalars", m.scalar_columns(l));
     if (l.kind != LayerKind::dot) {
@@ -249,7 +250,7 @@ void Activations<T>::place_gradients(Arena& arena, const ActivationPlan& plan) {
     std::int64_t columns = 0, rotated = 0, aux = 0, hr = 0, gated = 0, scalars = 0;
     for (const LayerSpec& l : spec_.layer) {
         columns = std::max<std::int64_t>(columns, spec_.projected_columns(l));
-        if (spec_.rotates(l) || spec_.normalises(l)) rotated = 2 * c;
+        if (spec_.turns(l) && !spec_.causal_conv()) rotated = 2 * c;
         aux = std::max(aux, round_up(spec_.aux_columns(l), 8));
         scalars = std::max(scalars, round_up(spec_.scalar_columns(l), 8));
         hr = std::max<std::int64_t>(hr, h * l.scalars);
@@ -298,7 +299,9 @@ std::int64_t Activations<T>::partial_elements(const ActivationPlan& plan) const 
             elements = std::max(
                 elements, graph_conv_scratch_elements(n, spec_.samples->edge_types,
                                                       std::max(spec_.projected_columns(l), spec_.scalar_columns(l))));
-        if (spec_.causal_conv()) elements = std::max(elements, conv_scratch_elements(n, spec_.projected_columns(l)));
+        if (spec_.causal_conv())
+            elements = std::max(elements, spec_.turns(l) ? conv_rotary_scratch_elements(n, spec_.projected_columns(l))
+                                                         : conv_scratch_elements(n, spec_.projected_columns(l)));
         if (l.kind == LayerKind::coordinate)
             elements = std::max(elements, coordinate_scratch_elements(n, spec_.scalar_columns(l)));
         if (l.kind == LayerKind::energy)

@@ -61,7 +61,8 @@ struct LayerActivations {
     Vec<A> rstd1, rstd2;
     Mat<A> aux, a, b, F, lse;
     Mat<A> scalars;  // samples: the scalars of aux after graph_conv
-    // mixed is `projected` after the convolution (the same view without one). Queries, keys and values of this layer:
+    // mixed is `projected` after the convolution (the same view without one), of causal models after conv_rotary. Without
+    // that, norm and rotation make `rotated` of mixed. Queries, keys and values of this layer:
     Mat<T> q(std::int64_t c) const { return rotated ? rotated.columns(0, c) : mixed.columns(0, c); }
     Mat<T> k(std::int64_t c) const { return rotated ? rotated.columns(c, c) : mixed.columns(c, c); }
     Mat<T> v(std::int64_t c) const { return mixed.columns(mixed.cols - c, c); }

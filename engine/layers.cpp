@@ -7,6 +7,7 @@
 #include "kernels/attention.h"
 #include "kernels/attention_tree.h"
 #include "kernels/conv.h"
+#include "kernels/conv_rotary.h"
 #include "kernels/coordinate.h"
 #include "kernels/dot.h"
 #include "kernels/gate.h"
@@ -98,6 +99,18 @@ void Model<Dev, T>::forward_attention(int l, const DeviceBatch& batch) {
     }
     if (spec_.graph_conv()) {
         convolve(batch, w.conv, chain_of_layer(l));
+    } else if (w.conv && spec_.turns(spec)) {
+        Range range("conv_rotary");
+        conv_rotary_forward(dev_, ConvRotaryForward<T>{.y = act.mixed,
+                                                       .x = act.projected,
+                                                       .w = w.conv,
+                                                       .seq = batch.seq,
+                                                       .heads = 3 * spec_.heads,
+                                                       .turned = 2 * spec_.heads,
+                                                       .normalise = spec_.normalises(spec),
+                                                       .rotate = spec_.rotates(spec),
+                                                       .theta = A(spec_.rope_theta),
+                                                       .eps = A(spec_.norm_eps)});
     } else if (w.conv) {
         Range range("conv");
         conv_forward(dev_, ConvForward<T>{.y = act.mixed, .x = act.projected, .w = w.conv, .seq = batch.seq});

@@ -6,6 +6,7 @@
 #include "kernels/attention.h"
 #include "kernels/attention_tree.h"
 #include "kernels/conv.h"
+#include "kernels/conv_rotary.h"
 #include "kernels/coordinate.h"
 #include "kernels/dot.h"
 #include "kernels/gate.h"
@@ -16,7 +17,7 @@
 namespace fiedler {
 
 // dx holds the gradient of mid on entry and of x on return. Gradients of queries, keys and values pass through dmixed
-// (and drotated where they were rotated) to dprojected; those of scalars and gate logits gather in daux.
+// (and drotated where rotary had a pass of its own) to dprojected; those of scalars and gate logits gather in daux.
 template <class Dev, class T>
 void Model<Dev, T>::backward_attention(int l, const DeviceBatch& batch) {
     const LayerSpec& spec = spec_.layer[static_cast<std::size_t>(l)];
@@ -72,6 +73,21 @@ void Model<Dev, T>::backward_attention(int l, const DeviceBatch& batch) {
     }
     if (spec_.graph_conv()) {
         dprojected = convolve_backward(batch, w.conv, g.conv, chain_of_layer(l), dmixed, dprojected);
+    } else if (w.conv && spec_.turns(spec)) {
+        Range range("conv_rotary");
+        conv_rotary_backward(dev_, ConvRotaryBackward<T>{.dx = dprojected,
+                                                         .dw = g.conv,
+                                                         .dy = dmixed,
+                                                         .x = act.projected,
+                                                         .w = w.conv,
+                                                         .seq = batch.seq,
+                                                         .scratch = s.partials,
+                                                         .heads = 3 * spec_.heads,
+                                                         .turned = 2 * spec_.heads,
+                                                         .normalise = spec_.normalises(spec),
+                                                         .rotate = spec_.rotates(spec),
+                                                         .theta = A(spec_.rope_theta),
+                                                         .eps = A(spec_.norm_eps)});
     } else if (w.conv) {
         Range range("conv");
         conv_backward(dev_, ConvBackward<T>{.dx = dprojected,

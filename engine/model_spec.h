@@ -86,6 +86,7 @@ struct ModelSpec {
         return rotary == Rotary::all || (rotary == Rotary::dot && l.kind == LayerKind::dot);
     }
     bool normalises(const LayerSpec& l) const { return qk_norm && l.kind == LayerKind::dot; }
+    bool turns(const LayerSpec& l) const { return rotates(l) || normalises(l); }
     // Columns of the layer's f32 product n P: the scalars of queries and keys, then the gate's logits.
     std::int32_t scalar_columns(const LayerSpec& l) const {
         return l.kind == LayerKind::coordinate ? 2 * heads * l.scalars : 0;

@@ -1,17 +1,14 @@
-// kernels/conv.cu: causal depthwise convolution (see conv.h). A thread owns 8 channels (16 bytes) and walks a run of
-// tokens with a window of the neighbouring rows in registers: forward in time for y, backward for dx and dw, whose
-// terms both look forward. The window is cleared where a sequence ends. A block is 16 threads of channels x 8 runs; the
-// weights pass through shared memory, because a thread's own 8 channels are 128 bytes of them.
-#include "kernels/common.cuh"
+// kernels/conv.cu: causal depthwise convolution (see conv.h, conv_taps.cuh). A thread owns 8 neighbouring channels (16
+// bytes) and walks forward in time for y, backward for dx and dw, whose terms both look forward. The window is cleared
+// where a sequence ends.
 #include "kernels/conv.h"
+#include "kernels/conv_taps.cuh"
 
 namespace fiedler {
 namespace {
 
-constexpr int kTaps = 4, kPackSize = Pack<nv_bf16>::size;
-constexpr int kLanes = 16, kRuns = 8, kThreads = kLanes * kRuns, kBlockChannels = kLanes * kPackSize;
-constexpr int kPaddedChannels = kBlockChannels + 8;  // rows of shared memory by tap: shifted by 8 banks each
-constexpr int kForwardRun = 16, kForwardStep = 8;    // tokens of a run, and how many are loaded at a time
+using namespace taps;
+constexpr int kForwardRun = 16, kForwardStep = 8;  // tokens of a run, and how many are loaded at a time
 constexpr int kBackwardRun = kConvBlockTokens / kRuns, kBackwardStep = 4;
 
 struct Args {
@@ -24,53 +21,15 @@ struct Args {
     Packed seq;
 };
 
-using Row = float[kPackSize];
-
-// Rows wait as raw words: two bf16 to a register (a Pack may be spread over twice as many).
 __device__ uint4 load_raw(const nv_bf16* p) { return *reinterpret_cast<const uint4*>(p); }
-__device__ void unpack(Row& row, const uint4& raw) {
-    const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-    for (int e = 0; e < kPackSize; ++e)
-        row[e] = __uint_as_float(e % 2 == 0 ? words[e / 2] << 16 : words[e / 2] & 0xffff0000u);
+__device__ void store_sum(nv_bf16* p, const Row (&window)[kTaps], const Row (&w)[kTaps]) {
+    Row sum;
+    weighted_sum(sum, window, w);
+    *reinterpret_cast<uint4*>(p) = packed(sum);
 }
-__device__ void clear(Row (&window)[kTaps]) {
-#pragma unroll
-    for (int o = 1; o < kTaps; ++o)
-#pragma unroll
-        for (int e = 0; e < kPackSize; ++e) window[o][e] = 0.f;
-}
-__device__ void shift(Row (&window)[kTaps]) {
-#pragma unroll
-    for (int o = kTaps - 1; o > 0; --o)
-#pragma unroll
-        for (int e = 0; e < kPackSize; ++e) window[o][e] = window[o - 1][e];
-}
-// sum_o w_{3-o} window_o: window[o] is the row o tokens away from the one being written.
-__device__ Pack<nv_bf16> weighted_sum(const Row (&window)[kTaps], const Row (&w)[kTaps]) {
-    Pack<nv_bf16> r;
-#pragma unroll
-    for (int e = 0; e < kPackSize; ++e) {
-        float sum = 0;
-#pragma unroll
-        for (int o = 0; o < kTaps; ++o) sum += w[kTaps - 1 - o][e] * window[o][e];
-        r.v[e] = from_float<nv_bf16>(sum);
-    }
-    return r;
-}
-
-// The weights of this thread's channels; all threads of the block take part.
-__device__ void load_weights(Row (&w)[kTaps], const Args& a, int first_channel) {
-    __shared__ float shared[kTaps][kPaddedChannels];
-    const int thread = threadIdx.y * kLanes + threadIdx.x;
-    const int count = min(kBlockChannels, a.channels - first_channel) * kTaps;
-    for (int t = thread; t < kBlockChannels * kTaps; t += kThreads)
-        shared[t % kTaps][t / kTaps] = t < count ? a.w[std::int64_t(first_channel) * kTaps + t] : 0.f;
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < kTaps; ++k)
-#pragma unroll
-        for (int e = 0; e < kPackSize; ++e) w[k][e] = shared[k][threadIdx.x * kPackSize + e];
+__device__ Channels own_channels() {
+    const int first = threadIdx.x * kPackSize;
+    return {first, first + kPackSize / 2};
 }
 
 __global__ __launch_bounds__(kThreads) void forward_kernel(Args a) {
@@ -78,7 +37,7 @@ __global__ __launch_bounds__(kThreads) void forward_kernel(Args a) {
     const int start = (blockIdx.x * kRuns + threadIdx.y) * kForwardRun;
     const int stop = min(start + kForwardRun, a.tokens);
     Row w[kTaps];
-    load_weights(w, a, first_channel);
+    load_weights(w, a.w, a.channels, first_channel, own_channels());
     if (channel >= a.channels || start >= a.tokens) return;
 
     const nv_bf16* in = a.in + channel;
@@ -105,7 +64,7 @@ __global__ __launch_bounds__(kThreads) void forward_kernel(Args a) {
                 boundary = a.seq.last(i);
             }
             unpack(window[0], rows[s]);
-            store16(out + i * a.ld_out, weighted_sum(window, w));
+            store_sum(out + i * a.ld_out, window, w);
             shift(window);
         }
     }
@@ -140,64 +99,24 @@ __device__ void backward_run(Row (&dw)[kTaps], const Row (&w)[kTaps], const Args
                 boundary = a.seq.first(j);
             }
             unpack(window[0], dy_rows[s]);
-            store16(dx + j * a.ld_out, weighted_sum(window, w));
+            store_sum(dx + j * a.ld_out, window, w);
             Row x_row;
             unpack(x_row, x_rows[s]);
-#pragma unroll
-            for (int e = 0; e < kPackSize; ++e) {
-#pragma unroll
-                for (int o = 0; o < kTaps; ++o) dw[kTaps - 1 - o][e] += x_row[e] * window[o][e];
-            }
+            add_terms(dw, x_row, window);
             shift(window);
         }
     }
 }
 
 __global__ __launch_bounds__(kThreads) void backward_kernel(Args a) {
-    __shared__ float sums[kRuns][kTaps][kPaddedChannels];
+    __shared__ Sums sums;
     const int first_channel = blockIdx.y * kBlockChannels, channel = first_channel + threadIdx.x * kPackSize;
     const int start = (blockIdx.x * kRuns + threadIdx.y) * kBackwardRun;
     const int stop = min(start + kBackwardRun, a.tokens);
     Row w[kTaps], dw[kTaps] = {};
-    load_weights(w, a, first_channel);
+    load_weights(w, a.w, a.channels, first_channel, own_channels());
     if (channel < a.channels && start < stop) backward_run(dw, w, a, channel, start, stop);
-
-#pragma unroll
-    for (int k = 0; k < kTaps; ++k)
-#pragma unroll
-        for (int e = 0; e < kPackSize; ++e) sums[threadIdx.y][k][threadIdx.x * kPackSize + e] = dw[k][e];
-    __syncthreads();
-    const int count = min(kBlockChannels, a.channels - first_channel) * kTaps;
-    float* partial = a.partial + (std::int64_t(blockIdx.x) * a.channels + first_channel) * kTaps;
-    for (int t = threadIdx.y * kLanes + threadIdx.x; t < count; t += kThreads) {
-        float sum = 0;
-#pragma unroll
-        for (int run = 0; run < kRuns; ++run) sum += sums[run][t % kTaps][t / kTaps];
-        partial[t] = sum;
-    }
-}
-
-// dw += sum over blocks of partial[block], each element by kFinishRows threads in fixed order.
-constexpr int kFinishColumns = 32, kFinishRows = 16;
-__global__ __launch_bounds__(kFinishColumns* kFinishRows) void finish_kernel(float* dw, const float* partial,
-                                                                             std::int64_t blocks, std::int64_t n) {
-    __shared__ float sums[kFinishRows][kFinishColumns];
-    const std::int64_t column = std::int64_t(blockIdx.x) * kFinishColumns + threadIdx.x;
-    float sum = 0;
-    if (column < n) {
-#pragma unroll 4
-        for (std::int64_t b = threadIdx.y; b < blocks; b += kFinishRows) sum += partial[b * n + column];
-    }
-    sums[threadIdx.y][threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.y != 0 || column >= n) return;
-    for (int row = 1; row < kFinishRows; ++row) sum += sums[row][threadIdx.x];
-    dw[column] += sum;
-}
-
-std::int64_t token_blocks(std::int64_t tokens, int run) { return ceil_div(tokens, std::int64_t(kRuns) * run); }
-dim3 grid_for(std::int64_t tokens, std::int64_t channels, int run) {
-    return dim3(unsigned(token_blocks(tokens, run)), unsigned(ceil_div(channels, std::int64_t(kBlockChannels))));
+    store_partial(sums, dw, a.partial, a.channels, first_channel, own_channels());
 }
 
 }  // namespace
@@ -221,10 +140,7 @@ void conv_backward(const Cuda& dev, const ConvBackward<bf16>& p) {
                     p.dy.ld,       p.x.ld,        p.seq.tokens, int(p.x.cols), p.seq};
     backward_kernel<<<grid_for(p.x.rows, p.x.cols, kBackwardRun), dim3(kLanes, kRuns), 0, stream_of(dev)>>>(args);
     LAUNCH_CHECK("conv_backward");
-    const std::int64_t n = p.x.cols * kTaps;
-    finish_kernel<<<unsigned(ceil_div(n, std::int64_t(kFinishColumns))), dim3(kFinishColumns, kFinishRows), 0,
-                    stream_of(dev)>>>(p.dw.data, p.scratch.data, token_blocks(p.x.rows, kBackwardRun), n);
-    LAUNCH_CHECK("conv_finish");
+    add_partials(stream_of(dev), p.dw.data, p.scratch.data, token_blocks(p.x.rows, kBackwardRun), p.x.cols);
 }
 
 }  // namespace fiedler

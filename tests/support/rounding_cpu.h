@@ -15,6 +15,7 @@
 #include "kernels/attention_tree.h"
 #include "kernels/bag.h"
 #include "kernels/conv.h"
+#include "kernels/conv_rotary.h"
 #include "kernels/coordinate.h"
 #include "kernels/dot.h"
 #include "kernels/dropout.h"
@@ -78,6 +79,12 @@ inline void rotary_forward(const RoundingCpu& d, const RotaryForward<float>& p) 
 }
 inline void rotary_backward(const RoundingCpu& d, const RotaryBackward<float>& p) {
     rotary_backward(d.plain(), p), d.round(p.dx);
+}
+inline void conv_rotary_forward(const RoundingCpu& d, const ConvRotaryForward<float>& p) {
+    conv_rotary_forward(d.plain(), p), d.round(p.y);
+}
+inline void conv_rotary_backward(const RoundingCpu& d, const ConvRotaryBackward<float>& p) {
+    conv_rotary_backward(d.plain(), p), d.round(p.dx);
 }
 inline void mlp_forward(const RoundingCpu& d, const MlpForward<float>& p) { mlp_forward(d.plain(), p), d.round(p.h); }
 inline void mlp_backward(const RoundingCpu& d, const MlpBackward<float>& p) {

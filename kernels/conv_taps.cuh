@@ -1,0 +1,133 @@
+// kernels/conv_taps.cuh: what conv and conv_rotary share on the GPU.
+//
+// A block is kLanes threads of channels x kRuns runs of tokens. A thread owns 8 channels and walks its run with a window
+// of neighbouring rows in registers. The weights pass through shared memory, because a thread's own are 128 bytes of
+// them; so do the sums of dw over the block's runs.
+#pragma once
+#include "kernels/common.cuh"
+
+namespace fiedler::taps {
+
+constexpr int kTaps = 4, kPackSize = Pack<nv_bf16>::size;
+constexpr int kLanes = 16, kRuns = 8, kThreads = kLanes * kRuns, kBlockChannels = kLanes * kPackSize;
+constexpr int kPaddedChannels = kBlockChannels + 8;  // rows of shared memory by tap: shifted by 8 banks each
+
+using Row = float[kPackSize];
+using Sums = float[kRuns][kTaps][kPaddedChannels];
+
+// A thread's channels, counted from the block's first: four from `lower` on, four from `upper` on.
+struct Channels {
+    int lower, upper;
+    __device__ int at(int e) const { return e < kPackSize / 2 ? lower + e : upper + e - kPackSize / 2; }
+};
+
+// Rows wait as raw words: two bf16 to a register (a Pack may be spread over twice as many).
+__device__ inline void unpack(Row& row, const uint4& raw) {
+    const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int e = 0; e < kPackSize; ++e)
+        row[e] = __uint_as_float(e % 2 == 0 ? words[e / 2] << 16 : words[e / 2] & 0xffff0000u);
+}
+__device__ inline uint4 packed(const Row& row) {
+    Pack<nv_bf16> r;
+#pragma unroll
+    for (int e = 0; e < kPackSize; ++e) r.v[e] = from_float<nv_bf16>(row[e]);
+    return *reinterpret_cast<const uint4*>(&r);
+}
+__device__ inline void clear_row(Row& row) {
+#pragma unroll
+    for (int e = 0; e < kPackSize; ++e) row[e] = 0.f;
+}
+__device__ inline void clear(Row (&window)[kTaps]) {
+#pragma unroll
+    for (int o = 1; o < kTaps; ++o) clear_row(window[o]);
+}
+__device__ inline void shift(Row (&window)[kTaps]) {
+#pragma unroll
+    for (int o = kTaps - 1; o > 0; --o)
+#pragma unroll
+        for (int e = 0; e < kPackSize; ++e) window[o][e] = window[o - 1][e];
+}
+// sum_o w_{3-o} window_o: window[o] is the row o tokens away from the one being written.
+__device__ inline void weighted_sum(Row& sum, const Row (&window)[kTaps], const Row (&w)[kTaps]) {
+#pragma unroll
+    for (int e = 0; e < kPackSize; ++e) {
+        sum[e] = 0.f;
+#pragma unroll
+        for (int o = 0; o < kTaps; ++o) sum[e] += w[kTaps - 1 - o][e] * window[o][e];
+    }
+}
+// A row's terms of dw: window[o] is the gradient o tokens after it.
+__device__ inline void add_terms(Row (&dw)[kTaps], const Row& x, const Row (&window)[kTaps]) {
+#pragma unroll
+    for (int e = 0; e < kPackSize; ++e)
+#pragma unroll
+        for (int o = 0; o < kTaps; ++o) dw[kTaps - 1 - o][e] += x[e] * window[o][e];
+}
+
+// The weights of this thread's channels, 0 beyond `channels`; all threads of the block take part.
+__device__ inline void load_weights(Row (&w)[kTaps], const float* weights, int channels, int first_channel,
+                                    Channels own) {
+    __shared__ float shared[kTaps][kPaddedChannels];
+    const int thread = threadIdx.y * kLanes + threadIdx.x;
+    const int count = min(kBlockChannels, channels - first_channel) * kTaps;
+    for (int t = thread; t < kBlockChannels * kTaps; t += kThreads)
+        shared[t % kTaps][t / kTaps] = t < count ? weights[std::int64_t(first_channel) * kTaps + t] : 0.f;
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kTaps; ++k)
+#pragma unroll
+        for (int e = 0; e < kPackSize; ++e) w[k][e] = shared[k][own.at(e)];
+}
+
+// partial[block of tokens][channels][4] = the sum of dw over the block's runs; all threads of the block take part.
+__device__ inline void store_partial(Sums& sums, const Row (&dw)[kTaps], float* partial, int channels,
+                                     int first_channel, Channels own) {
+#pragma unroll
+    for (int k = 0; k < kTaps; ++k)
+#pragma unroll
+        for (int e = 0; e < kPackSize; ++e) sums[threadIdx.y][k][own.at(e)] = dw[k][e];
+    __syncthreads();
+    const int count = min(kBlockChannels, channels - first_channel) * kTaps;
+    partial += (std::int64_t(blockIdx.x) * channels + first_channel) * kTaps;
+    for (int t = threadIdx.y * kLanes + threadIdx.x; t < count; t += kThreads) {
+        float sum = 0;
+#pragma unroll
+        for (int run = 0; run < kRuns; ++run) sum += sums[run][t % kTaps][t / kTaps];
+        partial[t] = sum;
+    }
+}
+
+// dw += sum over blocks of partial[block], each element by kFinishRows threads in fixed order.
+constexpr int kFinishColumns = 32, kFinishRows = 16;
+static __global__ __launch_bounds__(kFinishColumns* kFinishRows) void finish_kernel(float* dw, const float* partial,
+                                                                                    std::int64_t blocks,
+                                                                                    std::int64_t n) {
+    __shared__ float sums[kFinishRows][kFinishColumns];
+    const std::int64_t column = std::int64_t(blockIdx.x) * kFinishColumns + threadIdx.x;
+    float sum = 0;
+    if (column < n) {
+#pragma unroll 4
+        for (std::int64_t b = threadIdx.y; b < blocks; b += kFinishRows) sum += partial[b * n + column];
+    }
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y != 0 || column >= n) return;
+    for (int row = 1; row < kFinishRows; ++row) sum += sums[row][threadIdx.x];
+    dw[column] += sum;
+}
+inline void add_partials(cudaStream_t stream, float* dw, const float* partial, std::int64_t blocks,
+                         std::int64_t channels) {
+    const std::int64_t n = channels * kTaps;
+    finish_kernel<<<unsigned(ceil_div(n, std::int64_t(kFinishColumns))), dim3(kFinishColumns, kFinishRows), 0,
+                    stream>>>(dw, partial, blocks, n);
+    LAUNCH_CHECK("conv_finish");
+}
+
+// Blocks of kRuns runs of `run` tokens.
+inline std::int64_t token_blocks(std::int64_t tokens, int run) { return ceil_div(tokens, std::int64_t(kRuns) * run); }
+inline dim3 grid_for(std::int64_t tokens, std::int64_t channels, int run) {
+    return dim3(unsigned(token_blocks(tokens, run)), unsigned(ceil_div(channels, std::int64_t(kBlockChannels))));
+}
+
+}  // namespace fiedler::taps
