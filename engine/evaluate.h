@@ -34,7 +34,7 @@ struct LossSource {
 // by_position: token_losses must be there.
 Evaluation evaluate(const LossSource&, const Dataset&, std::int64_t max_tokens, bool document_mask,
                     bool by_position = false);
-// At most max_tokens tokens (0: all), in windows of the engine's context that do not overlap. stop is polled, if given.
+// At most max_tokens tokens (0: all), in windows of the engine's context that do not overlap.
 Evaluation evaluate(Engine&, const Dataset&, std::int64_t max_tokens, bool document_mask);
 
 }  // namespace fiedler

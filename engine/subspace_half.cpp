@@ -20,13 +20,6 @@ constexpr double kNoiseDamping = 1e4;
 constexpr double kPolishRange = 1e4;  // of its growth at the lowest pair, which would drown the others
 constexpr std::int64_t kPolishLeast = 3, kPolishMost = 25;  // degrees
 
-// factor * diag(values).
-std::vector<double> diagonal_matrix(const std::vector<double>& values, double factor) {
-    std::vector<double> q(values.size() * values.size(), 0.0);
-    for (Size i = 0; i < values.size(); ++i) q[i * values.size() + i] = factor * values[i];
-    return q;
-}
-
 double noise_cut(double last, double upper) {
     return last > kBulk * upper ? (last + upper) / 2 : std::max(kNoiseCut * upper, kNoiseFactor * last);
 }

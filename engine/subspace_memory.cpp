@@ -13,12 +13,6 @@ constexpr std::int64_t kRuns = 4, kSteps = 30;  // of Lanczos; runs are columns 
 // Columns at a time: narrow panels of X stay in a GPU's cache between the rows.
 constexpr std::int64_t kPanel = 32, kNarrowPanel = 8;
 
-std::vector<double> diagonal(const std::vector<double>& values) {
-    std::vector<double> q(values.size() * values.size(), 0.0);
-    for (Size i = 0; i < values.size(); ++i) q[i * values.size() + i] = values[i];
-    return q;
-}
-
 // A symmetric tridiagonal matrix as dense_spectrum() takes it.
 LaplacianMatrix<double> tridiagonal(const std::vector<double>& main, const std::vector<double>& beside) {
     LaplacianMatrix<double> m;
@@ -272,7 +266,7 @@ typename SubspaceSolver<Dev, A>::Lanczos SubspaceSolver<Dev, A>::lanczos() {
         for (double& value : values) value = value > 0 ? 1 / value : 0;
         return values;
     };
-    rotate(now, next, diagonal(reciprocal(norms(next, {}, {}))), 1, 0);
+    rotate(now, next, diagonal_matrix(reciprocal(norms(next, {}, {}))), 1, 0);
     std::vector<std::vector<double>> main(kRuns), beside(kRuns);
     for (std::int64_t step = 0; step < kSteps; ++step) {
         product(next, now, {}, 1, 0, 0);
@@ -284,14 +278,14 @@ typename SubspaceSolver<Dev, A>::Lanczos SubspaceSolver<Dev, A>::lanczos() {
             beta[r] = step > 0 ? -beside[r].back() : 0;
             main[r].push_back(-alpha[r]);
         }
-        rotate(next, now, diagonal(alpha), 1, 1);
-        if (step > 0) rotate(next, before, diagonal(beta), 1, 1);
+        rotate(next, now, diagonal_matrix(alpha), 1, 1);
+        if (step > 0) rotate(next, before, diagonal_matrix(beta), 1, 1);
         beta = norms(next, {}, {});
         for (Size r = 0; r < Size(kRuns); ++r)
             beside[r].push_back(beta[r] > 1e-5 * device_[level_].upper ? beta[r] : 0);
         for (Size r = 0; r < Size(kRuns); ++r) beta[r] = beside[r].back();
         std::swap(before, now);
-        rotate(now, next, diagonal(reciprocal(beta)), 1, 0);
+        rotate(now, next, diagonal_matrix(reciprocal(beta)), 1, 0);
     }
     Lanczos result;
     for (Size r = 0; r < Size(kRuns); ++r) {

@@ -101,6 +101,13 @@ struct FilterInterval {
     }
 };
 
+// factor diag(values), for rotate().
+inline std::vector<double> diagonal_matrix(const std::vector<double>& values, double factor = 1) {
+    std::vector<double> q(values.size() * values.size(), 0.0);
+    for (std::size_t i = 0; i < values.size(); ++i) q[i * values.size() + i] = factor * values[i];
+    return q;
+}
+
 struct SolverResult {
     bool complete = false;
     std::string why;                                               // not complete: why

@@ -78,9 +78,9 @@ constexpr bool sums_on_tensor_cores(int arch, int scalars) {
 // each of its 256 threads that multiply keeps half as many sums in registers.
 constexpr int panel_columns(long long depth) { return depth <= 384 ? 192 : depth <= 576 ? 128 : 96; }
 
-// Sequences from this length on go through attention_tree. On an H100 it is the faster one from 8,192 on already
+// Sequences from this length on go through attention_tree. On an H100 dense attention is the faster one at 4,096 still
 // (`fiedler bench attention_tree`); where they meet on a CPU has not been measured.
-constexpr long long attention_tree_from(bool cuda) { return cuda ? 16384 : 4096; }
+constexpr long long attention_tree_from(bool cuda) { return cuda ? 8192 : 4096; }
 // Bidirectional attention is one node of the tree, whatever the length. On two CPU cores it wins from some hundred nodes.
 constexpr long long attention_tree_from_bidirectional(bool cuda) { return cuda ? 8192 : 512; }
 // Decoders from this length on keep attention_runs on the CPU. At 1,048,576 keys a query is thousands of times faster so;
