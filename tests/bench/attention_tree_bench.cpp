@@ -25,6 +25,8 @@ void add_dense(Suite& suite, const std::string& name, const AttentionTreeForward
     AttentionForward<Storage> forward;
     set(forward);
     forward.o = f.o, forward.lse = f.lse;
+    const auto scratch = attention_forward_scratch_elements(f.v.rows, f.heads);
+    forward.scratch = {suite.zeros<Accum>(scratch), scratch};
     AttentionBackward<Storage> backward;
     set(backward);
     backward.da = b.da, backward.db = b.db, backward.dF = b.dF, backward.dv = b.dv, backward.delta = b.delta;
