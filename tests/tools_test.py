@@ -384,7 +384,8 @@ class SanitizerFilter(unittest.TestCase):
     def test_families_of_samples_are_in_and_what_takes_too_long_is_not(self):
         patterns = gpu_check.SANITIZER_FILTER.split(":")
         chosen = [name for name in self.named() if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
-        for family in ("GraphConv", "Bag", "Pool", "Dropout", "Objective", "Slots", "Sample", "HalfPanel"):
+        for family in ("GraphConv", "Bag", "Pool", "Dropout", "Objective", "Slots", "Sample", "HalfPanel", "ConvRotary",
+                       "Dot"):
             self.assertTrue(any(name.startswith(f"{family}.Gpu") for name in chosen), family)
         self.assertIn("Sample.GpuSmallDraws", chosen)
         self.assertNotIn("Sample.GpuDrawsWhatTheContractSays", chosen)
@@ -429,6 +430,33 @@ class GpuCheck(Folder):
         counts = gpu_check.run_test_program(self.options(shards=3), "kernel_tests")
         del os.environ["CRASH"]
         self.assertEqual((counts["passed"], counts["failed"]), (4, 1))
+
+    # A stand-in for compute-sanitizer, of which shard 1 finds something, or ends in the middle of a test.
+    SANITIZER = """
+        import os, sys
+        shard = int(os.environ["GTEST_SHARD_INDEX"])
+        print("[ RUN      ] Family.Gpu%d" % shard)
+        if shard == 1 and os.environ.get("ENDS"):
+            sys.exit(139)
+        print("[  PASSED  ] %d tests." % (shard + 1))
+        found = 2 if shard == 1 and os.environ.get("FINDS") else 0
+        print("========= RACECHECK SUMMARY: %d hazards displayed" % found)
+        sys.exit(86 if found else 0)
+    """
+
+    def test_shards_under_the_sanitizer_are_added_up_and_findings_fail(self):
+        self.program("kernel_tests", "")
+        self.program("sanitizer", self.SANITIZER)
+        options = self.options(shards=3, sanitizer_filter="*")
+        run = lambda: gpu_check.sanitize(options, self.folder / "bin/sanitizer", "racecheck", "kernel_tests")  # noqa: E731
+        check = run()
+        self.assertEqual((check["summary"], check["failure"]), ("6 tests, 0 hazards", ""))
+        for variable, said in (("FINDS", "2 findings"), ("ENDS", "at Family.Gpu1")):
+            os.environ[variable] = "1"
+            check = run()
+            del os.environ[variable]
+            self.assertIn(said, check["failure"])
+        self.assertIn("is not built", gpu_check.sanitize(options, "none", "memcheck", "engine_tests")["failure"])
 
     # A stand-in for fiedler: its "weights" are the steps it took; broken: it forgets that it was stopped.
     FIEDLER = """
