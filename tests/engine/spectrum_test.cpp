@@ -167,12 +167,12 @@ SpectrumOptions options(std::int64_t k, LaplacianKind kind, SpectrumMethod metho
     return o;
 }
 
-void expect_closed_form(const Closed& c, SpectrumMethod method, bool cuda, double accuracy) {
+void expect_closed_form(const Closed& c, SpectrumMethod method, bool cuda, double accuracy, std::int64_t k = 25) {
     SCOPED_TRACE(std::string(c.name) + ", " + name_of(method));
-    const Spectrum s = solve_spectrum(c.graph, options(25, c.kind, method), cuda);
+    const Spectrum s = solve_spectrum(c.graph, options(k, c.kind, method), cuda);
     EXPECT_EQ(s.method, method);
     EXPECT_EQ(s.zeros, 1);
-    expect_spectrum(c.graph, s, sorted(c.all, 25), accuracy);
+    expect_spectrum(c.graph, s, sorted(c.all, k), accuracy);
 }
 
 // Three components, an isolated node, repeated eigenvalues across components.
@@ -199,6 +199,20 @@ void expect_agrees_with_dense(LaplacianKind kind, SpectrumMethod method, bool cu
     }
 }
 
+// A closed form, a union, an isolated node and repeated eigenvalues on graphs that take a few filters: short enough for
+// compute-sanitizer's racecheck.
+void expect_small(SpectrumMethod method, bool cuda, double accuracy) {
+    std::vector<double> of_cube, of_union{0, 0, 2};
+    for (unsigned m = 0; m < 512; ++m) of_cube.push_back(2. * __builtin_popcount(m));
+    expect_closed_form({"hypercube", hypercube(9), LaplacianKind::combinatorial, of_cube}, method, cuda, accuracy, 10);
+    const Graph g = disjoint({hypercube(8), Graph{1, {0, 0}, {}, {}, {}}, hypercube(8), path(2)});
+    for (unsigned m = 0; m < 512; ++m) of_union.push_back(2. * __builtin_popcount(m % 256));
+    const Spectrum s = solve_spectrum(g, options(21, LaplacianKind::combinatorial, method), cuda);
+    EXPECT_EQ(s.method, method);
+    EXPECT_EQ(s.zeros, 4);
+    expect_spectrum(g, s, sorted(of_union, 21), accuracy);
+}
+
 constexpr SpectrumMethod kIterative[] = {SpectrumMethod::filter, SpectrumMethod::multilevel};
 constexpr LaplacianKind kKinds[] = {LaplacianKind::normalised, LaplacianKind::combinatorial};
 
@@ -206,6 +220,9 @@ TEST(Spectrum, ClosedForms) {
     for (const Closed& c : closed_forms())
         for (const auto method : {SpectrumMethod::dense, SpectrumMethod::filter, SpectrumMethod::multilevel})
             expect_closed_form(c, method, false, 1e-9);
+}
+TEST(Spectrum, SmallForms) {
+    for (const auto method : kIterative) expect_small(method, false, 1e-9);
 }
 TEST(Spectrum, UnionsAndIsolatedNodes) {
     for (const auto method : kIterative) expect_union(method, false, 1e-9);
@@ -369,6 +386,7 @@ TEST_P(SpectrumGpuForm, Closed) {
     ASSERT_EQ(forms.size(), Size(kClosedForms));
     expect_closed_form(forms[Size(std::get<0>(GetParam()))], std::get<1>(GetParam()), true, 1e-6);
 }
+TEST_P(SpectrumGpuMethod, SmallForms) { expect_small(GetParam(), true, 1e-6); }
 TEST_P(SpectrumGpuMethod, UnionsAndIsolatedNodes) { expect_union(GetParam(), true, 1e-6); }
 TEST_P(SpectrumGpuKind, AgreesWithDense) {
     expect_agrees_with_dense(std::get<0>(GetParam()), std::get<1>(GetParam()), true, 1e-6);

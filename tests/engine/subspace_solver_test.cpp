@@ -214,7 +214,43 @@ TEST(SubspaceSolverF32, HalvesFindTheSame) {
     Cpu cpu;
     expect_halves_find_the_same(cpu, -1);
 }
+
+// The same ways on graphs of some hundred nodes, a solve or two each: short enough for compute-sanitizer's racecheck.
+template <class Dev>
+void expect_small_solve(Dev& dev, bool krylov, bool multilevel) {
+    std::vector<Edge> ring;
+    for (int i = 0; i < 480; ++i)
+        for (int k = 1; k <= 4; ++k) ring.push_back({i, (i + k * k) % 480, 1});
+    const Graph g = build_graph(480, ring);
+    const auto levels = solver_levels<float>(g, {0, 480}, LaplacianKind::normalised, multilevel ? 24 : 0);
+    const auto solve = [&](std::int64_t half) {
+        SolverSettings settings;
+        settings.wanted = 6, settings.block = 24, settings.tolerance = 1e-4;
+        settings.basis = krylov ? 64 : 0;
+        settings.half = half, settings.panel = half > 0 ? 8 : 0;
+        SubspaceSolver<Dev, float> solver(dev, levels, settings);
+        (void)solver.estimate(settings.block);
+        return solver.solve({}, 0, [](const float*, std::int64_t, std::int64_t) {});
+    };
+    const SolverResult plain = solve(0), r = solve(16);
+    EXPECT_GT(r.half_products, 0);
+    expect_values(r, plain.eigenvalues, 1e-5);
+}
+TEST(SubspaceSolverF32, SmallSolves) {
+    Cpu cpu;
+    expect_small_solve(cpu, false, false);
+    expect_small_solve(cpu, true, false);
+    expect_small_solve(cpu, false, true);
+}
 #if FIEDLER_CUDA
+TEST(SubspaceSolverGpuSmall, Solves) {
+    std::string why;
+    if (cuda_device_count(&why) == 0) GTEST_SKIP() << "no GPU: " << why;
+    Cuda gpu(0);
+    expect_small_solve(gpu, false, false);
+    expect_small_solve(gpu, true, false);
+    expect_small_solve(gpu, false, true);
+}
 class SubspaceSolverGpu : public testing::TestWithParam<int> {};
 INSTANTIATE_TEST_SUITE_P(Each, SubspaceSolverGpu, testing::Range(0, kHalfCases));
 TEST_P(SubspaceSolverGpu, HalvesFindTheSame) {
