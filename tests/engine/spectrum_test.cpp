@@ -7,6 +7,7 @@
 #include <cmath>
 #include <numbers>
 #include <numeric>
+#include <ostream>
 #include <random>
 #include <tuple>
 
@@ -14,6 +15,13 @@
 #include "kernels/device.h"
 
 namespace fiedler {
+
+// For the names of tests with parameters.
+void PrintTo(SpectrumMethod method, std::ostream* out) { *out << name_of(method); }
+void PrintTo(LaplacianKind kind, std::ostream* out) {
+    *out << (kind == LaplacianKind::normalised ? "normalised" : "combinatorial");
+}
+
 namespace {
 
 constexpr double kPi = std::numbers::pi;
