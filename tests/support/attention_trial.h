@@ -87,6 +87,16 @@ struct Inputs {
     }
 };
 
+// F of every head falls by `step` a token, and by `jump` at every 100th; sums restart with the sequences.
+inline void set_gate(Inputs& in, double step, double jump) {
+    for (std::int32_t i = 0; i < in.tokens(); ++i)
+        for (std::int32_t h = 0; h < in.c.heads; ++h) {
+            const auto k = std::size_t(i * in.c.heads + h);
+            const double before = i > in.ragged.begin[std::size_t(i)] ? in.F[k - std::size_t(in.c.heads)] : 0;
+            in.F[k] = before - step - (i % 100 == 99 ? jump : 0);
+        }
+    in.F = round_to<float>(in.F);
+}
 struct Outputs {
     Values o, lse, da, db, dF, dv;
 };
