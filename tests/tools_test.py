@@ -39,6 +39,7 @@ import sources_hash  # noqa: E402
 import train_peers  # noqa: E402
 
 gpu_check = load("gpu_check")
+planted_graph = load("planted_graph")
 check_results = load("check_results")
 gpu_check.say = lambda text: None
 
@@ -367,6 +368,35 @@ class GraphPeers(unittest.TestCase):
             with self.assertRaises(SystemExit) as stopped, contextlib.redirect_stderr(io.StringIO()):
                 graph_peers.main(arguments)
             self.assertEqual(stopped.exception.code, 2)
+
+
+class PlantedGraph(Folder):
+    def make(self, name, *arguments):
+        out = self.folder / name
+        code = planted_graph.main([str(out), "--nodes", "2000", "--edges", "9000", *arguments])
+        read = lambda kind: pathlib.Path(f"{out}.{kind}").read_text().splitlines()  # noqa: E731
+        return code, {kind: read(kind) for kind in ("edges", "features", "labels", "split")}
+
+    def test_edges_join_classes_as_asked_and_files_fit_together(self):
+        code, files = self.make("g")
+        self.assertEqual(code, 0)
+        labels = [int(line) for line in files["labels"]]
+        ends = [tuple(map(int, line.split("\t"))) for line in files["edges"]]
+        within = sum(labels[u] == labels[v] for u, v in ends) / len(ends)
+        self.assertAlmostEqual(within, 0.75 + 0.25 / 8, delta=0.03)
+        nodes, features, count = map(int, files["features"][0].split())
+        self.assertEqual((nodes, features, len(labels), len(files["split"])), (2000, 64, 2000, 2000))
+        self.assertEqual(sum(len(line.split()) for line in files["features"][1:]), count)
+        self.assertLessEqual({"train", "val", "test", "none"}, set(files["split"]))
+
+    def test_seeds_repeat(self):
+        self.assertEqual(self.make("a")[1], self.make("b")[1])
+        self.assertNotEqual(self.make("a")[1], self.make("b", "--seed", "2")[1])
+
+    def test_what_cannot_be_written_is_said(self):
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            self.assertEqual(planted_graph.main([str(self.folder / "none/g"), "--nodes", "2000", "--edges", "10"]), 2)
+        self.assertIn("planted_graph:", said.getvalue())
 
 
 class SanitizerFilter(unittest.TestCase):
