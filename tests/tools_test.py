@@ -461,6 +461,12 @@ class GpuCheck(Folder):
         del os.environ["CRASH"]
         self.assertEqual((counts["passed"], counts["failed"]), (4, 1))
 
+    def test_unknown_tools_and_programs_of_the_sanitizer_are_refused(self):
+        for flags in (["--tool", "synccheck"], ["--program", "tests"]):
+            with contextlib.redirect_stderr(io.StringIO()), self.assertRaises(SystemExit) as refused:
+                gpu_check.parse(flags)
+            self.assertEqual(refused.exception.code, 2)
+
     # A stand-in for compute-sanitizer, of which shard 1 finds something, or ends in the middle of a test.
     SANITIZER = """
         import os, sys

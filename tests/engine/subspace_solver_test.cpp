@@ -225,7 +225,7 @@ void expect_small_solve(Dev& dev, bool krylov, bool multilevel) {
     const auto levels = solver_levels<float>(g, {0, 480}, LaplacianKind::normalised, multilevel ? 24 : 0);
     const auto solve = [&](std::int64_t half) {
         SolverSettings settings;
-        settings.wanted = 6, settings.block = 24, settings.tolerance = 1e-4;
+        settings.wanted = 6, settings.block = 24, settings.tolerance = 2e-5;
         settings.basis = krylov ? 64 : 0;
         settings.half = half, settings.panel = half > 0 ? 8 : 0;
         SubspaceSolver<Dev, float> solver(dev, levels, settings);
@@ -235,6 +235,8 @@ void expect_small_solve(Dev& dev, bool krylov, bool multilevel) {
     const SolverResult plain = solve(0), r = solve(16);
     EXPECT_GT(r.half_products, 0);
     expect_values(r, plain.eigenvalues, 1e-5);
+    // What is wrong in a filter the next ones mend: it shows in the products, two in half precision for one.
+    EXPECT_LT(double(r.products) - double(r.half_products) / 2, (krylov ? 2.5 : 1.15) * double(plain.products));
 }
 TEST(SubspaceSolverF32, SmallSolves) {
     Cpu cpu;
