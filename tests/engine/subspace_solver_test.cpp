@@ -245,13 +245,13 @@ TEST(SubspaceSolverF32, SmallSolves) {
     expect_small_solve(cpu, false, true);
 }
 #if FIEDLER_CUDA
-TEST(SubspaceSolverGpuSmall, Solves) {
+class SubspaceSolverGpuSmall : public testing::TestWithParam<int> {};
+INSTANTIATE_TEST_SUITE_P(Each, SubspaceSolverGpuSmall, testing::Range(0, 3));
+TEST_P(SubspaceSolverGpuSmall, Solves) {
     std::string why;
     if (cuda_device_count(&why) == 0) GTEST_SKIP() << "no GPU: " << why;
     Cuda gpu(0);
-    expect_small_solve(gpu, false, false);
-    expect_small_solve(gpu, true, false);
-    expect_small_solve(gpu, false, true);
+    expect_small_solve(gpu, GetParam() == 1, GetParam() == 2);
 }
 class SubspaceSolverGpu : public testing::TestWithParam<int> {};
 INSTANTIATE_TEST_SUITE_P(Each, SubspaceSolverGpu, testing::Range(0, kHalfCases));
