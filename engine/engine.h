@@ -113,6 +113,7 @@ struct EngineOptions {
     GraphChoice cuda_graph = GraphChoice::automatic;
     AttentionChoice attention = AttentionChoice::automatic;
     bool attention_skip = true;  // AttentionForward::skip
+    KernelChoice kernels = KernelChoice::automatic;
 };
 
 // Chooses micro-batch and recomputation so that the arena's peak fits the budget, without touching a device. InputError

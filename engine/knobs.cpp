@@ -335,6 +335,13 @@ std::vector<Knob> run_knobs() {
          "leave out blocks of keys that the gate has put under the rounding of what a query has (exact in f32); "
          "without: "
          "computes them all"},
+        {"kernels",
+         choice<&C::kernels>(),
+         kShape | kEval | kGenerate | kPredict,
+         "on a GPU: auto takes kernels that were written for its own architecture where there are (sm_90); general, "
+         "those "
+         "that run on every GPU",
+         {.choices = {"auto", "general"}}},
         {"memory-budget",
          &C::memory_budget,
          kShape | kEval | kGenerate | kSpectrum | kPredict,

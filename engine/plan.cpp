@@ -46,6 +46,7 @@ EngineOptions engine_options(const Config& c, DeviceKind device, bool training) 
     o.cuda_graph = c.cuda_graph;
     o.attention = c.attention;
     o.attention_skip = c.attention_skip;
+    o.kernels = c.kernels;
     return o;
 }
 
@@ -181,6 +182,7 @@ std::unique_ptr<Engine> make_engine(const ModelSpec& spec, const EngineOptions& 
     const World world = world_from_environment();  // one process a device, in turn over those that this machine shows
     if (world.size > 1 && o.cuda_graph != GraphChoice::on) plan.cuda_graph = false;
     auto device = std::make_unique<Cuda>(world.rank % cuda_device_count());
+    if (o.kernels == KernelChoice::general) device->forget_architecture();
     auto engine = std::make_unique<Runner<Cuda, bf16>>(std::move(device), spec, plan, o.memory_budget, constants);
     engine->use_comm(make_comm(engine->device(), world));
     return engine;

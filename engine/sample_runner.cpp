@@ -262,7 +262,9 @@ std::unique_ptr<SampleEngine> make_sample_engine(const ModelSpec& spec, const Sa
         return std::make_unique<SampleRunner<Cpu, float>>(std::move(cpu), spec, most, plan, o.memory_budget);
     }
 #if FIEDLER_CUDA
-    return std::make_unique<SampleRunner<Cuda, bf16>>(std::make_unique<Cuda>(0), spec, most, plan, o.memory_budget);
+    auto device = std::make_unique<Cuda>(0);
+    if (o.kernels == KernelChoice::general) device->forget_architecture();
+    return std::make_unique<SampleRunner<Cuda, bf16>>(std::move(device), spec, most, plan, o.memory_budget);
 #else
     throw InputError("device: this binary was built without CUDA; use --device cpu");
 #endif

@@ -32,12 +32,15 @@ struct Cuda {
     Cuda(const Cuda&) = delete;
     Cuda& operator=(const Cuda&) = delete;
 
+    // From here on no kernel is taken that was written for the device's own architecture, only those for all of them.
+    void forget_architecture() { arch = 0; }
+
     CudaState* state = nullptr;
     void* workspace = nullptr;
     std::size_t workspace_bytes = 0;
     int ordinal = 0;
     int sm_count = 0;
-    int arch = 0;  // 89 for sm_89
+    int arch = 0;  // 89 for sm_89; 0: see forget_architecture
     std::size_t l2_bytes = 0;
 };
 

@@ -33,7 +33,10 @@ def load(name):
 
 
 import bench_peers  # noqa: E402
+import gpu_common  # noqa: E402
 import gpu_report  # noqa: E402
+import gpu_sanitizer  # noqa: E402
+import gpu_trainings  # noqa: E402
 import graph_peers  # noqa: E402
 import sources_hash  # noqa: E402
 import train_peers  # noqa: E402
@@ -41,7 +44,7 @@ import train_peers  # noqa: E402
 gpu_check = load("gpu_check")
 planted_graph = load("planted_graph")
 check_results = load("check_results")
-gpu_check.say = lambda text: None
+gpu_check.say = gpu_common.say = gpu_sanitizer.say = gpu_trainings.say = lambda text: None
 
 
 def piece(stage, date="2025-01-01T00:00:00Z", **found):
@@ -407,12 +410,12 @@ class SanitizerFilter(unittest.TestCase):
 
     def test_every_pattern_names_a_test(self):
         tests = self.named()
-        for pattern in gpu_check.SANITIZER_FILTER.split(":"):
+        for pattern in gpu_sanitizer.SANITIZER_FILTER.split(":"):
             family = re.sub(r"\*(_T\d+|[a-z]\w*)$", "*", pattern)  # without a parameter's name
             self.assertTrue(any(fnmatch.fnmatchcase(name, family) for name in tests), pattern)
 
     def test_families_of_samples_are_in_and_what_takes_too_long_is_not(self):
-        patterns = gpu_check.SANITIZER_FILTER.split(":")
+        patterns = gpu_sanitizer.SANITIZER_FILTER.split(":")
         chosen = [name for name in self.named() if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
         for family in ("GraphConv", "Bag", "Pool", "Dropout", "Objective", "Slots", "Sample", "HalfPanel", "ConvRotary",
                        "Dot"):
@@ -471,6 +474,7 @@ class GpuCheck(Folder):
     SANITIZER = """
         import os, sys
         shard = int(os.environ["GTEST_SHARD_INDEX"])
+        open(sys.argv[0] + ".arguments", "w").write(" ".join(sys.argv))
         print("[ RUN      ] Family.Gpu%d" % shard)
         if shard == 1 and os.environ.get("ENDS"):
             sys.exit(139)
@@ -483,16 +487,20 @@ class GpuCheck(Folder):
     def test_shards_under_the_sanitizer_are_added_up_and_findings_fail(self):
         self.program("kernel_tests", "")
         self.program("sanitizer", self.SANITIZER)
-        options = self.options(shards=3, sanitizer_filter="*")
-        run = lambda: gpu_check.sanitize(options, self.folder / "bin/sanitizer", "racecheck", "kernel_tests")  # noqa: E731
+        options = self.options(shards=3, sanitizer_filter="*", sanitizer_launches=0)
+        run = lambda: gpu_sanitizer.sanitize(options, self.folder / "bin/sanitizer", "racecheck", "kernel_tests")  # noqa: E731
         check = run()
         self.assertEqual((check["summary"], check["failure"]), ("6 tests, 0 hazards", ""))
+        self.assertNotIn("--launch-count", (self.folder / "bin/sanitizer.arguments").read_text())
+        options.sanitizer_launches = 7
+        self.assertEqual(run()["summary"], "6 tests, 0 hazards in the first 7 launches of each of 3 processes")
+        self.assertIn("--kernel-name kns=fiedler --launch-count 7", (self.folder / "bin/sanitizer.arguments").read_text())
         for variable, said in (("FINDS", "2 findings"), ("ENDS", "at Family.Gpu1")):
             os.environ[variable] = "1"
             check = run()
             del os.environ[variable]
             self.assertIn(said, check["failure"])
-        self.assertIn("is not built", gpu_check.sanitize(options, "none", "memcheck", "engine_tests")["failure"])
+        self.assertIn("is not built", gpu_sanitizer.sanitize(options, "none", "memcheck", "engine_tests")["failure"])
 
     # A stand-in for fiedler: its "weights" are the steps it took; broken: it forgets that it was stopped.
     FIEDLER = """
@@ -516,23 +524,58 @@ class GpuCheck(Folder):
 
     def test_training_reads_the_end_record(self):
         self.program("fiedler", self.FIEDLER.replace("FORGETS", "0"))
-        run = gpu_check.Run("n", "tiny", "headers", 5, ())
-        result = gpu_check.train(self.options(), run)
+        run = gpu_trainings.Run("n", "tiny", "headers", 5, ())
+        result = gpu_trainings.train(self.options(), run)
         self.assertEqual((result.get("failure"), result["val_loss"], result["tokens_per_second"]), (None, 1.5, 5))
-        self.assertIn("skipped", gpu_check.train(self.options(), run._replace(data="novels")))
+        self.assertIn("skipped", gpu_trainings.train(self.options(), run._replace(data="novels")))
         self.program("fiedler", "import sys; sys.exit(2)")
-        self.assertIn("failure", gpu_check.train(self.options(), run))
+        self.assertIn("failure", gpu_trainings.train(self.options(), run))
 
     def test_resume_compares_weights(self):
-        run = gpu_check.Run("n", "tiny", "headers", 40, ())
+        run = gpu_trainings.Run("n", "tiny", "headers", 40, ())
         self.program("fiedler", self.FIEDLER.replace("FORGETS", "0"))
-        check = gpu_check.check_resume(self.options(), run)
+        check = gpu_trainings.check_resume(self.options(), run)
         self.assertEqual(check["failure"], "")
         self.assertIn("bit-equal", check["summary"])
         self.program("fiedler", self.FIEDLER.replace("FORGETS", "1"))
-        self.assertIn("differ", gpu_check.check_resume(self.options(), run)["failure"])
+        self.assertIn("differ", gpu_trainings.check_resume(self.options(), run)["failure"])
         self.program("fiedler", "import time; time.sleep(0.2)")
-        self.assertIn("by itself", gpu_check.check_resume(self.options(), run)["failure"])
+        self.assertIn("by itself", gpu_trainings.check_resume(self.options(), run)["failure"])
+
+    # A stand-in for fiedler: losses and weights by the way it is asked for, and by what is broken.
+    WAYS = """
+        import json, os, sys
+        args = sys.argv[2:]
+        out, steps = args[args.index("--out") + 1], int(args[args.index("--steps") + 1])
+        plain, again = "general" in args, out.endswith("again")
+        os.makedirs(out)
+        apart = APART if plain else 0
+        with open(out + "/log.jsonl", "w") as log:
+            for step in range(1, steps + 1):
+                print(json.dumps({"event": "step", "step": step, "loss": 2 + apart * step / 10}), file=log)
+            print(json.dumps({"event": "end", "val_loss": 2 + apart, "tokens_per_second": 1 if plain else 2}), file=log)
+        open(out + "/weights.fdl", "w").write("fast" if not plain or SAME else "plain")
+        if again and DRIFTS:
+            open(out + "/weights.fdl", "w").write("drifted")
+    """
+
+    def test_fast_and_plain_ways_must_agree_and_differ_in_bits(self):
+        run = gpu_trainings.Run("n", "tiny", "headers", 110, ())
+
+        def outcome(apart, same=0, drifts=0):
+            text = self.WAYS.replace("APART", str(apart)).replace("SAME", str(same)).replace("DRIFTS", str(drifts))
+            self.program("fiedler", text)
+            return gpu_trainings.check_equal(self.options(), run)
+
+        check = outcome(0.001)
+        self.assertEqual(check["failure"], "")
+        self.assertIn("0.0110 apart at most, 0.0106 on average over the last 10", check["summary"])
+        self.assertIn("2.00 x as fast", check["summary"])
+        self.assertIn("further apart", outcome(0.01)["failure"])
+        self.assertIn("further apart", outcome(float("1e-3") * 25)["failure"])
+        self.assertIn("bit for bit", outcome(0, same=1)["failure"])
+        self.assertIn("not bit-equal", outcome(0, drifts=1)["failure"])
+        self.assertIn("skipped", gpu_trainings.check_equal(self.options(), run._replace(data="novels")))
 
     # A stand-in for `fiedler bench step`: what it was asked for, or nothing but an exit code.
     BENCH = """

@@ -84,8 +84,9 @@ def combine(pieces):
         "spectrum": [{key: row.get(key) for key in SPECTRUM_KEYS}
                      for row in latest(pieces, "spectrum", "rows", ("graph", "solver"))],
         "spectrum_settings": next((piece["settings"] for piece in reversed(pieces) if piece["stage"] == "spectrum"), None),
-        "sanitizer": latest(pieces, "sanitizer", "checks", ("tool", "binary")),
+        "sanitizer": latest(pieces, "sanitizer", "checks", ("tool", "binary", "filter")),
         "resume": latest(pieces, "resume", "checks", ("name",)),
+        "equal": latest(pieces, "equal", "checks", ("name",)),
         "not_run": [f"training {run['name']}: {run['skipped']}" for run in runs if run.get("skipped")],
         "failures": failures(pieces, binaries, runs),
     }
@@ -114,7 +115,7 @@ def failures(pieces, binaries, runs):
     """Every failure in words: what a reader must see before any figure."""
     found = [f"{binary['name']}: {name}" for binary in binaries for name in binary["failures"]]
     found += [f"training {run['name']}: {run['failure']}" for run in runs if run.get("failure")]
-    for check in latest(pieces, "sanitizer", "checks", ("tool", "binary")):
+    for check in latest(pieces, "sanitizer", "checks", ("tool", "binary", "filter")):
         if check["failure"]:
             found.append(f"compute-sanitizer {check['tool']} on {check['binary']}: {check['failure']}")
     for row in latest(pieces, "spectrum", "rows", ("graph", "solver")):
@@ -123,6 +124,9 @@ def failures(pieces, binaries, runs):
     for check in latest(pieces, "resume", "checks", ("name",)):
         if check["failure"]:
             found.append(f"resume of {check['name']}: {check['failure']}")
+    for check in latest(pieces, "equal", "checks", ("name",)):
+        if check["failure"]:
+            found.append(f"fast and plain way, {check['name']}: {check['failure']}")
     steps, peers = latest_steps(pieces)
     found += [f"step {step['case']}: {step['failure']}" for step in steps if step.get("failure")]
     found += [f"PyTorch's {peer['name']}: {peer['failure']}" for peer in peers if peer.get("failure")]
@@ -308,6 +312,8 @@ def markdown(result):
              f"Tests on the GPU: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped."]
     for check in result["sanitizer"]:
         lines.append(f"compute-sanitizer {check['tool']}, {check['binary']}: {check['summary']}.")
+    for check in result["equal"]:
+        lines.append(f"Fast and plain, {check['name']}: {check.get('skipped') or check['summary']}.")
     for check in result["resume"]:
         lines.append(f"Resume, {check['name']}: {check['summary']}.")
     if result["failures"]:
