@@ -230,8 +230,8 @@ void chunk_fp8(const Cuda& dev, const Head<bf16>& p, const Fp8Memory& all) {
 
 bool try_fp8(const Cuda& dev, const Head<bf16>& p) {
     const std::int64_t rows = std::min(p.logits.rows, p.x.rows), c = p.x.cols, v = p.w.rows;
-    if (!head_has_fp8(dev.arch) || !head_sm90_takes(dev, p) || !p.dx || p.logits.ld != v ||
-        !head_fp8_takes(p.x.rows, p.logits.rows, v, c))
+    if (!head_has_fp8(dev.arch) || !head_sm90_takes(dev, p) || !p.dx ||
+        !head_fp8_takes(p.x.rows, p.logits.rows, v, c) || p.logits.ld != v || p.dx.ld % 16 != 0 || p.dw.ld % 16 != 0)
         return false;
     FIEDLER_REQUIRE("head", p.fp8_scratch && p.fp8_scratch.size >= head_fp8_scratch_bytes(rows, v, c));
     FIEDLER_REQUIRE("head", reinterpret_cast<std::uintptr_t>(p.fp8_scratch.data) % 16 == 0);

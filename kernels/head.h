@@ -22,7 +22,7 @@
 //                 the target's place, needs no other pass over the logits: the factor of the row goes to x (rounded once
 //                 more) for dw, and to dx after its product. A loss above 88 nats comes out as infinity.
 //   fp8           asked for by `precision`; taken on sm_90 where there is a gradient and head_fp8_takes the shape, with
-//                 logits without a gap between rows (head_fp8_sm90.h). Else one of the others is, without a word, and so
+//                 logits without a gap between rows and strides of dx and dw that 16 divides. Else one of the others is, without a word, and so
 //                 without a gradient: evaluation stays exact. The products are of 8-bit floats, with factors that are
 //                 powers of two:
 //                   x to e4m3 with a factor for each row, w with one for all; at most 448, above 224 the largest

@@ -181,15 +181,21 @@ Problem exact_problem(std::int64_t n, std::int64_t c, std::int64_t v) {
     return q;
 }
 
+// dx has the target's term, its largest, without noise; dw has it rounded to three bits of mantissa.
 TEST(Head, FormulaOfFp8IsNearTheExactOne) {
-    for (const double spread : {2.0, 6.0}) {
-        SCOPED_TRACE(spread);
-        const Problem q = rounded_problem(128, 128, 208, spread);
+    struct Bounds {
+        double spread, loss, dx, dw;
+    };
+    for (const Bounds& b : {Bounds{1, 0.03, 0.03, 0.15}, Bounds{2, 0.15, 0.1, 0.35}}) {
+        SCOPED_TRACE(b.spread);
+        const Problem q = rounded_problem(128, 384, 1008, b.spread);
         const Answer exact = naive(q);
         const Emulation low(q, 64);
-        EXPECT_LT(largest_difference(low.a.losses, exact.losses), 0.15 * spread);
-        EXPECT_LT(errors_of_rows(low.a.dx, exact.dx, q.c, 0.1).most, 0.1 * spread);
-        EXPECT_LT(errors_of_rows(added(low.a.dw, q), added(exact.dw, q), q.c, 0.1).most, 0.15 * spread);
+        EXPECT_LT(largest_difference(low.a.losses, exact.losses), b.loss);
+        EXPECT_LT(errors_of_rows(low.a.dx, exact.dx, q.c, 1).most, b.dx);
+        const RowErrors dw = errors_of_rows(added(low.a.dw, q), added(exact.dw, q), q.c, b.dw / 2);
+        EXPECT_LT(dw.most, b.dw);
+        EXPECT_LT(dw.above, q.v / 3);
     }
     const Problem q = exact_problem(128, 128, 208);
     EXPECT_LT(largest_difference(Emulation(q, 64).a.losses, naive(q).losses), 1e-12);
@@ -212,8 +218,8 @@ Answer on_gpu(const Problem& q, std::int64_t chunk) {
 
 // Logits are summed with some 14 bits in steps of 32: they are off by `slack` at most, and exponentials by that share; a
 // few of these are then rounded to the other side, which can be seen in a row that has few large ones. What is left
-// between got and emulation is far below the noise of fp8 itself.
-void check_on_gpu(const Problem& q, std::int64_t chunk) {
+// between got and emulation is far below the noise of fp8 itself in all but one row of `share`.
+void check_on_gpu(const Problem& q, std::int64_t chunk, std::int64_t share = 20) {
     SCOPED_TRACE(testing::Message() << q.n << " x " << q.c << " x " << q.v << ", chunk " << chunk);
     ASSERT_TRUE(takes(q.n, chunk, q.c, q.v));
     const Answer exact = naive(q);
@@ -224,7 +230,7 @@ void check_on_gpu(const Problem& q, std::int64_t chunk) {
     EXPECT_LE(largest_difference(got.losses, want.a.losses), 1e-3 + 2 * slack);
     const auto near = [&](const Values& from_got, const Values& from_want) {
         const RowErrors e = errors_of_rows(from_got, from_want, q.c, 0.03 + 2 * slack);
-        EXPECT_LE(e.above, 1 + std::int64_t(from_want.size()) / q.c / 20);
+        EXPECT_LE(e.above, 1 + std::int64_t(from_want.size()) / q.c / share);
         EXPECT_LE(e.most, 0.3);
     };
     near(got.dx, want.a.dx);
@@ -274,7 +280,7 @@ TEST(Head, GpuFp8ManyTilesOfABlock) {
 }
 TEST(Head, GpuFp8WideLogits) {
     FIEDLER_FP8_OR_SKIP();
-    check_on_gpu(rounded_problem(128, 128, 400, 12), 128);
+    check_on_gpu(rounded_problem(128, 128, 400, 12), 128, 8);  // rows of one large exponential
 }
 // Everything but exponentials and what follows from them is exact: what is in a wrong place cannot hide in the noise.
 TEST(Head, GpuFp8EveryElementIsInItsPlace) {
