@@ -204,6 +204,10 @@ void Activations<T>::place_logits(Arena& arena, const ActivationPlan& plan) {
     if constexpr (std::is_same_v<T, bf16>) {
         const std::int64_t elements = head_scratch_elements(plan.logits_rows, spec_.vocab, spec_.channels);
         scratch_.head = {arena.take<A>("head", {elements}, Lifetime::scratch), elements};
+        if (plan.head_fp8) {
+            const std::int64_t bytes = head_fp8_scratch_bytes(plan.logits_rows, spec_.vocab, spec_.channels);
+            scratch_.head_fp8 = {arena.take<unsigned char>("head.fp8", {bytes}, Lifetime::scratch), bytes};
+        }
     }
     scope.close();
 }

@@ -34,6 +34,7 @@ struct ActivationPlan {
     std::int64_t mlp_rows = 0;         // rows that go through the MLP at a time, not with `none` and `mlp`; 0: all
     std::int64_t tree_from = 0;        // contexts from this length on: attention_tree, in layers that it takes
     bool attention_skip = true;        // AttentionForward::skip
+    bool head_fp8 = false;             // Head::precision
     std::int64_t runs_from = 0;        // decoders from this length on: attention_runs, in the same layers, on the CPU
     std::int64_t feature_entries = 0;  // of sparse features, the most a batch of samples may hold
 
@@ -75,10 +76,11 @@ struct ScratchActivations {  // shared by all layers
     Mat<T> x_last, n_last, dx, dn, du, do_, dmixed, drotated, dprojected, daux, logits;
     Vec<A> rstd_last, losses;
     Mat<A> da, db, dF, delta;
-    Vec<A> head;              // scratch of the head
-    Vec<A> partials;          // scratch of conv, coordinate, gate, energy, attention
-    Vec<std::byte> sort;      // scratch of the embedding's gradient
-    Vec<unsigned char> tree;  // scratch of attention_tree
+    Vec<A> head;                  // scratch of the head
+    Vec<unsigned char> head_fp8;  // and of its way in fp8
+    Vec<A> partials;              // scratch of conv, coordinate, gate, energy, attention
+    Vec<std::byte> sort;          // scratch of the embedding's gradient
+    Vec<unsigned char> tree;      // scratch of attention_tree
     // Samples; rows are those of the plan, not of the batch.
     Mat<T> pooled, dpooled, doutputs, dz;  // dpooled, doutputs, dz: training
     Mat<A> outputs, predictions, z, pool_lse;

@@ -103,6 +103,7 @@ bench::StepRow bench_step(const Config& c, DeviceKind device, const StepBenchOpt
         row.parameters = engine.table().parameters;
         row.micro_batches = engine.plan().micro_batches;
         row.recompute = name_of(engine.plan().recompute);
+        if (engine.plan().head_fp8) row.name += ", head fp8";
         row.planned_bytes = static_cast<std::int64_t>(engine.plan().bytes);
         time_steps(model.steps(), engine.device_kind() == "cuda" ? 5 : 1, o.steps, row);
         row.cuda_graph = replays(engine) ? "on" : "off";

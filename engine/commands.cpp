@@ -53,6 +53,9 @@ int run_plan(const Invocation& call) {
     fmt::print("model       {} parameters ({})\n", table.parameters, c.preset);
     fmt::print("step        {} tokens: {} micro-batches of {} x {} tokens, recompute {}\n", c.batch_tokens,
                plan.micro_batches, plan.micro_batch, c.context, name_of(plan.recompute));
+    if (c.head_precision == HeadChoice::fp8)
+        fmt::print("head        products in {}\n",
+                   plan.head_fp8 ? "fp8" : "bf16: fp8 does not go with this device or these shapes");
     fmt::print("arithmetic  {:.1f} MFLOP a token\n", training_flops_per_token(spec, spec.context) / 1e6);
     fmt::print("memory      {} on {}{}\n", bytes_text(static_cast<std::int64_t>(plan.bytes)),
                device == DeviceKind::cuda ? "the GPU" : "the CPU",

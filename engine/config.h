@@ -34,6 +34,7 @@ enum class DeviceChoice { automatic, cuda, cpu };
 enum class GraphChoice { automatic, on, off };
 enum class AttentionChoice { automatic, dense, tree };
 enum class KernelChoice { automatic, general };
+enum class HeadChoice { bf16, fp8 };
 enum class ExportFormat { fdl, safetensors, gguf };
 enum class ExportType { automatic, f32, bf16 };
 enum class QuantBits { int8, int4 };
@@ -118,6 +119,7 @@ struct Config {
     AttentionChoice attention = AttentionChoice::automatic;
     bool attention_skip = true;
     KernelChoice kernels = KernelChoice::automatic;
+    HeadChoice head_precision = HeadChoice::bf16;
     std::int64_t memory_budget = 0;
     std::int64_t val_every = 100, val_tokens = 65536;
     std::int64_t sample_every = 100, sample_tokens = 64;

@@ -43,6 +43,7 @@ struct RunPlan {
     bool cuda_graph = true;  // CUDA only: a step that is like the one before is recorded, and replayed from then on
     AttentionChoice attention = AttentionChoice::automatic;
     bool attention_skip = true;    // AttentionForward::skip
+    bool head_fp8 = false;         // Head::precision: asked for, and taken by device and shape
     std::int64_t hidden_rows = 0;  // ActivationPlan::mlp_rows; 0: chosen
     std::int64_t tokens = 0;       // of a micro-batch
     std::size_t bytes = 0;         // the arena's peak
@@ -114,6 +115,7 @@ struct EngineOptions {
     AttentionChoice attention = AttentionChoice::automatic;
     bool attention_skip = true;  // AttentionForward::skip
     KernelChoice kernels = KernelChoice::automatic;
+    bool head_fp8 = false;  // Head::precision: asked for, on a device that has it
 };
 
 // Chooses micro-batch and recomputation so that the arena's peak fits the budget, without touching a device. InputError

@@ -7,6 +7,7 @@
 
 #include "engine/error.h"
 #include "engine/runner.h"
+#include "kernels/head.h"
 
 namespace fiedler {
 
@@ -47,6 +48,9 @@ EngineOptions engine_options(const Config& c, DeviceKind device, bool training) 
     o.attention = c.attention;
     o.attention_skip = c.attention_skip;
     o.kernels = c.kernels;
+    // Planned where there is no device: for one that has it.
+    o.head_fp8 = c.head_precision == HeadChoice::fp8 && c.kernels == KernelChoice::automatic && training &&
+                 device == DeviceKind::cuda && (cuda_device_count() == 0 || head_has_fp8(cuda_device_info(0).arch));
     return o;
 }
 
@@ -80,6 +84,8 @@ RunPlan measured(const ModelSpec& spec, const EngineOptions& o, std::int32_t mic
     p.attention_skip = o.attention_skip;
     p.cuda_graph = o.device == DeviceKind::cuda && !o.document_mask && o.cuda_graph != GraphChoice::off;
     p.tokens = std::int64_t(micro) * spec.context;
+    p.head_fp8 = o.head_fp8;
+    p.head_fp8 = activation_plan(spec, p, o.device == DeviceKind::cuda).head_fp8;
     if (o.device == DeviceKind::cuda)
         measure<bf16>(spec, p);
     else

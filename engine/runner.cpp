@@ -12,6 +12,7 @@
 #include "engine/run_parts.h"
 #include "engine/runner_instances.h"
 #include "engine/slot_decoder.h"
+#include "kernels/head.h"
 #include "kernels/matmul.h"
 #include "kernels/tuning.h"
 
@@ -137,6 +138,8 @@ ActivationPlan activation_plan(const ModelSpec& spec, const RunPlan& run, bool c
     p.tree_from = from(tuning::attention_tree_from(cuda));
     p.runs_from = from(tuning::kAttentionRunsFrom);
     p.attention_skip = run.attention_skip;
+    p.head_fp8 = run.head_fp8 && cuda && run.training && !spec.samples &&
+                 head_fp8_takes(p.tokens, p.logits_rows, spec.vocab, spec.channels);
     return p;
 }
 

@@ -194,6 +194,7 @@ void TrainingRun::start() {
                               {"micro_batch", plan.micro_batch},
                               {"micro_batches", plan.micro_batches},
                               {"recompute", name_of(plan.recompute)},
+                              {"head_precision", plan.head_fp8 ? "fp8" : "bf16"},
                               {"data", data_->info().folder},
                               {"train_tokens", data_->info().train.tokens},
                               {"val_tokens", data_->info().val.tokens},
@@ -204,6 +205,10 @@ void TrainingRun::start() {
                                count_text(double(engine_->table().parameters)), engine_->device_name(),
                                bytes_text(static_cast<std::int64_t>(plan.bytes)), plan.micro_batches, plan.micro_batch,
                                name_of(plan.recompute)));
+    if (plan.head_fp8)
+        terminal_.line("vocabulary head: products in fp8");
+    else if (config_.head_precision == HeadChoice::fp8)
+        terminal_.line("vocabulary head: products in bf16; fp8 does not go with this device or these shapes");
     terminal_.line(fmt::format("data: {} ({} training tokens, {} held out)", data_->info().folder,
                                count_text(double(data_->info().train.tokens)),
                                count_text(double(data_->info().val.tokens))));

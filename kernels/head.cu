@@ -1,7 +1,15 @@
 // kernels/head.cu: the vocabulary head (see head.h): which way to take, and what the sm_90 way needs around its product:
-// logits of the targets, the rows' sums and factors, rows times factors. All of it is bound by memory.
+// logits of the targets, the rows' sums and factors, rows times factors. All of it is bound by memory. Then the order of
+// the steps in fp8.
+#include <utility>
+
 #include "kernels/common.cuh"
+#include "kernels/head_fp8_sm90.h"
 #include "kernels/head_sm90.h"
+
+#if !defined(FIEDLER_SM90A)
+#define FIEDLER_SM90A 0
+#endif
 
 namespace fiedler {
 namespace {
@@ -122,8 +130,8 @@ void chunk_sm90(const Cuda& dev, const Head<bf16>& p) {
     scale_rows(dev, p.dx, p.dx, factors);
 }
 
-bool try_sm90(const Cuda& dev, const Head<bf16>& p) {
-    if (!head_sm90_takes(dev, p)) return false;
+template <class Chunk>
+void for_chunks(const Head<bf16>& p, Chunk&& body) {
     FIEDLER_REQUIRE("head", p.scratch.size >= head_scratch_elements(p.logits.rows, p.w.rows, p.x.cols));
     for (std::int64_t first = 0; first < p.x.rows; first += p.logits.rows) {
         const std::int64_t rows = std::min(p.logits.rows, p.x.rows - first);
@@ -131,12 +139,113 @@ bool try_sm90(const Cuda& dev, const Head<bf16>& p) {
         chunk.losses = p.losses.slice(first, rows), chunk.targets = p.targets.slice(first, rows);
         chunk.x = p.x.slice_rows(first, rows);
         if (p.dx) chunk.dx = p.dx.slice_rows(first, rows);
-        chunk_sm90(dev, chunk);
+        body(chunk);
     }
+}
+
+bool try_sm90(const Cuda& dev, const Head<bf16>& p) {
+    if (!head_sm90_takes(dev, p)) return false;
+    for_chunks(p, [&](const Head<bf16>& chunk) { chunk_sm90(dev, chunk); });
+    return true;
+}
+
+// ---- fp8 ---------------------------------------------------------------------------------------------------------
+
+// What lies in fp8_scratch, for chunks of so many rows at most.
+struct Fp8Memory {
+    Mat<e4m3> w, w_turned, x, x_turned, sample;  // x_turned: in the place of x, which is done with by then
+    float *largest, *octaves, *base, *factors, *pulls;
+    std::uint32_t *w_largest, *x_largest;
+    float* inverse;  // cuBLASLt wants it at a multiple of 16 bytes
+
+    Fp8Memory(unsigned char* at, std::int64_t rows, std::int64_t vocab, std::int64_t channels) {
+        const auto bytes = [&](std::int64_t count) { return std::exchange(at, at + count); };
+        const auto matrix = [&](std::int64_t n, std::int64_t c) {
+            return Mat<e4m3>(reinterpret_cast<e4m3*>(bytes(n * c)), n, c);
+        };
+        w = matrix(vocab, channels), w_turned = matrix(channels, vocab);
+        x = matrix(rows, channels), x_turned = Mat<e4m3>(x.data, channels, rows);
+        sample = matrix(kHeadFp8Sample, channels);
+        for (float** v : {&largest, &octaves, &base, &factors, &pulls})
+            *v = reinterpret_cast<float*>(bytes(rows * std::int64_t(sizeof(float))));
+        w_largest = reinterpret_cast<std::uint32_t*>(bytes(16)),
+        x_largest = reinterpret_cast<std::uint32_t*>(bytes(16));
+        inverse = reinterpret_cast<float*>(bytes(16));
+    }
+};
+
+// The rows of p, which are one chunk; w is in `all`.
+void chunk_fp8(const Cuda& dev, const Head<bf16>& p, const Fp8Memory& all) {
+    const std::int64_t n = p.x.rows, c = p.x.cols, v = p.w.rows;
+    const Mat<e4m3> x = all.x.slice_rows(0, n), x_turned(all.x.data, c, n);
+    auto* const bytes = reinterpret_cast<e5m2*>(p.logits.data);
+    const Mat<e5m2> e(bytes, n, v), turned(bytes + n * v, v, n);
+    const Mat<float> sums(p.scratch.data, ceil_div(v, kHeadFp8Panel), n);
+    head_fp8_rows(dev, {.y = x,
+                        .largest = all.largest,
+                        .octaves = all.octaves,
+                        .target_logits = p.losses.data,
+                        .x = p.x,
+                        .w = p.w,
+                        .targets = p.targets.data,
+                        .w_largest = all.w_largest});
+    head_fp8_sample(dev, all.sample, all.w, p.targets);
+    head_fp8_base(
+        dev,
+        {.base = {all.base, n}, .x = x, .sample = all.sample, .octaves = all.octaves, .target_logits = p.losses.data});
+    head_fp8_exponentials(dev, {.e = e,
+                                .turned = turned,
+                                .sums = sums,
+                                .x = x,
+                                .w = all.w,
+                                .octaves = all.octaves,
+                                .base = all.base,
+                                .targets = p.targets.data});
+    head_fp8_finish(dev, {.losses = p.losses,
+                          .factors = all.factors,
+                          .pulls = all.pulls,
+                          .turned = turned,
+                          .x_largest = all.x_largest,
+                          .sums = sums,
+                          .largest = all.largest,
+                          .base = all.base,
+                          .targets = p.targets.data,
+                          .scale = p.scale});
+    head_fp8_turn(dev, {.y = {},
+                        .turned = x_turned,
+                        .x = p.x,
+                        .largest = all.x_largest,
+                        .row_factors = all.factors,
+                        .inverse = all.inverse});
+    matmul_fp8(
+        dev,
+        MatmulFp8<float>{
+            .y = p.dw, .a = turned, .b = x_turned, .scale = {all.inverse, 1}, .accumulate = true, .fast_sums = true});
+    matmul_fp8(dev, MatmulFp8<bf16>{.y = p.dx, .a = e, .b = all.w_turned});
+    head_fp8_dx(dev, {.dx = p.dx,
+                      .w = p.w,
+                      .factors = all.factors,
+                      .pulls = all.pulls,
+                      .targets = p.targets.data,
+                      .w_largest = all.w_largest});
+}
+
+bool try_fp8(const Cuda& dev, const Head<bf16>& p) {
+    const std::int64_t rows = std::min(p.logits.rows, p.x.rows), c = p.x.cols, v = p.w.rows;
+    if (!head_has_fp8(dev.arch) || !head_sm90_takes(dev, p) || !p.dx ||
+        !head_fp8_takes(p.x.rows, p.logits.rows, v, c) || p.logits.ld != v || p.dx.ld % 16 != 0 || p.dw.ld % 16 != 0)
+        return false;
+    FIEDLER_REQUIRE("head", p.fp8_scratch && p.fp8_scratch.size >= head_fp8_scratch_bytes(rows, v, c));
+    FIEDLER_REQUIRE("head", reinterpret_cast<std::uintptr_t>(p.fp8_scratch.data) % 16 == 0);
+    const Fp8Memory all(p.fp8_scratch.data, rows, v, c);
+    head_fp8_largest(dev, all.w_largest, p.w);
+    head_fp8_turn(dev, {.y = all.w, .turned = all.w_turned, .x = p.w, .largest = all.w_largest});
+    for_chunks(p, [&](const Head<bf16>& chunk) { chunk_fp8(dev, chunk, all); });
     return true;
 }
 #else
 bool try_sm90(const Cuda&, const Head<bf16>&) { return false; }
+bool try_fp8(const Cuda&, const Head<bf16>&) { return false; }
 #endif
 
 void check_all(const Head<bf16>& p) {
@@ -150,12 +259,16 @@ void check_all(const Head<bf16>& p) {
 
 void head(const Cuda& dev, const Head<bf16>& p) {
     check_all(p);
+    if (p.precision == HeadPrecision::fp8 && try_fp8(dev, p)) return;
     if (!try_sm90(dev, p)) head_by_products(dev, p);
 }
+
+bool head_has_fp8(int arch) { return FIEDLER_SM90A && arch == 90; }
 
 bool head_by_path(const Cuda& dev, const Head<bf16>& p, HeadPath path) {
     check_all(p);
     if (path == HeadPath::sm90) return try_sm90(dev, p);
+    if (path == HeadPath::fp8) return try_fp8(dev, p);
     head_by_products(dev, p);
     return true;
 }

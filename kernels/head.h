@@ -9,8 +9,9 @@
 //            Row-major, any ld; on Cuda data and row strides 16-byte aligned.
 // Gradient   asked for by dx and dw, both present or both absent.
 // Scratch    logits: [rows, V] T, ld >= V a multiple of 8 on Cuda: a chunk has so many rows, and what it leaves in them
-//            is of no use. scratch: head_scratch_elements, Cuda only.
-// Writes     losses, dx overwritten; dw accumulated (+=). dx, dw, losses and both scratches alias nothing.
+//            is of no use. scratch: head_scratch_elements, Cuda only. fp8_scratch: head_fp8_scratch_bytes, at a multiple
+//            of 16, where the way in fp8 is taken.
+// Writes     losses, dx overwritten; dw accumulated (+=). dx, dw, losses and the scratches alias nothing.
 // Numerics   sums in acc_t<T>; bit-equal from run to run for the same chunks. A NaN in x or in a used row of w shows in
 //            the losses; a target beyond the vocabulary gives NaN (on the CPU: ContractError).
 //   by products   logits and their gradients are rounded to T, as products of matmul.h and loss_forward (loss.h) make
@@ -20,6 +21,22 @@
 //                 from the same epilogue: losses_i = log(1 + s_i), and dl_ij = e_ij scale / (1 + s_i), with -s_i in
 //                 the target's place, needs no other pass over the logits: the factor of the row goes to x (rounded once
 //                 more) for dw, and to dx after its product. A loss above 88 nats comes out as infinity.
+//   fp8           asked for by `precision`; taken on sm_90 where there is a gradient and head_fp8_takes the shape, with
+//                 logits without a gap between rows and strides of dx and dw that 16 divides. Else one of the others is, without a word, and so
+//                 without a gradient: evaluation stays exact. The products are of 8-bit floats, with factors that are
+//                 powers of two:
+//                   x to e4m3 with a factor for each row, w with one for all; at most 448, above 224 the largest
+//                   e_ij = exp(l_ij - base_i) to e5m2, at most 57,344; base_i is log 16 below the larger of l_{i, target}
+//                     and the largest l_ij of 192 words j, the targets at equal distances in the chunk
+//                   x_i scale / (s_i + t_i), for dw, to e4m3 with one factor for the chunk
+//                 where l_ij are of the rounded x and w, l_{i, target} of x and w as they are, t_i = exp(l_{i, target} -
+//                 base_i), s_i the sum of e_ij over j != target_i before rounding. The loss is log(1 + s_i / t_i); the
+//                 target's own term of dx, -s_i w_target scale / (s_i + t_i), is computed in f32 of w as it is, that of
+//                 dw with s_i rounded to e5m2. Sums are in f32, or with what a tensor core keeps of it. So a term of a
+//                 gradient carries some 7 % of noise. In dx and dw, but not in the losses, an e_ij of a logit more than
+//                 8.2 nats above the larger one that base_i is made of saturates (rows with a loss above 8.2 nats alone
+//                 can have one), in dw s_i above 57,344 too; and words of less than 2^-21 of that larger one count as 0.
+//                 A NaN or an infinity in x shows in the row's loss, in w in every loss.
 #pragma once
 #include <algorithm>
 
@@ -33,6 +50,8 @@
 
 namespace fiedler {
 
+enum class HeadPrecision { bf16, fp8 };  // of the products where T is bf16; other T keep theirs
+
 template <class T>
 struct Head {
     Vec<acc_t<T>> losses;
@@ -44,6 +63,8 @@ struct Head {
     Mat<T> logits;               // scratch
     Vec<acc_t<T>> scratch;       // Cuda
     std::int64_t loss_rows = 0;  // by products: rows that go from product to loss at a time; 0: the chunk
+    HeadPrecision precision = HeadPrecision::bf16;
+    Vec<unsigned char> fp8_scratch;  // Cuda, precision fp8
 };
 
 template <class T>
@@ -59,6 +80,17 @@ void check(const Head<T>& p) {
 inline std::int64_t head_scratch_elements(std::int64_t chunk_rows, std::int64_t vocab, std::int64_t channels) {
     const std::int64_t columns = tuning::panel_columns(channels);
     return chunk_rows * (1 + (vocab + columns - 1) / columns);
+}
+
+// Shapes that the way in fp8 takes: rows in all and of a chunk (logits).
+constexpr bool head_fp8_takes(std::int64_t rows, std::int64_t chunk_rows, std::int64_t vocab, std::int64_t channels) {
+    return rows > 0 && rows % 64 == 0 && std::min(rows, chunk_rows) % 64 == 0 && vocab % 16 == 0 &&
+           channels % 128 == 0 && channels <= 768;
+}
+inline constexpr std::int64_t kHeadFp8Panel = 192;  // columns: tuning::panel_columns of fp8, for every C
+// w and its transpose; of a chunk, x and its transpose in turn, a sample of w, five numbers a row; three numbers.
+inline std::int64_t head_fp8_scratch_bytes(std::int64_t chunk_rows, std::int64_t vocab, std::int64_t channels) {
+    return (2 * vocab + chunk_rows + kHeadFp8Panel) * channels + 5 * chunk_rows * std::int64_t(sizeof(float)) + 48;
 }
 
 // The least: logits are written and read, once for each gradient, only because they do not fit into a cache.
@@ -103,8 +135,12 @@ template <class T>  // float, double
 void head(const Cpu&, const Head<T>&);
 void head(const Cuda&, const Head<bf16>&);
 
-// For tests and benchmarks: the same by one way alone. False: it does not take this problem here; nothing was computed.
-enum class HeadPath { products, sm90 };
+// Whether devices of this architecture (Cuda::arch) have the way in fp8, in this build.
+bool head_has_fp8(int arch);
+
+// For tests and benchmarks: the same by one way alone, whatever `precision` says. False: it does not take this problem
+// here; nothing was computed.
+enum class HeadPath { products, sm90, fp8 };
 bool head_by_path(const Cuda&, const Head<bf16>&, HeadPath);
 
 }  // namespace fiedler

@@ -8,6 +8,10 @@ void head(const Cpu& dev, const Head<T>& p) {
     head_by_products(dev, p);
 }
 
+#if !FIEDLER_CUDA
+bool head_has_fp8(int) { return false; }
+#endif
+
 template void head(const Cpu&, const Head<float>&);
 template void head(const Cpu&, const Head<double>&);
 

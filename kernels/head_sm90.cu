@@ -9,6 +9,7 @@ namespace {
 
 using namespace panel;
 
+using L = Layout<bf16>;
 constexpr float kLog2e = 1.4426950408889634f;
 
 struct HeadProblem : Panels {
@@ -29,53 +30,55 @@ __device__ float exp2_fast(float x) {  // 2 ulp; exp2(-inf) = 0
 // k: which of the two rows; j: which 32 columns.
 template <int N, bool kStores>
 struct HeadEpilogue {
+    using Element = bf16;
     using Problem = HeadProblem;
     static constexpr bool kMakesPanel = false;
+    static constexpr int kTileBytes = 0;
     float base[2];  // in base 2
     int target[2];  // relative to the thread's first column
 
-    __device__ void fetch(const HeadProblem& p, const Place& place) {
+    __device__ void fetch(const HeadProblem& p, const Place<bf16>& place) {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             const bool inside = place.row_inside(k);
-            base[k] = inside ? p.base[place.row + 8 * k] * kLog2e : INFINITY;
-            target[k] = (inside ? p.targets[place.row + 8 * k] : -1) - place.column;
+            base[k] = inside ? p.base[place.row(k)] * kLog2e : INFINITY;
+            target[k] = (inside ? p.targets[place.row(k)] : -1) - place.column;
         }
     }
     // -inf in the place of the target's logit, if it is one of the thread's.
     __device__ void hide_target(float (&sum)[N / 2], int k) const {
         if (target[k] < 0 || target[k] >= N) return;
 #pragma unroll
-        for (int j = 0; j < N / kRun; ++j)
+        for (int j = 0; j < N / L::kRun; ++j)
 #pragma unroll
             for (int i = 0; i < 8; ++i)
-                if (target[k] == kRun * j + i) sum[sum_at(k, j, i / 2) + i % 2] = -INFINITY;
+                if (target[k] == L::kRun * j + i) sum[L::sum_at(k, j, i / 2) + i % 2] = -INFINITY;
     }
-    __device__ void store(const HeadProblem& p, const Place& place, float (&sum)[N / 2]) const {
+    __device__ void store(const HeadProblem& p, const Place<bf16>& place, float (&sum)[N / 2]) const {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             hide_target(sum, k);
             nv_bf16* const to = kStores ? place.start(p.e, p.ld_e, k) : nullptr;
             float total = 0;
 #pragma unroll
-            for (int j = 0; j < N / kRun; ++j) {
+            for (int j = 0; j < N / L::kRun; ++j) {
                 std::uint32_t word[4];
                 float of_eight = 0;
 #pragma unroll
                 for (int q = 0; q < 4; ++q) {
-                    const float a = exp2_fast(fmaf(sum[sum_at(k, j, q)], kLog2e, -base[k]));
-                    const float b = exp2_fast(fmaf(sum[sum_at(k, j, q) + 1], kLog2e, -base[k]));
+                    const float a = exp2_fast(fmaf(sum[L::sum_at(k, j, q)], kLog2e, -base[k]));
+                    const float b = exp2_fast(fmaf(sum[L::sum_at(k, j, q) + 1], kLog2e, -base[k]));
                     of_eight += a + b;
                     word[q] = pack_bf16(a, b);
                 }
-                if (place.column + kRun * j < p.m) total += of_eight;
+                if (place.column + L::kRun * j < p.m) total += of_eight;
                 if (kStores && place.inside(k, j))
-                    *reinterpret_cast<uint4*>(to + kRun * j) = uint4{word[0], word[1], word[2], word[3]};
+                    *reinterpret_cast<uint4*>(to + L::kRun * j) = uint4{word[0], word[1], word[2], word[3]};
             }
             total += __shfl_xor_sync(0xffffffffu, total, 1);
             total += __shfl_xor_sync(0xffffffffu, total, 2);
             if (threadIdx.x % 4 == 0 && place.row_inside(k))
-                p.sums[(place.column / N) * p.ld_sums + place.row + 8 * k] = total;
+                p.sums[(place.column / N) * p.ld_sums + place.row(k)] = total;
         }
     }
 };

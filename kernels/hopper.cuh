@@ -1,7 +1,7 @@
 // kernels/hopper.cuh: the instructions that only sm_90a has: barriers that count bytes, tile loads by the tensor memory
 // accelerator (TMA), products of a warpgroup (128 threads). Names and meanings as in the PTX ISA.
 //
-// Tiles of operands lie in shared memory as TMA's 128-byte swizzle writes them: rows of 64 bf16 (128 bytes), at an
+// Tiles of operands lie in shared memory as TMA's 128-byte swizzle writes them: rows of 64 bf16 (128 bytes; or 128 e4m3), at an
 // address that is a multiple of 1024; the 16-byte piece c of row r lies at place c ^ (r % 8) of its row.
 #pragma once
 #include <cuda.h>
@@ -97,6 +97,13 @@ __device__ inline void store_box(const CUtensorMap* map, int x, int y, const voi
                  : "memory");
     asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
 }
+__device__ inline void store_box(const CUtensorMap* map, int x, int y, int z, int w, const void* from) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n" ::"l"(map),
+        "r"(shared_address(from)), "r"(x), "r"(y), "r"(z), "r"(w)
+        : "memory");
+    asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
+}
 __device__ inline void store_wait() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
 // What this thread has written into shared memory becomes visible to products and TMA (after a barrier, to those that
 // others start).
@@ -106,6 +113,13 @@ __device__ inline void publish_shared() { asm volatile("fence.proxy.async.shared
 __device__ inline void store_matrices(void* to, std::uint32_t a, std::uint32_t b, std::uint32_t c, std::uint32_t d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};\n" ::"r"(shared_address(to)), "r"(a),
                  "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+// The same, turned: where column l % 8 of matrix l / 8 goes, as a row.
+__device__ inline void store_matrices_turned(void* to, std::uint32_t a, std::uint32_t b, std::uint32_t c,
+                                             std::uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};\n" ::"r"(shared_address(to)),
+                 "r"(a), "r"(b), "r"(c), "r"(d)
                  : "memory");
 }
 
@@ -179,6 +193,19 @@ __device__ inline void multiply<192>(float (&d)[96], std::uint64_t a, std::uint6
                                   "%96", "%97", "%98")
                  : FIEDLER_D32(0), FIEDLER_D32(32), FIEDLER_D32(64)
                  : "l"(a), "l"(b), "r"(int(add)));
+}
+// The same of e4m3, 32 of the inner dimension: as many bytes. Sums of a product are kept with some 14 bits of mantissa.
+template <int N>
+__device__ void multiply_e4m3(float (&d)[N / 2], std::uint64_t a, std::uint64_t b, bool add);
+template <>
+__device__ inline void multiply_e4m3<192>(float (&d)[96], std::uint64_t a, std::uint64_t b, bool add) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n192k32.f32.e4m3.e4m3 {" FIEDLER_TEN() FIEDLER_TEN(1) FIEDLER_TEN(2)
+            FIEDLER_TEN(3) FIEDLER_TEN(4) FIEDLER_TEN(5) FIEDLER_TEN(6) FIEDLER_TEN(7)
+                FIEDLER_TEN(8) "%90,%91,%92,%93,%94,%95}, %96, %97, p, 1, 1;\n}\n"
+        : FIEDLER_D32(0), FIEDLER_D32(32), FIEDLER_D32(64)
+        : "l"(a), "l"(b), "r"(int(add)));
 }
 // d = [d +] A B with A 64 x 16 in registers: each warp has 16 of the rows, in the layout of A in kernels/mma.cuh; they may be
 // written again once the product has been waited for. kTurned: B as it lies, 16 rows of 64 columns, the rows the inner

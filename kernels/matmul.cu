@@ -31,6 +31,7 @@ struct Operand {
     const void* data;
     std::int64_t rows, cols, ld;
     cublasOperation_t op;
+    cudaDataType_t type = CUDA_R_16BF;
 };
 struct Result {
     void* data;
@@ -53,7 +54,9 @@ struct Product {
     Addend c;  // absent: null
     bool relu = false;
     Batch batch = {};
-    std::size_t reserved = 0;  // bytes at the beginning of the workspace that are not cuBLASLt's
+    std::size_t reserved = 0;      // bytes at the beginning of the workspace that are not cuBLASLt's
+    const float* scale = nullptr;  // of a, on the device; null: 1
+    bool fast_sums = false;        // of 8-bit floats
     // What cuBLASLt is told of c, which it wants described even where it does not read it.
     Addend described_c() const { return c.data ? c : Addend{d.data, d.ld}; }
 };
@@ -70,7 +73,7 @@ struct Plan {
     Layout a, b, c, d;
     cublasLtMatmulAlgo_t algorithm{};
 };
-using Key = std::array<std::int64_t, 22>;
+using Key = std::array<std::int64_t, 25>;
 using Plans = std::map<Key, Plan>;
 
 // The largest power of two, up to 256, that divides the address and the distance to the next matrix of a batch: what
@@ -79,8 +82,9 @@ std::uint32_t alignment(const void* p, std::int64_t stride_bytes = 0) {
     const auto address = reinterpret_cast<std::uintptr_t>(p) | static_cast<std::uintptr_t>(stride_bytes);
     return static_cast<std::uint32_t>(std::min<std::uintptr_t>(address & (~address + 1), 256));
 }
-std::uint32_t alignment_a(const Product& p) { return alignment(p.a.data, p.batch.a * 2); }
-std::uint32_t alignment_b(const Product& p) { return alignment(p.b.data, p.batch.b * 2); }
+std::int64_t bytes_of(const Operand& o) { return o.type == CUDA_R_16BF ? 2 : 1; }
+std::uint32_t alignment_a(const Product& p) { return alignment(p.a.data, p.batch.a * bytes_of(p.a)); }
+std::uint32_t alignment_b(const Product& p) { return alignment(p.b.data, p.batch.b * bytes_of(p.b)); }
 std::uint32_t alignment_d(const Product& p) {
     return alignment(p.d.data, p.batch.d * (p.d.type == CUDA_R_32F ? 4 : 2));
 }
@@ -121,6 +125,9 @@ Key key_of(const Cuda& dev, const Product& p, int choice) {
             alignment(workspace.data),
             static_cast<std::int64_t>(workspace.bytes),
             p.batch.a,
+            p.a.type,
+            p.scale != nullptr,
+            p.fast_sums,
             choice};
 }
 
@@ -157,9 +164,13 @@ Plan describe(const Product& p) {
     CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(operation, CUBLASLT_MATMUL_DESC_TRANSA, &p.a.op, sizeof(p.a.op)));
     CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(operation, CUBLASLT_MATMUL_DESC_TRANSB, &p.b.op, sizeof(p.b.op)));
     CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(operation, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(epilogue)));
+    if (p.a.type != CUDA_R_16BF) {
+        const std::int8_t fast = p.fast_sums;
+        CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(operation, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof(fast)));
+    }
     const int count = p.batch.count;
-    plan.a = make_layout(CUDA_R_16BF, p.a.rows, p.a.cols, p.a.ld, count, p.batch.a);
-    plan.b = make_layout(CUDA_R_16BF, p.b.rows, p.b.cols, p.b.ld, count, p.batch.b);
+    plan.a = make_layout(p.a.type, p.a.rows, p.a.cols, p.a.ld, count, p.batch.a);
+    plan.b = make_layout(p.b.type, p.b.rows, p.b.cols, p.b.ld, count, p.batch.b);
     plan.c = make_layout(p.d.type, p.d.rows, p.d.cols, p.described_c().ld, count, p.batch.d);
     plan.d = make_layout(p.d.type, p.d.rows, p.d.cols, p.d.ld, count, p.batch.d);
     return plan;
@@ -190,6 +201,9 @@ Preference make_preference(const Cuda& dev, const Product& p) {
 cublasStatus_t launch(const Cuda& dev, const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Product& p) {
     const float alpha = 1.f, beta = p.c.data ? 1.f : 0.f;
     const Workspace workspace = workspace_of(dev, p);
+    if (p.scale)  // where it lies is no part of the plan
+        CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(plan.operation.get(), CUBLASLT_MATMUL_DESC_A_SCALE_POINTER,
+                                                    &p.scale, sizeof(p.scale)));
     return cublasLtMatmul(dev.state->blas, plan.operation.get(), &alpha, p.a.data, plan.a.get(), p.b.data, plan.b.get(),
                           &beta, p.described_c().data, plan.c.get(), p.d.data, plan.d.get(), &algorithm, workspace.data,
                           workspace.bytes, stream_of(dev));
@@ -338,10 +352,22 @@ Product product_of(const MatmulDx<bf16>& p) {
 Product product_of(const MatmulDw<bf16>& p) {
     return {result(p.dw), stored(p.x, CUBLAS_OP_N), stored(p.dy, CUBLAS_OP_T), {p.dw.data, p.dw.ld}};
 }
+template <class O>
+Product product_of(const MatmulFp8<O>& p) {
+    const Addend start = p.accumulate ? Addend{p.y.data, p.y.ld} : Addend{};
+    Product product{result(p.y), stored(p.b, CUBLAS_OP_T), stored(p.a, CUBLAS_OP_N), start};
+    product.a.type = CUDA_R_8F_E4M3, product.b.type = CUDA_R_8F_E5M2;
+    product.scale = p.scale.data, product.fast_sums = p.fast_sums;
+    return product;
+}
 std::int64_t rows_of(const MatmulForward<bf16, bf16>& p) { return p.x.rows; }
 std::int64_t rows_of(const MatmulForward<bf16, float>& p) { return p.x.rows; }
 std::int64_t rows_of(const MatmulDx<bf16>& p) { return p.dy.rows; }
 std::int64_t rows_of(const MatmulDw<bf16>& p) { return p.dy.rows; }
+template <class O>
+std::int64_t rows_of(const MatmulFp8<O>& p) {
+    return p.a.rows;
+}
 
 // ---- dw in pieces of rows ----------------------------------------------------------------------------------------
 
@@ -418,6 +444,8 @@ void run_checked(const Cuda& dev, const P& p) {
 void matmul_forward(const Cuda& dev, const MatmulForward<bf16, bf16>& p) { run_checked(dev, p); }
 void matmul_forward(const Cuda& dev, const MatmulForward<bf16, float>& p) { run_checked(dev, p); }
 void matmul_dx(const Cuda& dev, const MatmulDx<bf16>& p) { run_checked(dev, p); }
+void matmul_fp8(const Cuda& dev, const MatmulFp8<bf16>& p) { run_checked(dev, p); }
+void matmul_fp8(const Cuda& dev, const MatmulFp8<float>& p) { run_checked(dev, p); }
 void matmul_dw(const Cuda& dev, const MatmulDw<bf16>& p) {
     check(p);
     if (p.dy.rows == 0) return;
@@ -443,5 +471,7 @@ template bool matmul_by_algorithm(const Cuda&, const MatmulForward<bf16, bf16>&,
 template bool matmul_by_algorithm(const Cuda&, const MatmulForward<bf16, float>&, int);
 template bool matmul_by_algorithm(const Cuda&, const MatmulDx<bf16>&, int);
 template bool matmul_by_algorithm(const Cuda&, const MatmulDw<bf16>&, int);
+template bool matmul_by_algorithm(const Cuda&, const MatmulFp8<bf16>&, int);
+template bool matmul_by_algorithm(const Cuda&, const MatmulFp8<float>&, int);
 
 }  // namespace fiedler

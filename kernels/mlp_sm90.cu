@@ -8,6 +8,7 @@ namespace fiedler {
 namespace {
 
 using namespace panel;
+using L = Layout<bf16>;
 
 struct MlpProblem : Panels {
     const nv_bf16* w;  // backward: W2
@@ -18,9 +19,9 @@ struct MlpProblem : Panels {
 
 // Backward: the panel of W2, turned. A thread takes four columns of eight rows at a time: 16 bytes of each column.
 template <int N>
-__device__ void turn_panel(const MlpProblem& p, const Share& share, nv_bf16* panel) {
+__device__ void turn_panel(const MlpProblem& p, const Share& share, unsigned char* panel) {
     constexpr int kBatch = 3, kQuads = N / 4;
-    const int items = p.chunks * (kDepth / 8) * kQuads;
+    const int items = p.chunks * (L::kDepth / 8) * kQuads;
     for (int first = threadIdx.x; first < items; first += kBatch * kConsumers) {
         uint2 in[kBatch][8];
 #pragma unroll
@@ -44,8 +45,8 @@ __device__ void turn_panel(const MlpProblem& p, const Share& share, nv_bf16* pan
                     const uint2 &lo = in[s][2 * k], &hi = in[s][2 * k + 1];
                     word[k] = __byte_perm(c < 2 ? lo.x : lo.y, c < 2 ? hi.x : hi.y, c % 2 ? 0x7632 : 0x5410);
                 }
-                const int row = place_of(column + c), piece = octet % 8 ^ row % 8;
-                *reinterpret_cast<uint4*>(panel + (octet / 8 * N + row) * kDepth + piece * 8) =
+                const int row = L::place_of(column + c), piece = octet % 8 ^ row % 8;
+                *reinterpret_cast<uint4*>(panel + (octet / 8 * N + row) * kSwizzleBytes + piece * 16) =
                     uint4{word[0], word[1], word[2], word[3]};
             }
         }
@@ -78,21 +79,23 @@ __device__ uint4 read_once(const nv_bf16* p) {
 // k: which of the two rows; j: which 32 columns.
 template <int N, bool kBackward>
 struct MlpEpilogue {
+    using Element = bf16;
     using Problem = MlpProblem;
     static constexpr bool kMakesPanel = kBackward;
-    uint4 h[kBackward ? 2 : 1][kBackward ? N / kRun : 1];
+    static constexpr int kTileBytes = 0;
+    uint4 h[kBackward ? 2 : 1][kBackward ? N / L::kRun : 1];
 
-    __device__ static void panel(const MlpProblem& p, const Share& share, nv_bf16* panel) {
+    __device__ static void panel(const MlpProblem& p, const Share& share, unsigned char* panel) {
         turn_panel<N>(p, share, panel);
     }
-    __device__ void fetch(const MlpProblem& p, const Place& place) {
+    __device__ void fetch(const MlpProblem& p, const Place<bf16>& place) {
         if constexpr (kBackward)
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
                 const nv_bf16* const from = place.start(p.h, p.ld_h, k);
 #pragma unroll
-                for (int j = 0; j < N / kRun; ++j)
-                    h[k][j] = place.inside(k, j) ? read_once(from + kRun * j) : uint4{0, 0, 0, 0};
+                for (int j = 0; j < N / L::kRun; ++j)
+                    h[k][j] = place.inside(k, j) ? read_once(from + L::kRun * j) : uint4{0, 0, 0, 0};
             }
     }
     __device__ static std::uint32_t activation(float a, float b) {
@@ -105,7 +108,7 @@ struct MlpEpilogue {
     // A thread's eight columns.
     __device__ uint4 eight(const float (&sum)[N / 2], int k, int j) const {
         const auto pair = [&](int q, std::uint32_t gate) {
-            const float a = sum[sum_at(k, j, q)], b = sum[sum_at(k, j, q) + 1];
+            const float a = sum[L::sum_at(k, j, q)], b = sum[L::sum_at(k, j, q) + 1];
             return kBackward ? gradient(a, b, gate) : activation(a, b);
         };
         if constexpr (kBackward)
@@ -113,14 +116,14 @@ struct MlpEpilogue {
         else
             return {pair(0, 0), pair(1, 0), pair(2, 0), pair(3, 0)};
     }
-    __device__ void store(const MlpProblem& p, const Place& place, const float (&sum)[N / 2]) const {
+    __device__ void store(const MlpProblem& p, const Place<bf16>& place, const float (&sum)[N / 2]) const {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             nv_bf16* const to = place.start(p.out, p.ld_out, k);
 #pragma unroll
-            for (int j = 0; j < N / kRun; ++j) {
+            for (int j = 0; j < N / L::kRun; ++j) {
                 const uint4 value = eight(sum, k, j);
-                if (place.inside(k, j)) *reinterpret_cast<uint4*>(to + kRun * j) = value;
+                if (place.inside(k, j)) *reinterpret_cast<uint4*>(to + L::kRun * j) = value;
             }
         }
     }

@@ -11,15 +11,21 @@
 //     memory.
 // The panel comes by TMA, or is made by the warpgroups themselves, once a block (mlp.h, backward: it has to be turned).
 //
+// Operands and output are of one size of element: bf16, or bytes (x and W e4m3). What that changes is in Layout.
+//
 // An epilogue is a class of the number N of columns, with
+//   Element            of x and W
 //   Problem            what it needs, derived from Panels
 //   kMakesPanel        whether panel() fills the panel; else TMA does, from Panels::weights
+//   kTileBytes         of shared memory for each of the two warpgroups, at Place::tile; a multiple of kTileAlignment
 //   fetch(p, place)    called before the product that its way is hidden behind
 //   store(p, place, sum)
+//   finish()           with kTileBytes: after the warpgroup's last tile
 #pragma once
 #include <algorithm>
 
 #include "kernels/common.cuh"
+#include "kernels/fp8.h"
 #include "kernels/hopper.cuh"
 #include "kernels/tensor_map.h"
 #include "kernels/tuning.h"
@@ -28,25 +34,46 @@ namespace fiedler::panel {
 
 using namespace hopper;
 
-constexpr int kRows = 64, kDepth = kSwizzleColumns;  // of a stage
-constexpr int kStages = 10, kStageElements = kRows * kDepth, kStageBytes = kStageElements * 2;
+constexpr int kRows = 64, kStageBytes = kRows * kSwizzleBytes;  // of a stage
 constexpr int kConsumers = 2 * kWarpgroup, kThreads = kConsumers + kWarpgroup;
 // Registers of a thread that multiplies and of one that loads: 65,536 in all. Every thread begins with a third of them.
 constexpr int kManyRegisters = 232, kFewRegisters = 40;
-constexpr int kMostDepth = 768, kMostChunks = kMostDepth / kDepth;
-constexpr int kRun = 32, kRuns = 4;  // columns that place_of permutes among themselves, in runs of 8
+constexpr int kMostDepth = 768, kMostChunks = kMostDepth * 2 / kSwizzleBytes, kMostStages = 10;
+
+// What depends on the element. A thread's sums are those of columns 8 j + 2 t and the next one (t = lane % 4) of two
+// rows of the product, g and g + 8 (g = lane / 4) of its warp's 16.
+//   columns   are permuted among kRun, so that a thread has kOwn of them, 16 bytes, in kPairs pairs
+//   rows      kNeighbours: are permuted among 16, so that the thread's two are 2 g and 2 g + 1 of the matrix
+template <class E>
+struct Layout {
+    static constexpr int kDepth = kSwizzleBytes / static_cast<int>(sizeof(E));  // of a chunk: one row of a stage
+    static constexpr int kOwn = 16 / static_cast<int>(sizeof(E)), kRun = 4 * kOwn, kPairs = kOwn / 2;
+    static constexpr bool kNeighbours = sizeof(E) == 1;
+    // The turned tiles of fp8 take the room of some stages; a row of its tiles has half as many chunks.
+    static constexpr int kStages = sizeof(E) == 1 ? 6 : kMostStages;
+
+    // Row of the panel in shared memory that holds this column of it: the sums of rows 8 q + 2 t + e (q < kPairs, e < 2)
+    // of each kRun are those of columns kOwn t + 2 q + e.
+    __device__ static constexpr int place_of(int column) {
+        const int in = column % kRun;
+        return column - in + in % kOwn / 2 * 8 + in / kOwn * 2 + in % 2;
+    }
+    // Where the sums of a thread's columns of row k in the run j are: pairs, q = 0 .. kPairs - 1.
+    __device__ static constexpr int sum_at(int k, int j, int q) { return (kPairs * j + q) * 4 + 2 * k; }
+};
 
 struct Panels {
     CUtensorMap rows;     // x, [n, C]
     CUtensorMap weights;  // W; unused where the epilogue makes the panel
-    int n, m, chunks;     // rows, columns of the output, C / kDepth
+    int n, m, chunks;     // rows, columns of the output, C / Layout::kDepth
     int panels, groups;
 };
 struct Barriers {
-    Barrier full[kStages], empty[kStages], panel[kMostChunks];
+    Barrier full[kMostStages], empty[kMostStages], panel[kMostChunks];
 };
 
 // A place in the ring of stages.
+template <int kStages>
 struct Ring {
     int stage = 0, parity = 0;
     __device__ void next() {
@@ -68,86 +95,90 @@ struct Share {
     __device__ int first_row(const Panels& p, int i) const { return (group + i * p.groups) * kRows; }
 };
 
-// Row of the panel in shared memory that holds this column of it. A thread's sums are those of rows 8 q + 2 t, 8 q + 2 t
-// + 1 of each 32 (q = 0..3, t = lane % 4): columns 8 t .. 8 t + 7.
-__device__ constexpr int place_of(int column) {
-    const int in = column % kRun;
-    return column - in + in % 8 / 2 * 8 + in / 8 * 2 + in % 2;
-}
-
-// A thread's part of a tile: rows `row` and row + 8, and in each 32 columns eight from 8 t.
+// A thread's part of a tile: rows row(0) and row(1), and in each run of columns the kOwn from `column`.
+template <class E>
 struct Place {
-    int row, column;
+    using L = Layout<E>;
+    int first_row, column;  // first_row: row(0)
     const Panels& p;
+    unsigned char* tile;  // the warpgroup's own shared memory
 
-    __device__ Place(const Panels& problem, const Share& share, int i) : p(problem) {
+    __device__ Place(const Panels& problem, const Share& share, int i, unsigned char* own) : p(problem), tile(own) {
         const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, lane = thread % kWarp;
-        row = share.first_row(p, i) + thread / kWarp * 16 + lane / 4;
-        column = share.column + lane % 4 * 8;
+        first_row = share.first_row(p, i) + thread / kWarp * 16 + lane / 4 * (L::kNeighbours ? 2 : 1);
+        column = share.column + lane % 4 * L::kOwn;
     }
-    __device__ bool row_inside(int k) const { return row + 8 * k < p.n; }
-    __device__ bool inside(int k, int j) const { return row_inside(k) && column + kRun * j < p.m; }
-    // Of a matrix with the output's rows and columns: where its first eight columns of row k are.
+    __device__ int row(int k) const { return first_row + k * (L::kNeighbours ? 1 : 8); }
+    __device__ bool row_inside(int k) const { return row(k) < p.n; }
+    __device__ bool inside(int k, int j) const { return row_inside(k) && column + L::kRun * j < p.m; }
+    // Of a matrix with the output's rows and columns: where its first columns of row k are.
     template <class U>
     __device__ U* start(U* matrix, std::int64_t ld, int k) const {
-        return matrix + (row + 8 * k) * ld + column;
+        return matrix + row(k) * ld + column;
     }
 };
-// Where the sums of a thread's eight columns of row k in the 32 columns j are: pairs, of runs q = 0 .. 3.
-__device__ constexpr int sum_at(int k, int j, int q) { return (kRuns * j + q) * 4 + 2 * k; }
 
 // ---- loads -------------------------------------------------------------------------------------------------------
 
-template <int N, bool kMakesPanel>
-__device__ void produce(const Panels& p, const Share& share, nv_bf16* panel, nv_bf16* stages, Barriers& b) {
-    Ring ring;
+template <int N, class Epilogue>
+__device__ void produce(const Panels& p, const Share& share, unsigned char* panel, unsigned char* stages, Barriers& b) {
+    using L = Layout<typename Epilogue::Element>;
+    Ring<L::kStages> ring;
     for (int i = 0; i < share.count; ++i)
         for (int k = 0; k < p.chunks; ++k, ring.next()) {
+            unsigned char* const stage = stages + ring.stage * kStageBytes;
             barrier_wait(&b.empty[ring.stage], ring.parity ^ 1);
             barrier_arrive_expecting(&b.full[ring.stage], kStageBytes);
-            load_box(stages + ring.stage * kStageElements, &p.rows, k * kDepth, share.first_row(p, i),
-                     &b.full[ring.stage]);
-            if (kMakesPanel || i > 0) continue;
+            if constexpr (L::kNeighbours)
+                load_box(stage, &p.rows, k * L::kDepth, 0, 0, share.first_row(p, i) / 16, &b.full[ring.stage]);
+            else
+                load_box(stage, &p.rows, k * L::kDepth, share.first_row(p, i), &b.full[ring.stage]);
+            if (Epilogue::kMakesPanel || i > 0) continue;
             barrier_arrive_expecting(&b.panel[k], N * kSwizzleBytes);
 #pragma unroll
-            for (int r = 0; r < N; r += kRun)
-                load_box(panel + (k * N + r) * kDepth, &p.weights, k * kDepth, 0, (share.column + r) / 8, 0,
-                         &b.panel[k]);
+            for (int r = 0; r < N; r += L::kRun)
+                load_box(panel + (k * N + r) * kSwizzleBytes, &p.weights, k * L::kDepth, 0,
+                         (share.column + r) / L::kOwn, 0, &b.panel[k]);
         }
 }
 
 // ---- products ----------------------------------------------------------------------------------------------------
 
 // sum = the stage's rows x the panel's chunk; a tile's product is `chunks` of these.
-template <int N>
-__device__ void multiply_chunk(float (&sum)[N / 2], const nv_bf16* stage, const nv_bf16* chunk, bool add) {
+template <int N, class E>
+__device__ void multiply_chunk(float (&sum)[N / 2], const unsigned char* stage, const unsigned char* chunk, bool add) {
     const std::uint64_t a = operand(stage), b = operand(chunk);
     product_begin();
 #pragma unroll
-    for (int s = 0; s < kDepth / 16; ++s) multiply<N>(sum, advance(a, s), advance(b, s), add || s > 0);
+    for (int s = 0; s < kSwizzleBytes / 32; ++s)
+        if constexpr (sizeof(E) == 1)
+            multiply_e4m3<N>(sum, advance(a, s), advance(b, s), add || s > 0);
+        else
+            multiply<N>(sum, advance(a, s), advance(b, s), add || s > 0);
     product_commit();
 }
 
 template <int N, class Epilogue>
-__device__ void consume(const typename Epilogue::Problem& p, const Share& share, const nv_bf16* panel,
-                        const nv_bf16* stages, Barriers& b) {
+__device__ void consume(const typename Epilogue::Problem& p, const Share& share, const unsigned char* panel,
+                        const unsigned char* stages, unsigned char* tiles, Barriers& b) {
+    using E = typename Epilogue::Element;
     const int team = static_cast<int>(threadIdx.x) / kWarpgroup;
     const bool speaks = threadIdx.x % kWarp == 0;  // for its warp
     constexpr int kTurn = 1;                       // and 2: numbers of the named barriers
     float sum[N / 2];
     Epilogue epilogue;
-    Ring ring;
+    Ring<Layout<E>::kStages> ring;
     ring.skip(team * p.chunks);
     if (team == 1) named_arrive(kTurn, kConsumers);  // the first turn is the other's
     for (int i = team; i < share.count; i += 2, ring.skip(p.chunks)) {
-        const Place place(p, share, i);
+        const Place<E> place(p, share, i, tiles + team * Epilogue::kTileBytes);
         epilogue.fetch(p, place);
         named_wait(kTurn + team, kConsumers);
         int before = 0;  // the stage of the chunk before
         for (int k = 0; k < p.chunks; ++k, ring.next()) {
             if (!Epilogue::kMakesPanel && i < 2) barrier_wait(&b.panel[k], 0);
             barrier_wait(&b.full[ring.stage], ring.parity);
-            multiply_chunk<N>(sum, stages + ring.stage * kStageElements, panel + k * N * kDepth, k > 0);
+            multiply_chunk<N, E>(sum, stages + ring.stage * kStageBytes, panel + k * N * kSwizzleBytes, k > 0);
             if (k > 0) {
                 product_wait<1>();
                 if (speaks) barrier_arrive(&b.empty[before]);
@@ -160,6 +191,7 @@ __device__ void consume(const typename Epilogue::Problem& p, const Share& share,
         if (speaks) barrier_arrive(&b.empty[before]);
         epilogue.store(p, place, sum);
     }
+    if constexpr (Epilogue::kTileBytes > 0) epilogue.finish();
 }
 
 template <int N, class Epilogue>
@@ -167,8 +199,9 @@ __global__ __launch_bounds__(kThreads, 1) void panel_kernel(const __grid_constan
     extern __shared__ unsigned char shared[];
     __shared__ Barriers barriers;
     const std::uint32_t past = shared_address(shared) % kTileAlignment;
-    auto* const panel = reinterpret_cast<nv_bf16*>(shared + (past == 0 ? 0 : kTileAlignment - past));
-    nv_bf16* const stages = panel + p.chunks * N * kDepth;
+    constexpr int kStages = Layout<typename Epilogue::Element>::kStages;
+    unsigned char* const panel = shared + (past == 0 ? 0 : kTileAlignment - past);
+    unsigned char* const stages = panel + p.chunks * N * kSwizzleBytes;
     const Share share(p, N);
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; ++s) {
@@ -181,7 +214,7 @@ __global__ __launch_bounds__(kThreads, 1) void panel_kernel(const __grid_constan
     __syncthreads();
     if (threadIdx.x >= kConsumers) {
         give_registers<kFewRegisters>();
-        if (threadIdx.x == kConsumers) produce<N, Epilogue::kMakesPanel>(p, share, panel, stages, barriers);
+        if (threadIdx.x == kConsumers) produce<N, Epilogue>(p, share, panel, stages, barriers);
         return;
     }
     take_registers<kManyRegisters>();
@@ -191,20 +224,29 @@ __global__ __launch_bounds__(kThreads, 1) void panel_kernel(const __grid_constan
         publish_shared();
         named_wait(kMade, kConsumers);
     }
-    consume<N, Epilogue>(p, share, panel, stages, barriers);
+    consume<N, Epilogue>(p, share, panel, stages, stages + kStages * kStageBytes, barriers);
 }
 
 // ---- launch ------------------------------------------------------------------------------------------------------
 
-inline CUtensorMap map_of_rows(const Mat<const bf16>& m) {
-    return tensor_map<2>(m.data, {cuuint64_t(m.cols), cuuint64_t(m.rows)}, {cuuint64_t(m.ld) * 2}, {kDepth, kRows});
+template <class E>
+CUtensorMap map_of_rows(const Mat<const E>& m) {
+    using L = Layout<E>;
+    const cuuint64_t row = cuuint64_t(m.ld) * sizeof(E);
+    if constexpr (L::kNeighbours)  // a row's number is 16 (its sixteen) + 2 g + k; a box runs through g first, then k
+        return tensor_map<4>(m.data, {cuuint64_t(m.cols), 8, 2, cuuint64_t(m.rows) / 16}, {2 * row, row, 16 * row},
+                             {L::kDepth, 8, 2, kRows / 16});
+    else
+        return tensor_map<2>(m.data, {cuuint64_t(m.cols), cuuint64_t(m.rows)}, {row}, {L::kDepth, kRows});
 }
-// W1 in an order of rows that is place_of's: a row's number is 8 (its eight) + 2 q + e, and a box runs through e first,
-// then through four eights, then through q.
-inline CUtensorMap map_of_weights(const Mat<const bf16>& m) {
-    const cuuint64_t row = cuuint64_t(m.ld) * 2;
-    return tensor_map<4>(m.data, {cuuint64_t(m.cols), 2, cuuint64_t(m.rows) / 8, 4}, {row, 8 * row, 2 * row},
-                         {kDepth, 2, kRun / 8, 4});
+// W1 in an order of rows that is place_of's: a row's number is kOwn (its kOwn) + 2 q + e, and a box runs through e first,
+// then through four times kOwn, then through q.
+template <class E>
+CUtensorMap map_of_weights(const Mat<const E>& m) {
+    using L = Layout<E>;
+    const cuuint64_t row = cuuint64_t(m.ld) * sizeof(E);
+    return tensor_map<4>(m.data, {cuuint64_t(m.cols), 2, cuuint64_t(m.rows) / L::kOwn, L::kPairs},
+                         {row, L::kOwn * row, 2 * row}, {L::kDepth, 2, 4, L::kPairs});
 }
 
 // Blocks to each panel. A block's time is its tiles and, once, its panel, which takes as long as a few tiles; blocks run
@@ -225,7 +267,8 @@ template <int N, class Epilogue>
 void launch_columns(const Cuda& dev, typename Epilogue::Problem& p) {
     p.panels = ceil_div(p.m, N);
     p.groups = groups_of(p.panels, ceil_div(p.n, kRows), dev.sm_count);
-    const int bytes = p.chunks * N * kSwizzleBytes + kStages * kStageBytes + kTileAlignment;
+    const int bytes = p.chunks * N * kSwizzleBytes + Layout<typename Epilogue::Element>::kStages * kStageBytes +
+                      2 * Epilogue::kTileBytes + kTileAlignment;
     const auto kernel = panel_kernel<N, Epilogue>;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     kernel<<<static_cast<unsigned>(p.panels * p.groups), kThreads, static_cast<std::size_t>(bytes), stream_of(dev)>>>(
@@ -234,13 +277,17 @@ void launch_columns(const Cuda& dev, typename Epilogue::Problem& p) {
 }
 
 // y has so many columns. weights: null where the epilogue makes the panel.
-template <template <int> class Epilogue>
-void launch(const Cuda& dev, typename Epilogue<96>::Problem& p, const Mat<const bf16>& rows, std::int64_t columns,
-            const Mat<const bf16>* weights) {
+template <class E>
+void describe(Panels& p, const Mat<const E>& rows, std::int64_t columns, const Mat<const E>* weights) {
     p.rows = map_of_rows(rows);
     if (weights) p.weights = map_of_weights(*weights);
     p.n = static_cast<int>(rows.rows), p.m = static_cast<int>(columns);
-    p.chunks = static_cast<int>(rows.cols / kDepth);
+    p.chunks = static_cast<int>(rows.cols / Layout<E>::kDepth);
+}
+template <template <int> class Epilogue>
+void launch(const Cuda& dev, typename Epilogue<96>::Problem& p, const Mat<const bf16>& rows, std::int64_t columns,
+            const Mat<const bf16>* weights) {
+    describe(p, rows, columns, weights);
     switch (tuning::panel_columns(rows.cols)) {
         case 192:
             return launch_columns<192, Epilogue<192>>(dev, p);
@@ -253,7 +300,7 @@ void launch(const Cuda& dev, typename Epilogue<96>::Problem& p, const Mat<const 
 
 inline bool takes(const Cuda& dev, const Mat<const bf16>& rows, std::int64_t columns) {
     constexpr std::int64_t kMost = std::int64_t(1) << 31;
-    return dev.arch == 90 && rows.cols % kDepth == 0 && rows.cols <= kMostDepth && columns % 8 == 0 &&
+    return dev.arch == 90 && rows.cols % Layout<bf16>::kDepth == 0 && rows.cols <= kMostDepth && columns % 8 == 0 &&
            columns < kMost - kMostDepth && rows.rows < kMost - kRows;
 }
 

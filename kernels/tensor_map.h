@@ -1,5 +1,5 @@
 // kernels/tensor_map.h: what TMA knows about a matrix in global memory: sizes, strides, and the box that one load brings
-// into shared memory, bf16 with the 128-byte swizzle (kernels/hopper.cuh), float as it is.
+// into shared memory: float as it is; bf16 and 8-bit floats with a swizzle, of 128 bytes (kernels/hopper.cuh) unless said.
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "kernels/common.cuh"
+#include "kernels/fp8.h"
 
 namespace fiedler {
 
@@ -30,17 +31,19 @@ inline EncodeTiled encode_tiled() {
 // size[0] elements lie side by side; stride[d] bytes are between neighbours along dimension d + 1.
 template <int rank, class T>
 CUtensorMap tensor_map(const T* data, const cuuint64_t (&size)[rank], const cuuint64_t (&stride)[rank - 1],
-                       const cuuint32_t (&box)[rank]) {
+                       const cuuint32_t (&box)[rank], CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
     cuuint32_t every[rank];
     std::fill_n(every, rank, 1u);
     CUtensorMap map;
-    constexpr bool kFloat = std::is_same_v<T, float>;
-    static_assert(kFloat || std::is_same_v<T, bf16>);
-    const CUresult status =
-        encode_tiled()(&map, kFloat ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank,
-                       const_cast<T*>(data), size, stride, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                       kFloat ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B,
-                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    using U = std::remove_const_t<T>;
+    constexpr bool kFloat = std::is_same_v<U, float>, kBytes = std::is_same_v<U, e4m3> || std::is_same_v<U, e5m2>;
+    static_assert(kFloat || kBytes || std::is_same_v<U, bf16>);
+    constexpr CUtensorMapDataType kType = kFloat   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                          : kBytes ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                                   : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const CUresult status = encode_tiled()(&map, kType, rank, const_cast<U*>(data), size, stride, box, every,
+                                           CU_TENSOR_MAP_INTERLEAVE_NONE, kFloat ? CU_TENSOR_MAP_SWIZZLE_NONE : swizzle,
+                                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (status != CUDA_SUCCESS) throw DeviceError("cuTensorMapEncodeTiled: error " + std::to_string(int(status)));
     return map;
 }

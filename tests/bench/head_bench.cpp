@@ -1,4 +1,4 @@
-// Names: forward[+gradient] tokens x channels x vocabulary, chunk rows [products: by cuBLASLt and loss_forward].
+// Names: forward[+gradient] tokens x channels x vocabulary, chunk rows [products: by cuBLASLt and loss_forward; fp8].
 #include "kernels/head.h"
 
 #include "tests/bench/harness.h"
@@ -22,6 +22,14 @@ void add_head(Suite& s, std::int64_t n, std::int64_t c, std::int64_t v, std::int
     s.add(
         name, traffic(p), [p, &s] { head(s.device, p); }, true);
 #if FIEDLER_BENCH_CUDA
+    if (gradient && head_has_fp8(s.device.arch) && head_fp8_takes(n, chunk, v, c)) {
+        Head<Storage> fp8 = p;
+        fp8.precision = HeadPrecision::fp8;
+        const std::int64_t bytes = head_fp8_scratch_bytes(chunk, v, c);
+        fp8.fp8_scratch = {reinterpret_cast<unsigned char*>(s.zeros<std::byte>(bytes)), bytes};
+        s.add(
+            name + " fp8", traffic(p), [fp8, &s] { head(s.device, fp8); }, true);
+    }
     p.loss_rows = 256;
     s.add(
         name + " products", traffic(p), [p, &s] { head_by_path(s.device, p, HeadPath::products); }, true);

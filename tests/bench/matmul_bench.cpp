@@ -1,5 +1,6 @@
 // Names: direction rows x in x out [type of the output] [epilogue], as in y[rows, out] = x[rows, in] W'. Beside each,
-// on the GPU, the best of all algorithms that there are for it.
+// on the GPU, the best of all algorithms that there are for it. fp8: dx and dw of the vocabulary head; held against the
+// measured rate of bf16, as all others.
 #include "kernels/matmul.h"
 
 #include <type_traits>
@@ -49,6 +50,24 @@ void add_backward(Suite& s, const Shape& n) {
     add_case(s, "dw " + n.name(), dw, matmul_dw);
 }
 
+#if FIEDLER_BENCH_CUDA
+template <class E>
+Mat<const E> random_bytes(Suite& s, std::int64_t rows, std::int64_t cols) {  // NaN among them
+    return {reinterpret_cast<const E*>(s.random<std::int32_t>(rows * cols / 4, 2147483647.0)), rows, cols};
+}
+template <class O>
+void add_fp8(Suite& s, const std::string& name, std::int64_t m, std::int64_t n, std::int64_t k, bool accumulate) {
+    MatmulFp8<O> p;
+    p.y = Mat<O>(s.zeros<O>(m * n), m, n);
+    p.a = random_bytes<e5m2>(s, m, k), p.b = random_bytes<e4m3>(s, n, k);
+    p.accumulate = accumulate;
+    for (const bool fast : {false, true}) {
+        p.fast_sums = fast;
+        add_case<MatmulFp8<O>>(s, name + (fast ? " fast sums" : ""), p, matmul_fp8);
+    }
+}
+#endif
+
 }  // namespace
 
 FIEDLER_BENCH(matmul) {
@@ -72,6 +91,14 @@ FIEDLER_BENCH(matmul) {
     for (const Shape& n : {head, head_gpt2}) add_forward<Storage>(suite, "forward " + n.name(), n, false, false);
     for (const Shape& n : {qkv, square, up, down, aux8, scalars, aux1, gate, spectral, head, head_gpt2})
         add_backward(suite, n);
+#if FIEDLER_BENCH_CUDA
+    if (suite.device.arch >= 89) {
+        const std::int64_t n = suite.small ? 256 : 8192, v = suite.small ? 4096 : 50304;
+        const std::string name = Shape{n, c, v}.name();
+        add_fp8<Storage>(suite, "fp8 dx " + name, n, c, v, false);
+        add_fp8<Accum>(suite, "fp8 dw " + name, v, c, n, true);
+    }
+#endif
     const Shape decode{1, c, suite.small ? 4096 : 16384};
     add_forward<Storage>(suite, "forward " + decode.name(), decode, false, false);
 }

@@ -7,6 +7,7 @@
 
 #include <cstdio>
 
+#include "kernels/head.h"
 #include "tests/engine/step_model.h"
 #include "tests/support/buffer.h"
 
@@ -81,6 +82,42 @@ TEST(Head, GpuChunksAreAsExact) {
     }
 }
 
+// Steps with the head in fp8: recorded and not to the bit the same, and near those in bf16.
+TEST(Step, GpuHeadInFp8) {
+    FIEDLER_GPU_OR_SKIP();
+    if (!head_has_fp8(test::gpu().arch)) GTEST_SKIP() << "not an sm_90 device, or not in this build: NOT TESTED";
+    Config c;
+    c.pattern = "sb", c.layers = 2, c.channels = 128, c.heads = 4, c.vocab = 4096, c.context = 256;
+    const ModelSpec spec = model_spec(c);
+    const auto losses = [&](bool fp8, GraphChoice graph) {
+        EngineOptions o;
+        o.device = DeviceKind::cuda;
+        o.memory_budget = std::size_t(2) << 30;
+        o.batch_tokens = 8 * 256;
+        o.micro_batch = 4;
+        o.head_fp8 = fp8;
+        o.cuda_graph = graph;
+        const auto engine = make_engine(spec, o);
+        EXPECT_EQ(engine->plan().head_fp8, fp8);
+        std::vector<float> master(static_cast<std::size_t>(engine->table().elements));
+        initialise(engine->table(), spec, 1, master.data());
+        engine->write(Block::master, master.data());
+        std::vector<double> all;
+        for (int step = 1; step <= 12; ++step) {
+            StepSettings s;
+            s.step = step, s.lr = 2e-3;
+            all.push_back(
+                engine->train_step({test::step_batch(spec, 4, 1, false), test::step_batch(spec, 4, 2, false)}, s).loss);
+        }
+        return all;
+    };
+    const std::vector<double> fp8 = losses(true, GraphChoice::off), bf16 = losses(false, GraphChoice::off);
+    EXPECT_EQ(fp8, losses(true, GraphChoice::on));
+    EXPECT_NE(fp8, bf16);
+    EXPECT_LT(bf16.back(), bf16.front() - 0.3) << "nothing was learned";
+    for (std::size_t i = 0; i < fp8.size(); ++i) EXPECT_NEAR(fp8[i], bf16[i], 0.03 * bf16[i]) << i;
+}
+
 TEST(Plan, GpuIsWhatTheRunTakes) {
     FIEDLER_GPU_OR_SKIP();
     for (const bool mask : {false, true})
@@ -94,7 +131,9 @@ TEST(Plan, GpuIsWhatTheRunTakes) {
             o.batch_tokens = 8 * 1024;
             o.micro_batch = 8 / micro_batches;
             o.document_mask = mask;
+            o.head_fp8 = micro_batches == 2 && head_has_fp8(test::gpu().arch);
             const RunPlan plan = plan_run(spec, o);
+            EXPECT_EQ(plan.head_fp8, o.head_fp8);
             std::size_t free_before = 0, free_after = 0, free_running = 0, total = 0;
             memory_info(test::gpu(), free_before, total);
             const auto engine = make_engine(spec, o);

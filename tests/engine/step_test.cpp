@@ -115,6 +115,50 @@ TEST(Plan, SkippingIsAsAsked) {
     }
 }
 
+// The scratch of the way in fp8 is planned where it is taken: a training step on a GPU, in shapes that it has.
+TEST(Plan, HeadInFp8WhereItCanBe) {
+    const auto plan_of = [](bool fp8, std::int64_t vocab, std::int64_t channels, std::int64_t context, bool training,
+                            DeviceKind device) {
+        Config c;
+        c.pattern = "s", c.layers = 1, c.channels = channels, c.heads = channels / 64, c.vocab = vocab,
+        c.context = context;
+        EngineOptions o;
+        o.device = device;
+        o.memory_budget = std::size_t(8) << 30;  // so that no device is asked
+        o.batch_tokens = training ? 4 * context : 0;
+        o.training = training;
+        o.head_fp8 = fp8;
+        return plan_run(model_spec(c), o);
+    };
+    const auto taken = [&](std::int64_t vocab, std::int64_t channels, std::int64_t context, bool training,
+                           DeviceKind device) {
+        const RunPlan plan = plan_of(true, vocab, channels, context, training, device);
+        EXPECT_EQ(plan.table.find("head.fp8") != std::string::npos, plan.head_fp8);
+        const RunPlan without = plan_of(false, vocab, channels, context, training, device);
+        EXPECT_FALSE(without.head_fp8);
+        EXPECT_EQ(without.table == plan.table, !plan.head_fp8);
+        EXPECT_GE(plan.bytes, without.bytes);
+        return plan.head_fp8;
+    };
+    EXPECT_TRUE(taken(4096, 128, 64, true, DeviceKind::cuda));
+    EXPECT_TRUE(taken(50304, 384, 1024, true, DeviceKind::cuda));
+    EXPECT_FALSE(taken(4096, 128, 64, true, DeviceKind::cpu));
+    EXPECT_FALSE(taken(4096, 128, 64, false, DeviceKind::cuda));
+    EXPECT_FALSE(taken(4096, 192, 64, true, DeviceKind::cuda));
+    EXPECT_FALSE(taken(4096, 1024, 64, true, DeviceKind::cuda));
+    EXPECT_FALSE(taken(4104, 128, 64, true, DeviceKind::cuda));
+    EXPECT_FALSE(taken(4096, 128, 40, true, DeviceKind::cuda));
+    Config c;
+    c.head_precision = HeadChoice::fp8;
+    EXPECT_FALSE(engine_options(c, DeviceKind::cpu, true).head_fp8);
+    EXPECT_FALSE(engine_options(c, DeviceKind::cuda, false).head_fp8);
+    if (cuda_device_count() == 0) {  // planned for a GPU that is elsewhere
+        EXPECT_TRUE(engine_options(c, DeviceKind::cuda, true).head_fp8);
+    }
+    c.head_precision = HeadChoice::bf16;
+    EXPECT_FALSE(engine_options(c, DeviceKind::cuda, true).head_fp8);
+}
+
 TEST(Plan, CudaGraphWhereItCanBe) {
     const ModelSpec spec = test::step_spec("s", false);
     EngineOptions o;

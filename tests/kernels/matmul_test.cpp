@@ -274,6 +274,110 @@ TEST(Matmul, GpuThinGradientsAreSummedInPieces) {  // rows that divide, and an o
     for (const Shape& n : {Shape{8192, 40, 6}, Shape{4352, 72, 18}, Shape{640, 24, 136}, Shape{2048, 8, 300}})
         check_on_gpu(n);
 }
+
+// ---- 8-bit floats ------------------------------------------------------------------------------------------------
+
+double value_of(std::uint8_t bits, int mantissa, int bias) {  // finite ones
+    const int exponent = (bits & 0x7f) >> mantissa, part = bits & ((1 << mantissa) - 1);
+    const double of = exponent > 0 ? std::ldexp((1 << mantissa) + part, exponent - bias - mantissa)
+                                   : std::ldexp(part, 1 - bias - mantissa);
+    return bits & 0x80 ? -of : of;
+}
+double value_of(e4m3 x) { return value_of(x.bits, 3, 7); }
+double value_of(e5m2 x) { return value_of(x.bits, 2, 15); }
+// Exponents within a few of 1, so that sums have many terms that count.
+template <class E>
+std::vector<E> random_bytes(std::size_t n, std::uint64_t seed, int mantissa, int bias) {
+    const std::vector<std::int32_t> r = random_ints(n, seed, 0, 1 << 16);
+    std::vector<E> v(n);
+    for (std::size_t i = 0; i < n; ++i)
+        v[i].bits = static_cast<std::uint8_t>((r[i] & 1) << 7 | (bias - 2 + (r[i] >> 1) % 4) << mantissa |
+                                              (r[i] >> 4 & ((1 << mantissa) - 1)));
+    return v;
+}
+bool multiplies_fp8() { return gpu().arch >= 89; }
+
+template <class O>
+void check_fp8(std::int64_t m, std::int64_t n, std::int64_t k, bool scaled, bool accumulate, bool fast) {
+    SCOPED_TRACE(testing::Message() << m << " x " << k << " x " << n << (scaled ? ", scaled" : "")
+                                    << (accumulate ? ", accumulated" : "") << (fast ? ", fast" : ""));
+    const std::vector<e5m2> a = random_bytes<e5m2>(std::size_t(m * k), 1, 2, 15);
+    const std::vector<e4m3> b = random_bytes<e4m3>(std::size_t(n * k), 2, 3, 7);
+    const Values y0 = round_to<O>(random_values(std::size_t(m * n), 3));
+    const double scale = scaled ? 0.375 : 1;
+    Values ref(y0.size()), sizes(y0.size());
+    for (std::int64_t i = 0; i < m; ++i)
+        for (std::int64_t j = 0; j < n; ++j) {
+            double sum = 0, size = 0;
+            for (std::int64_t l = 0; l < k; ++l) {
+                const double term = value_of(a[std::size_t(i * k + l)]) * value_of(b[std::size_t(j * k + l)]);
+                sum += term, size += std::abs(term);
+            }
+            const auto at = std::size_t(i * n + j);
+            ref[at] = sum * scale + (accumulate ? y0[at] : 0), sizes[at] = size * scale;
+        }
+    const Buffer<e5m2, Cuda> da(gpu(), a);
+    const Buffer<e4m3, Cuda> db(gpu(), b);
+    const Buffer<O, Cuda> dy(gpu(), to<O>(y0));
+    const Buffer<float, Cuda> ds(gpu(), std::vector<float>{float(scale)});
+    matmul_fp8(gpu(), MatmulFp8<O>{.y = dy.mat(m, n),
+                                   .a = da.mat(m, k),
+                                   .b = db.mat(n, k),
+                                   .scale = scaled ? Vec<const float>(ds.vec()) : Vec<const float>{},
+                                   .accumulate = accumulate,
+                                   .fast_sums = fast});
+    const Values got = dy.values();
+    // Of the terms: 14 bits in each of the steps that are added up so, or f32; then the rounding of the result.
+    const double of_sum = std::ldexp(1.0, -13) * (fast ? 2 : 1), of_result = std::is_same_v<O, bf16> ? 0x1p-8 : 0x1p-22;
+    std::size_t wrong = 0;
+    for (std::size_t i = 0; i < ref.size(); ++i)
+        wrong += !(std::abs(got[i] - ref[i]) <= of_sum * sizes[i] + of_result * std::abs(ref[i]));
+    EXPECT_EQ(wrong, 0u) << "of " << ref.size();
+}
+TEST(Matmul, GpuFp8MatchesReference) {
+    FIEDLER_GPU_OR_SKIP();
+    if (!multiplies_fp8()) GTEST_SKIP() << "no products of 8-bit floats on this device: NOT TESTED";
+    for (const auto& [m, n, k] :
+         {std::array<std::int64_t, 3>{16, 16, 16}, {64, 128, 208}, {208, 128, 64}, {400, 384, 1040}})
+        for (const bool scaled : {false, true})
+            for (const bool accumulate : {false, true}) {
+                check_fp8<bf16>(m, n, k, scaled, accumulate, false);
+                check_fp8<float>(m, n, k, scaled, accumulate, false);
+            }
+    check_fp8<float>(400, 384, 1040, true, true, true);
+    check_fp8<bf16>(400, 384, 1040, false, false, true);
+}
+TEST(Matmul, GpuFp8LooksUpItsScale) {  // a plan is kept, the place of the scale is not
+    FIEDLER_GPU_OR_SKIP();
+    if (!multiplies_fp8()) GTEST_SKIP() << "no products of 8-bit floats on this device: NOT TESTED";
+    const Buffer<e5m2, Cuda> a(gpu(), random_bytes<e5m2>(64 * 64, 1, 2, 15));
+    const Buffer<e4m3, Cuda> b(gpu(), random_bytes<e4m3>(64 * 64, 2, 3, 7));
+    const Buffer<float, Cuda> one(gpu(), std::vector<float>{1}), two(gpu(), std::vector<float>{2}), y(gpu(), 64 * 64);
+    const auto with = [&](const Buffer<float, Cuda>& scale) {
+        matmul_fp8(gpu(),
+                   MatmulFp8<float>{.y = y.mat(64, 64), .a = a.mat(64, 64), .b = b.mat(64, 64), .scale = scale.vec()});
+        return y.values();
+    };
+    const Values once = with(one), twice = with(two);
+    for (std::size_t i = 0; i < once.size(); ++i) EXPECT_EQ(twice[i], 2 * once[i]);
+}
+TEST(Matmul, GpuFp8BrokenContractThrows) {
+    FIEDLER_GPU_OR_SKIP();
+    const Buffer<e5m2, Cuda> a(gpu(), 64 * 64);
+    const Buffer<e4m3, Cuda> b(gpu(), 64 * 64);
+    const Buffer<float, Cuda> y(gpu(), 64 * 64);
+    const MatmulFp8<float> good{.y = y.mat(64, 64), .a = a.mat(64, 64), .b = b.mat(64, 64)};
+    MatmulFp8<float> p = good;
+    p.a = p.a.columns(0, 40), p.b = p.b.columns(0, 40);
+    EXPECT_THROW(matmul_fp8(gpu(), p), ContractError);
+    p = good, p.b = p.b.columns(0, 48);
+    EXPECT_THROW(matmul_fp8(gpu(), p), ContractError);
+    p = good, p.y = p.y.slice_rows(0, 48);
+    EXPECT_THROW(matmul_fp8(gpu(), p), ContractError);
+    p = good, p.a.data += 1;
+    EXPECT_THROW(matmul_fp8(gpu(), p), ContractError);
+}
+
 TEST(Matmul, GpuEveryAlgorithmComputesTheSameProduct) {
     FIEDLER_GPU_OR_SKIP();
     Problem q({1024, 64, 24});

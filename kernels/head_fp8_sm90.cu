@@ -1,0 +1,208 @@
+// kernels/head_fp8_sm90.cu: two products of e4m3 with their epilogues (panel_sm90.cuh): the base of each row's exponentials
+// and the exponentials themselves, which leave twice, as they are and turned, so that both gradients are products whose
+// inner dimension is the contiguous one: products of 8-bit floats take no other.
+//
+// Per tile of 64 x 192 and C = 384 the product takes 1,152 cycles, 2^x of special function units 768, and other
+// instructions of the epilogue (a warp of each scheduler) some 450. All run side by side, of two tiles.
+//
+// The way of the turned tile: a thread's sums are those of two neighbouring rows (Layout::kNeighbours) in 16 neighbouring
+// columns of each 64. The bytes of two rows of a column are one 16-bit element of an 8 x 8 matrix, which stmatrix turns:
+// 16 rows of a column lie side by side, of the four warps 64. Columns stay in the panel's order (place_of) in shared
+// memory, and TMA brings them to their places. Their 16-byte pieces are swizzled as TMA's 64-byte pattern wants it,
+// piece c of column n at c ^ (n / 2 % 4), so that the eight pieces of a matrix lie in different banks.
+#include "kernels/head_fp8_sm90.h"
+
+#include "kernels/panel_sm90.cuh"
+
+namespace fiedler {
+namespace {
+
+using namespace panel;
+using L = Layout<e4m3>;
+
+// By how much the base is put below the largest logit that is known: e5m2 spans 32 octaves, 2^-16 to 57,344. What is
+// known is at 2^4 then. Above it, 11.8 octaves (8.2 nats) are left for what the sample has missed: the target is known,
+// so that this much is missed only where the loss is above 8.2 nats as well. Below, a probability of 2^-18 of that of the
+// largest still has its two bits, and 2^-21 is the least that counts: with less, 50,000 words of 2^-18 would be lost.
+constexpr float kBelow = 4;
+
+struct BaseProblem : Panels {
+    float* base;
+    const float *octaves, *target_logits;
+};
+__device__ float larger(float a, float b) {  // NaN if one is
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+
+template <int N>
+struct BaseEpilogue {
+    using Element = e4m3;
+    using Problem = BaseProblem;
+    static constexpr bool kMakesPanel = false;
+    static constexpr int kTileBytes = 0;
+    float octaves[2], target[2];
+
+    __device__ void fetch(const BaseProblem& p, const Place<e4m3>& place) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+            octaves[k] = p.octaves[place.row(k)], target[k] = p.target_logits[place.row(k)] * kHeadLog2e;
+    }
+    __device__ void store(const BaseProblem& p, const Place<e4m3>& place, const float (&sum)[N / 2]) const {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            float top = -INFINITY;
+#pragma unroll
+            for (int i = 2 * k; i < N / 2; i += 4) top = fmaxf(top, fmaxf(sum[i], sum[i + 1]));
+            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+            if (threadIdx.x % 4 == 0) p.base[place.row(k)] = larger(top * octaves[k], target[k]) - kBelow;
+        }
+    }
+};
+
+struct ExponentialsProblem : Panels {
+    CUtensorMap turned;  // e', [V, rows], in the panel's order
+    e5m2* e;
+    std::int64_t ld_e;
+    float* sums;
+    std::int64_t ld_sums;
+    const float *octaves, *base;
+    const std::int32_t* targets;
+};
+
+__device__ float exp2_fast(float x) {  // 2 ulp; exp2(-inf) = 0
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// Bytes a, b, c, d from the lowest on; beyond 57,344 that.
+__device__ std::uint32_t pack_e5m2(float a, float b, float c, float d) {
+    std::uint32_t y;
+    asm("{\n.reg .b16 lo, hi;\n"
+        "cvt.rn.satfinite.e5m2x2.f32 lo, %2, %1;\n"
+        "cvt.rn.satfinite.e5m2x2.f32 hi, %4, %3;\n"
+        "mov.b32 %0, {lo, hi};\n}"
+        : "=r"(y)
+        : "f"(a), "f"(b), "f"(c), "f"(d));
+    return y;
+}
+
+// k: which of the two rows; j: which 64 columns; q: which four of a thread's 16.
+template <int N>
+struct ExponentialsEpilogue {
+    using Element = e4m3;
+    using Problem = ExponentialsProblem;
+    static constexpr bool kMakesPanel = false;
+    static constexpr int kTileBytes = N * kRows;
+    static constexpr int kRunBytes = L::kRun * kRows, kTile = 4;  // and 5: numbers of named barriers
+    float octaves[2], base[2];
+    int target[2];  // relative to the thread's first column
+
+    __device__ void fetch(const ExponentialsProblem& p, const Place<e4m3>& place) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            octaves[k] = p.octaves[place.row(k)], base[k] = p.base[place.row(k)];
+            target[k] = p.targets[place.row(k)] - place.column;
+        }
+    }
+    // -inf in the place of the target's logit, if it is one of the thread's.
+    __device__ void hide_target(float (&sum)[N / 2], int k) const {
+        if (target[k] < 0 || target[k] >= N) return;
+#pragma unroll
+        for (int j = 0; j < N / L::kRun; ++j)
+#pragma unroll
+            for (int i = 0; i < L::kOwn; ++i)
+                if (target[k] == L::kRun * j + i) sum[L::sum_at(k, j, i / 2) + i % 2] = -INFINITY;
+    }
+    // Four exponentials; their sum is added to `total`.
+    __device__ std::uint32_t four(const float (&sum)[N / 2], int k, int j, int q, float& total) const {
+        float e[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            e[i] = exp2_fast(fmaf(sum[L::sum_at(k, j, 2 * q + i / 2) + i % 2], octaves[k], -base[k]));
+        total += (e[0] + e[1]) + (e[2] + e[3]);
+        return pack_e5m2(e[0], e[1], e[2], e[3]);
+    }
+    __device__ static bool leads() { return threadIdx.x % kWarpgroup == 0; }  // the thread that stores by TMA
+    __device__ static void meet() { named_wait(kTile + static_cast<int>(threadIdx.x) / kWarpgroup, kWarpgroup); }
+
+    __device__ void store(const ExponentialsProblem& p, const Place<e4m3>& place, float (&sum)[N / 2]) const {
+        const int lane = threadIdx.x % kWarp, warp = threadIdx.x % kWarpgroup / kWarp;
+        unsigned char* const turned = place.tile + lane * kRows + (warp ^ (lane % 8 / 2)) * 16;
+        hide_target(sum, 0), hide_target(sum, 1);
+        if (leads()) store_wait();  // the tile before has been read
+        meet();
+        float total[2] = {0, 0};
+        std::uint32_t word[N / L::kRun][2][4];
+#pragma unroll
+        for (int j = 0; j < N / L::kRun; ++j) {
+            std::uint32_t pair[8];
+            float of_run[2] = {0, 0};
+#pragma unroll
+            for (int q = 0; q < 4; ++q) {
+#pragma unroll
+                for (int k = 0; k < 2; ++k) word[j][k][q] = four(sum, k, j, q, of_run[k]);
+                pair[2 * q] = __byte_perm(word[j][0][q], word[j][1][q], 0x5140);
+                pair[2 * q + 1] = __byte_perm(word[j][0][q], word[j][1][q], 0x7362);
+            }
+#pragma unroll
+            for (int q = 0; q < 8; q += 4)
+                store_matrices_turned(turned + j * kRunBytes + q * 8 * kRows, pair[q], pair[q + 1], pair[q + 2],
+                                      pair[q + 3]);
+            if (place.column + L::kRun * j < p.m) total[0] += of_run[0], total[1] += of_run[1];
+        }
+        publish_shared();  // waits for what has been written: e comes after it
+        meet();
+        const int column = place.column - lane % 4 * L::kOwn, row = place.first_row - lane / 4 * 2 - warp * 16;
+        if (leads())
+#pragma unroll
+            for (int j = 0; j < N / L::kRun; ++j)
+                if (column + L::kRun * j < p.m)
+                    store_box(&p.turned, row, 0, (column + L::kRun * j) / L::kOwn, 0, place.tile + j * kRunBytes);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            e5m2* const to = place.start(p.e, p.ld_e, k);
+#pragma unroll
+            for (int j = 0; j < N / L::kRun; ++j)
+                if (place.column + L::kRun * j < p.m)
+                    *reinterpret_cast<uint4*>(to + L::kRun * j) =
+                        uint4{word[j][k][0], word[j][k][1], word[j][k][2], word[j][k][3]};
+            total[k] += __shfl_xor_sync(0xffffffffu, total[k], 1);
+            total[k] += __shfl_xor_sync(0xffffffffu, total[k], 2);
+            if (lane % 4 == 0) p.sums[column / N * p.ld_sums + place.row(k)] = total[k];
+        }
+    }
+    __device__ static void finish() {
+        if (leads()) store_wait();
+    }
+};
+
+// Columns [V] of `turned` in the order of map_of_weights, 64 rows at a time.
+CUtensorMap map_of_turned(const Mat<e5m2>& m) {
+    const cuuint64_t row = cuuint64_t(m.ld);
+    return tensor_map<4>(m.data, {cuuint64_t(m.cols), 2, cuuint64_t(m.rows) / L::kOwn, L::kPairs},
+                         {row, L::kOwn * row, 2 * row}, {kRows, 2, 4, L::kPairs}, CU_TENSOR_MAP_SWIZZLE_64B);
+}
+
+}  // namespace
+
+void head_fp8_base(const Cuda& dev, const HeadFp8Base& p) {
+    BaseProblem problem{};
+    problem.base = p.base.data, problem.octaves = p.octaves, problem.target_logits = p.target_logits;
+    describe(problem, p.x, p.sample.rows, &p.sample);
+    launch_columns<kHeadFp8Panel, BaseEpilogue<kHeadFp8Panel>>(dev, problem);
+}
+
+void head_fp8_exponentials(const Cuda& dev, const HeadFp8Exponentials& p) {
+    ExponentialsProblem problem{};
+    problem.turned = map_of_turned(p.turned);
+    problem.e = p.e.data, problem.ld_e = p.e.ld;
+    problem.sums = p.sums.data, problem.ld_sums = p.sums.ld;
+    problem.octaves = p.octaves, problem.base = p.base, problem.targets = p.targets;
+    describe(problem, p.x, p.w.rows, &p.w);
+    launch_columns<kHeadFp8Panel, ExponentialsEpilogue<kHeadFp8Panel>>(dev, problem);
+}
+
+}  // namespace fiedler
