@@ -21,7 +21,6 @@ struct HeadProblem : Panels {
     const std::int32_t* targets;
 };
 
-
 // k: which of the two rows; j: which 32 columns.
 template <int N, bool kStores>
 struct HeadEpilogue {
