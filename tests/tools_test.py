@@ -547,13 +547,13 @@ class GpuCheck(Folder):
         import json, os, sys
         args = sys.argv[2:]
         out, steps = args[args.index("--out") + 1], int(args[args.index("--steps") + 1])
-        plain, again = "general" in args, out.endswith("again")
+        plain, again, fp8 = "general" in args, out.endswith("again"), "fp8" in args
         os.makedirs(out)
         apart = APART if plain else 0
         with open(out + "/log.jsonl", "w") as log:
             for step in range(1, steps + 1):
                 print(json.dumps({"event": "step", "step": step, "loss": 2 + apart * step / 10}), file=log)
-            print(json.dumps({"event": "end", "val_loss": 2 + apart, "tokens_per_second": 1 if plain else 2}), file=log)
+            print(json.dumps({"event": "end", "val_loss": 2 + apart + (FP8 if fp8 else 0), "tokens_per_second": 1 if plain else 2}), file=log)
         open(out + "/weights.fdl", "w").write("fast" if not plain or SAME else "plain")
         if again and DRIFTS:
             open(out + "/weights.fdl", "w").write("drifted")
@@ -562,8 +562,10 @@ class GpuCheck(Folder):
     def test_fast_and_plain_ways_must_agree_and_differ_in_bits(self):
         run = gpu_trainings.Run("n", "tiny", "headers", 110, ())
 
-        def outcome(apart, same=0, drifts=0):
-            text = self.WAYS.replace("APART", str(apart)).replace("SAME", str(same)).replace("DRIFTS", str(drifts))
+        def outcome(apart, same=0, drifts=0, fp8=0.0):
+            text = self.WAYS
+            for name, value in (("APART", apart), ("SAME", same), ("DRIFTS", drifts), ("FP8", fp8)):
+                text = text.replace(name, str(value))
             self.program("fiedler", text)
             return gpu_trainings.check_equal(self.options(), run)
 
@@ -572,7 +574,7 @@ class GpuCheck(Folder):
         self.assertIn("0.0110 apart at most, 0.0106 on average over the last 10", check["summary"])
         self.assertIn("2.00 x as fast", check["summary"])
         self.assertIn("further apart", outcome(0.01)["failure"])
-        self.assertIn("further apart", outcome(float("1e-3") * 25)["failure"])
+        self.assertIn("further apart", outcome(0.001, fp8=0.03)["failure"])
         self.assertIn("bit for bit", outcome(0, same=1)["failure"])
         self.assertIn("not bit-equal", outcome(0, drifts=1)["failure"])
         self.assertIn("skipped", gpu_trainings.check_equal(self.options(), run._replace(data="novels")))

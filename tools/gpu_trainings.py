@@ -176,8 +176,8 @@ def stage_resume(options):
 
 # ---- the fast way and the plain one ---------------------------------------------------------------------------------------------
 
-# Kernels of the GPU's own architecture and a CUDA graph, against neither.
-PLAIN = ("--kernels", "general", "--cuda-graph", "off")
+# Kernels of the GPU's own architecture and a CUDA graph, against neither; and the head's products by 8-bit floats.
+WAYS = {"fast": (), "again": (), "plain": ("--kernels", "general", "--cuda-graph", "off"), "fp8": ("--head-precision", "fp8")}
 EQUAL_RUNS = [Run(f"{preset}-equal", preset, "novels", 200, (*SAME_SHAPE, "--log-every", "1", "--val-every", "0",
                                                               "--checkpoint-every", "0")) for preset in ("gpt30m", "fiedler30m")]
 # Mean difference of the losses of steps 101 to 200, and of the validation after them: some times what rounding does to
@@ -194,7 +194,7 @@ def check_equal(options, run):
     if run.data not in options.data:
         return {**check, "skipped": f"no --data {run.data}=FOLDER was given"}
     found = {}
-    for way, flags in (("fast", ()), ("again", ()), ("plain", PLAIN)):
+    for way, flags in WAYS.items():
         folder, log = options.work / f"{run.name}-{way}", options.work / f"{run.name}-{way}.log"
         shutil.rmtree(folder, ignore_errors=True)
         code = run_logged(train_command(options, run, folder, *flags), log, options.timeout)
@@ -203,20 +203,21 @@ def check_equal(options, run):
             return {**check, "failure": f"{way}: exit code {code}\n{tail(log)}"}
         found[way] = (losses_of(folder), weights_of(folder), end["val_loss"], end["tokens_per_second"])
         shutil.rmtree(folder)
-    (fast, weights, val, speed), (_, again, _, _), (plain, other, plain_val, plain_speed) = found.values()
+    (fast, weights, val, speed), (_, again, _, _), (plain, other, plain_val, plain_speed), fp8 = found.values()
     apart = [abs(a - b) for a, b in zip(fast, plain)]
     later = sum(apart[100:]) / max(1, len(apart[100:]))
     check["summary"] = (f"{len(fast)} steps: losses of the fast way and the plain one are {max(apart, default=0):.4f} apart at most, "
                         f"{later:.4f} on average over the last {len(apart[100:])}, validation {val:.4f} and {plain_val:.4f}; "
                         f"{speed / plain_speed:.2f} x as fast; the fast way twice: weights "
-                        + ("bit-equal" if weights == again else "DIFFER"))
+                        + ("bit-equal" if weights == again else "DIFFER")
+                        + f"; with the head in fp8: validation {fp8[2]:.4f}, {fp8[3] / speed:.2f} x as fast")
     if len(fast) != run.steps or len(plain) != run.steps:
         check["failure"] = f"{len(fast)} and {len(plain)} losses of {run.steps} steps in the logs"
     elif not weights or weights != again:
         check["failure"] = "the fast way is not bit-equal from run to run"
     elif weights == other:
         check["failure"] = "the plain way is the fast one, bit for bit: it did not take other kernels"
-    elif not later < NOISE or not abs(val - plain_val) < NOISE:
+    elif not later < NOISE or not abs(val - plain_val) < NOISE or not abs(val - fp8[2]) < NOISE:
         check["failure"] = f"further apart than {NOISE}: {check['summary']}"
     return check
 
