@@ -279,12 +279,7 @@ struct Queries {
                 float best = -INFINITY;
 #pragma unroll
                 for (int e = 0; e < 4; ++e) best = fmaxf(best, s[m][e / 2][2 * k + e % 2]);
-                const float old = kept, top = fmaxf(old, row_max(best));
-                const float shift = top == -INFINITY ? 0.f : top;  // nothing seen so far: every weight is exp(-inf)
-                const float rescale = exp2_fast((old - shift) * kLog2e);
-                __syncwarp();
-                kept = top;  // the same from all four lanes of the row
-                __syncwarp();
+                const auto [shift, rescale] = raise_top(kept, best);
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     float& w = s[m][e / 2][2 * k + e % 2];

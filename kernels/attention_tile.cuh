@@ -14,11 +14,6 @@ constexpr int kWarpRows = 16;  // rows of a warp
 constexpr int kThreads = kTile / kWarpRows * kWarp;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-__device__ inline float exp2_fast(float x) {  // 2 ulp; exp2(-inf) = 0
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 // Heaviside step of x: 0, 1/2 at exactly 0, 1; so sign(x) = 2 step(x) - 1. One instruction: x 2^127 + 1/2, clamped to
 // [0, 1], which no |x| of at least 2^-128 escapes.
 __device__ inline float half_step(float x) {
@@ -54,6 +49,19 @@ __device__ inline float row_sum(float x) {
 __device__ inline float row_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
     return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+// The row's running maximum, in shared memory and the same for its four lanes, takes in the lane's `best`. Scores are to be
+// lowered by `shift`, and what has been summed up so far goes times `rescale`.
+struct Raised {
+    float shift, rescale;
+};
+__device__ inline Raised raise_top(float& kept, float best) {
+    const float old = kept, top = fmaxf(old, row_max(best));
+    const float shift = top == -INFINITY ? 0.f : top;  // nothing seen so far: every weight is exp(-inf)
+    __syncwarp();
+    kept = top;
+    __syncwarp();
+    return {shift, exp2_fast((old - shift) * kLog2e)};
 }
 
 // What a run of rows [first, last] sees: nothing outside [lo, hi), and every row all of [full_lo, full_hi). Sight's

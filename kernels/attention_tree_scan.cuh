@@ -11,7 +11,6 @@
 
 namespace fiedler::attention_tree {
 
-using attention_tile::exp2_fast;
 using attention_tile::kLog2e;
 
 constexpr float kNone = -1e30f;  // the scale of an empty sum: finite, so that no difference of two is NaN

@@ -12,6 +12,7 @@
 // Writes     o, lse; dq, dk, dv, delta (scratch): overwritten. Outputs alias nothing.
 // Numerics   as attention.h: products of T, accumulation and softmax in acc_t<T>; on Cuda p and ds are rounded to bf16
 //            for the tensor cores. Fixed order, no atomics: bit-equal from run to run.
+//            Cuda, sm_90, D = 64, no window, equal sequences of a multiple of 64 tokens: other kernels (dot_sm90.h).
 // Source     FlashAttention-2 (Dao 2023), formulas only.
 // decode     one query, `length` cached keys and values of one sequence.
 #pragma once

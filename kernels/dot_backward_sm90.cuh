@@ -51,7 +51,7 @@ __device__ void weigh(Sums& s, const Numbers& mine, const float (&numbers)[2][kT
             lse2[0] = x.x * kLog2e, lse2[1] = x.y * kLog2e;
         }
 #pragma unroll
-        for (int e = 0; e < 4; ++e) s[n][e] = dot::exp2_fast(fmaf(s[n][e], scale2, -lse2[kKeyRows ? e % 2 : e / 2]));
+        for (int e = 0; e < 4; ++e) s[n][e] = exp2_fast(fmaf(s[n][e], scale2, -lse2[kKeyRows ? e % 2 : e / 2]));
     }
 }
 // dP to dS, with weights w.

@@ -23,14 +23,14 @@ struct Softmax {
             for (int n = 0; n < 8; ++n) top = fmaxf(top, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
             top = dot::quad_max(top);
             const float shift = top == -INFINITY ? 0.f : top * scale2;  // never -inf - (-inf)
-            decay[r] = dot::exp2_fast(fmaf(largest[r], scale2, -shift));
+            decay[r] = exp2_fast(fmaf(largest[r], scale2, -shift));
             largest[r] = top;
             float of_tile = 0.f;
 #pragma unroll
             for (int n = 0; n < 8; ++n)
 #pragma unroll
                 for (int e = 2 * r; e < 2 * r + 2; ++e) {
-                    s[n][e] = dot::exp2_fast(fmaf(s[n][e], scale2, -shift));
+                    s[n][e] = exp2_fast(fmaf(s[n][e], scale2, -shift));
                     of_tile += s[n][e];
                 }
             sum[r] = fmaf(sum[r], decay[r], of_tile);

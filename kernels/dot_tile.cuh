@@ -132,12 +132,6 @@ struct Rows {
     }
 };
 
-// 2^x; -inf gives 0.
-__device__ inline float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 // Over the four threads that share a row of an accumulator.
 __device__ inline float quad_sum(float x) {
     x += __shfl_xor_sync(0xffffffffu, x, 1);

@@ -72,11 +72,6 @@ struct ExponentialsProblem : Panels {
     const std::int32_t* targets;
 };
 
-__device__ float exp2_fast(float x) {  // 2 ulp; exp2(-inf) = 0
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 // Bytes a, b, c, d from the lowest on; beyond 57,344 that.
 __device__ std::uint32_t pack_e5m2(float a, float b, float c, float d) {
     std::uint32_t y;

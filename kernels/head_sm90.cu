@@ -21,12 +21,6 @@ struct HeadProblem : Panels {
     const std::int32_t* targets;
 };
 
-__device__ float exp2_fast(float x) {  // 2 ulp; exp2(-inf) = 0
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // k: which of the two rows; j: which 32 columns.
 template <int N, bool kStores>
 struct HeadEpilogue {

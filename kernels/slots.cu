@@ -13,12 +13,6 @@ constexpr int kTaps = 4, kPack = Pack<nv_bf16>::size, kAppendThreads = 128;
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr int kWarps = 4, kThreads = kWarps * kWarp, kKeys = int(kSlotKeys);
 
-__device__ inline float exp2_fast(float x) {  // 2 ulp; exp2(-inf) = 0
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // ---- append --------------------------------------------------------------------------------------------------------
 
 // Eight columns of y = conv4(x); past moves up.
