@@ -300,7 +300,8 @@ bool multiplies_fp8() { return gpu().arch >= 89; }
 template <class O>
 void check_fp8(std::int64_t m, std::int64_t n, std::int64_t k, bool scaled, bool accumulate, bool fast) {
     SCOPED_TRACE(testing::Message() << m << " x " << k << " x " << n << (scaled ? ", scaled" : "")
-                                    << (accumulate ? ", accumulated" : "") << (fast ? ", fast" : ""));
+                                    << (accumulate ? ", accumulated" : "") << (fast ? ", fast" : "")
+                                    << (std::is_same_v<O, bf16> ? ", bf16" : ", f32"));
     const std::vector<e5m2> a = random_bytes<e5m2>(std::size_t(m * k), 1, 2, 15);
     const std::vector<e4m3> b = random_bytes<e4m3>(std::size_t(n * k), 2, 3, 7);
     const Values y0 = round_to<O>(random_values(std::size_t(m * n), 3));
@@ -327,11 +328,13 @@ void check_fp8(std::int64_t m, std::int64_t n, std::int64_t k, bool scaled, bool
                                    .accumulate = accumulate,
                                    .fast_sums = fast});
     const Values got = dy.values();
-    // Of the terms: 14 bits in each of the steps that are added up so, or f32; then the rounding of the result.
+    // Of the terms: 14 bits in each of the steps that are added up so, or f32; then the rounding of the result, and of the
+    // product before it is added.
     const double of_sum = std::ldexp(1.0, -13) * (fast ? 2 : 1), of_result = std::is_same_v<O, bf16> ? 0x1p-8 : 0x1p-22;
     std::size_t wrong = 0;
     for (std::size_t i = 0; i < ref.size(); ++i)
-        wrong += !(std::abs(got[i] - ref[i]) <= of_sum * sizes[i] + of_result * std::abs(ref[i]));
+        wrong += !(std::abs(got[i] - ref[i]) <=
+                   of_sum * sizes[i] + of_result * (std::abs(ref[i]) + (accumulate ? std::abs(ref[i] - y0[i]) : 0)));
     EXPECT_EQ(wrong, 0u) << "of " << ref.size();
 }
 TEST(Matmul, GpuFp8MatchesReference) {
