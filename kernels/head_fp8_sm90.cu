@@ -91,7 +91,7 @@ struct ExponentialsEpilogue {
     using Problem = ExponentialsProblem;
     static constexpr bool kMakesPanel = false;
     static constexpr int kTileBytes = N * kRows;
-    static constexpr int kRunBytes = L::kRun * kRows, kTile = 4;  // and 5: numbers of named barriers
+    static constexpr int kRunBytes = L::kRun * kRows, kTile = 4;  // to 6: numbers of named barriers
     float octaves[2], base[2];
     int target[2];  // relative to the thread's first column
 

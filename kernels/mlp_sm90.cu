@@ -22,11 +22,11 @@ template <int N>
 __device__ void turn_panel(const MlpProblem& p, const Share& share, unsigned char* panel) {
     constexpr int kBatch = 3, kQuads = N / 4;
     const int items = p.chunks * (L::kDepth / 8) * kQuads;
-    for (int first = threadIdx.x; first < items; first += kBatch * kConsumers) {
+    for (int first = threadIdx.x; first < items; first += kBatch * Layout<bf16>::kConsumers) {
         uint2 in[kBatch][8];
 #pragma unroll
         for (int s = 0; s < kBatch; ++s) {
-            const int item = first + s * kConsumers, row = item / kQuads * 8, column = item % kQuads * 4;
+            const int item = first + s * Layout<bf16>::kConsumers, row = item / kQuads * 8, column = item % kQuads * 4;
             const bool valid = item < items && share.column + column < p.m;
 #pragma unroll
             for (int k = 0; k < 8; ++k)
@@ -35,7 +35,7 @@ __device__ void turn_panel(const MlpProblem& p, const Share& share, unsigned cha
         }
 #pragma unroll
         for (int s = 0; s < kBatch; ++s) {
-            const int item = first + s * kConsumers, octet = item / kQuads, column = item % kQuads * 4;
+            const int item = first + s * Layout<bf16>::kConsumers, octet = item / kQuads, column = item % kQuads * 4;
             if (item >= items) break;
 #pragma unroll
             for (int c = 0; c < 4; ++c) {

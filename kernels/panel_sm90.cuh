@@ -4,8 +4,9 @@
 // product. So:
 //   * A block keeps its panel, all C rows of N columns of the weights, in shared memory for as long as it lives and only
 //     streams rows of the other operand: N / 64 times less is read from L2 than a tile of 64 rows by itself would.
-//   * Two warpgroups take tiles of 64 rows in turn: while one multiplies, the other is at its epilogue. Turns are kept by
-//     two named barriers. One thread of a third warpgroup loads the rows by TMA into a ring of stages of 64 x 64.
+//   * Two warpgroups take tiles of 64 rows in turn: while one multiplies, the other is at its epilogue. Of bytes, whose
+//     product takes half the time, there are three. Turns are kept by a named barrier each. One thread of another
+//     warpgroup loads the rows by TMA into a ring of stages of 64 x 64 (64 x 128 bytes).
 //   * Columns of the panel lie in shared memory in an order (place_of) by which the sums of a thread are 16 consecutive
 //     bytes of the output: it is written, and what an epilogue needs beside them read, without a detour through shared
 //     memory.
@@ -17,7 +18,7 @@
 //   Element            of x and W
 //   Problem            what it needs, derived from Panels
 //   kMakesPanel        whether panel() fills the panel; else TMA does, from Panels::weights
-//   kTileBytes         of shared memory for each of the two warpgroups, at Place::tile; a multiple of kTileAlignment
+//   kTileBytes         of shared memory for each of those warpgroups, at Place::tile; a multiple of kTileAlignment
 //   fetch(p, place)    called before the product that its way is hidden behind
 //   store(p, place, sum)
 //   finish()           with kTileBytes: after the warpgroup's last tile
@@ -35,9 +36,6 @@ namespace fiedler::panel {
 using namespace hopper;
 
 constexpr int kRows = 64, kStageBytes = kRows * kSwizzleBytes;  // of a stage
-constexpr int kConsumers = 2 * kWarpgroup, kThreads = kConsumers + kWarpgroup;
-// Registers of a thread that multiplies and of one that loads: 65,536 in all. Every thread begins with a third of them.
-constexpr int kManyRegisters = 232, kFewRegisters = 40;
 constexpr int kMostDepth = 768, kMostChunks = kMostDepth * 2 / kSwizzleBytes, kMostStages = 10;
 
 // What depends on the element. A thread's sums are those of columns 8 j + 2 t and the next one (t = lane % 4) of two
@@ -50,7 +48,12 @@ struct Layout {
     static constexpr int kOwn = 16 / static_cast<int>(sizeof(E)), kRun = 4 * kOwn, kPairs = kOwn / 2;
     static constexpr bool kNeighbours = sizeof(E) == 1;
     // The turned tiles of fp8 take the room of some stages; a row of its tiles has half as many chunks.
-    static constexpr int kStages = sizeof(E) == 1 ? 6 : kMostStages;
+    static constexpr int kStages = sizeof(E) == 1 ? 5 : kMostStages;
+    static constexpr int kTeams = sizeof(E) == 1 ? 3 : 2, kConsumers = kTeams * kWarpgroup;
+    static constexpr int kThreads = kConsumers + kWarpgroup;
+    // Registers of a thread that multiplies and of one that loads: 65,536 in all. Every thread begins with its share.
+    static constexpr int kManyRegisters = kTeams == 3 ? 160 : 232, kFewRegisters = kTeams == 3 ? 32 : 40;
+    static_assert(kManyRegisters * kConsumers + kFewRegisters * kWarpgroup <= 65536);
 
     // Row of the panel in shared memory that holds this column of it: the sums of rows 8 q + 2 t + e (q < kPairs, e < 2)
     // of each kRun are those of columns kOwn t + 2 q + e.
@@ -164,19 +167,22 @@ __device__ void consume(const typename Epilogue::Problem& p, const Share& share,
     using E = typename Epilogue::Element;
     const int team = static_cast<int>(threadIdx.x) / kWarpgroup;
     const bool speaks = threadIdx.x % kWarp == 0;  // for its warp
-    constexpr int kTurn = 1;                       // and 2: numbers of the named barriers
+    constexpr int kTeams = Layout<E>::kTeams;
+    // Numbers of the named barriers: kTurn + team, where the team waits and the one before it announces itself.
+    constexpr int kTurn = 1, kBoth = 2 * kWarpgroup;
+    const int next = team + 1 == kTeams ? 0 : team + 1;
     float sum[N / 2];
     Epilogue epilogue;
     Ring<Layout<E>::kStages> ring;
     ring.skip(team * p.chunks);
-    if (team == 1) named_arrive(kTurn, kConsumers);  // the first turn is the other's
-    for (int i = team; i < share.count; i += 2, ring.skip(p.chunks)) {
+    if (next == 0) named_arrive(kTurn, kBoth);  // the first turn is team 0's
+    for (int i = team; i < share.count; i += kTeams, ring.skip((kTeams - 1) * p.chunks)) {
         const Place<E> place(p, share, i, tiles + team * Epilogue::kTileBytes);
         epilogue.fetch(p, place);
-        named_wait(kTurn + team, kConsumers);
+        named_wait(kTurn + team, kBoth);
         int before = 0;  // the stage of the chunk before
         for (int k = 0; k < p.chunks; ++k, ring.next()) {
-            if (!Epilogue::kMakesPanel && i < 2) barrier_wait(&b.panel[k], 0);
+            if (!Epilogue::kMakesPanel && i < kTeams) barrier_wait(&b.panel[k], 0);
             barrier_wait(&b.full[ring.stage], ring.parity);
             multiply_chunk<N, E>(sum, stages + ring.stage * kStageBytes, panel + k * N * kSwizzleBytes, k > 0);
             if (k > 0) {
@@ -185,7 +191,7 @@ __device__ void consume(const typename Epilogue::Problem& p, const Share& share,
             }
             before = ring.stage;
         }
-        if (i + 1 < share.count) named_arrive(kTurn + 1 - team, kConsumers);
+        if (i + 1 < share.count) named_arrive(kTurn + next, kBoth);
         product_wait<0>();
         pin(sum);
         if (speaks) barrier_arrive(&b.empty[before]);
@@ -195,11 +201,13 @@ __device__ void consume(const typename Epilogue::Problem& p, const Share& share,
 }
 
 template <int N, class Epilogue>
-__global__ __launch_bounds__(kThreads, 1) void panel_kernel(const __grid_constant__ typename Epilogue::Problem p) {
+__global__ __launch_bounds__(Layout<typename Epilogue::Element>::kThreads,
+                             1) void panel_kernel(const __grid_constant__ typename Epilogue::Problem p) {
+    using L = Layout<typename Epilogue::Element>;
     extern __shared__ unsigned char shared[];
     __shared__ Barriers barriers;
     const std::uint32_t past = shared_address(shared) % kTileAlignment;
-    constexpr int kStages = Layout<typename Epilogue::Element>::kStages;
+    constexpr int kStages = L::kStages;
     unsigned char* const panel = shared + (past == 0 ? 0 : kTileAlignment - past);
     unsigned char* const stages = panel + p.chunks * N * kSwizzleBytes;
     const Share share(p, N);
@@ -212,17 +220,17 @@ __global__ __launch_bounds__(kThreads, 1) void panel_kernel(const __grid_constan
         barrier_init_done();
     }
     __syncthreads();
-    if (threadIdx.x >= kConsumers) {
-        give_registers<kFewRegisters>();
-        if (threadIdx.x == kConsumers) produce<N, Epilogue>(p, share, panel, stages, barriers);
+    if (threadIdx.x >= L::kConsumers) {
+        give_registers<L::kFewRegisters>();
+        if (threadIdx.x == L::kConsumers) produce<N, Epilogue>(p, share, panel, stages, barriers);
         return;
     }
-    take_registers<kManyRegisters>();
+    take_registers<L::kManyRegisters>();
     if constexpr (Epilogue::kMakesPanel) {
-        constexpr int kMade = 3;  // a named barrier
+        constexpr int kMade = 8;  // a named barrier
         Epilogue::panel(p, share, panel);
         publish_shared();
-        named_wait(kMade, kConsumers);
+        named_wait(kMade, L::kConsumers);
     }
     consume<N, Epilogue>(p, share, panel, stages, stages + kStages * kStageBytes, barriers);
 }
@@ -267,12 +275,13 @@ template <int N, class Epilogue>
 void launch_columns(const Cuda& dev, typename Epilogue::Problem& p) {
     p.panels = ceil_div(p.m, N);
     p.groups = groups_of(p.panels, ceil_div(p.n, kRows), dev.sm_count);
-    const int bytes = p.chunks * N * kSwizzleBytes + Layout<typename Epilogue::Element>::kStages * kStageBytes +
-                      2 * Epilogue::kTileBytes + kTileAlignment;
+    using L = Layout<typename Epilogue::Element>;
+    const int bytes =
+        p.chunks * N * kSwizzleBytes + L::kStages * kStageBytes + L::kTeams * Epilogue::kTileBytes + kTileAlignment;
     const auto kernel = panel_kernel<N, Epilogue>;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    kernel<<<static_cast<unsigned>(p.panels * p.groups), kThreads, static_cast<std::size_t>(bytes), stream_of(dev)>>>(
-        p);
+    kernel<<<static_cast<unsigned>(p.panels * p.groups), L::kThreads, static_cast<std::size_t>(bytes),
+             stream_of(dev)>>>(p);
     LAUNCH_CHECK("panel_sm90");
 }
 
