@@ -547,36 +547,39 @@ class GpuCheck(Folder):
         import json, os, sys
         args = sys.argv[2:]
         out, steps = args[args.index("--out") + 1], int(args[args.index("--steps") + 1])
-        plain, again, fp8 = "general" in args, out.endswith("again"), "fp8" in args
+        way = out.rsplit("-", 1)[1]
+        asked = {"plain": "general", "fp8": "fp8", "split": "--micro-batch"}
+        assert (asked.get(way, "train") in sys.argv) and all((word in args) == (way == name) for name, word in asked.items())
+        broken = json.loads(BROKEN)
+        apart = {"split": 0.001, **broken.get("losses", {})}.get(way, 0)
         os.makedirs(out)
-        apart = APART if plain else 0
         with open(out + "/log.jsonl", "w") as log:
-            for step in range(1, steps + 1):
-                print(json.dumps({"event": "step", "step": step, "loss": 2 + apart * step / 10}), file=log)
-            print(json.dumps({"event": "end", "val_loss": 2 + apart + (FP8 if fp8 else 0), "tokens_per_second": 1 if plain else 2}), file=log)
-        open(out + "/weights.fdl", "w").write("fast" if not plain or SAME else "plain")
-        if again and DRIFTS:
-            open(out + "/weights.fdl", "w").write("drifted")
+            for step in range(1, steps + 1 - broken.get("short", 0)):
+                print(json.dumps({"event": "step", "step": step, "loss": 2 + apart}), file=log)
+            print(json.dumps({"event": "end", "val_loss": 2 + broken.get("val", {}).get(way, 0),
+                              "tokens_per_second": {"plain": 1}.get(way, 2)}), file=log)
+        open(out + "/weights.fdl", "w").write(broken.get("weights", {}).get(way, "fast" if way == "again" else way))
     """
 
     def test_fast_and_plain_ways_must_agree_and_differ_in_bits(self):
-        run = gpu_trainings.Run("n", "tiny", "headers", 110, ())
+        run = gpu_trainings.Run("n", "tiny", "headers", 10, ())
 
-        def outcome(apart, same=0, drifts=0, fp8=0.0):
-            text = self.WAYS
-            for name, value in (("APART", apart), ("SAME", same), ("DRIFTS", drifts), ("FP8", fp8)):
-                text = text.replace(name, str(value))
-            self.program("fiedler", text)
+        def outcome(**broken):
+            self.program("fiedler", self.WAYS.replace("BROKEN", repr(json.dumps(broken))))
             return gpu_trainings.check_equal(self.options(), run)
 
-        check = outcome(0.001)
+        check = outcome(losses={"plain": 0.002}, val={"plain": 0.004, "fp8": 0.04})
         self.assertEqual(check["failure"], "")
-        self.assertIn("0.0110 apart at most, 0.0106 on average over the last 10", check["summary"])
-        self.assertIn("2.00 x as fast", check["summary"])
-        self.assertIn("further apart", outcome(0.01)["failure"])
-        self.assertIn("further apart", outcome(0.001, fp8=0.03)["failure"])
-        self.assertIn("bit for bit", outcome(0, same=1)["failure"])
-        self.assertIn("not bit-equal", outcome(0, drifts=1)["failure"])
+        self.assertIn("plain from fast 0.0020, by another order of sums 0.0010", check["summary"])
+        self.assertIn("fast is 2.00 x as fast as plain", check["summary"])
+        self.assertEqual(outcome(losses={"plain": 0.05, "split": 0.02})["failure"], "")
+        for said, broken in (("losses further apart", {"losses": {"plain": 0.006}}),
+                             ("validation further apart", {"val": {"plain": 0.006}}),
+                             ("fp8 costs too much", {"val": {"fp8": 0.06}}),
+                             ("not bit-equal", {"weights": {"again": "drifted"}}),
+                             ("bit for bit", {"weights": {"plain": "fast"}}),
+                             ("not every log", {"short": 1})):
+            self.assertIn(said, outcome(**broken)["failure"])
         self.assertIn("skipped", gpu_trainings.check_equal(self.options(), run._replace(data="novels")))
 
     # A stand-in for `fiedler bench step`: what it was asked for, or nothing but an exit code.
