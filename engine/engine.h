@@ -24,10 +24,13 @@ const char* name_of(Block);
 struct StepSettings {
     std::int64_t step = 1;  // 1-based: AdamW's bias correction
     double lr = 0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, decay = 0.1, clip = 1;
-    double skip_above = 0;  // skip the update when the gradient norm exceeds this; 0: only when it is not finite
+    double skip_above = 0;   // skip the update when the gradient norm exceeds this; 0: only when it is not finite
+    bool head_bf16 = false;  // the head in bf16 though the plan has it in fp8
 };
 // Of the knobs. step: as above; norm_limit: the norm from which on a gradient counts as an outlier, infinite for none.
 StepSettings step_settings(const Config&, std::int64_t step, double lr, double norm_limit);
+// Steps that head-precision fp8 computes in fp8: those before the last head-bf16-fraction of all.
+std::int64_t steps_in_fp8(const Config&);
 struct StepResult {
     double loss = 0, norm = 0;  // mean loss of the step's tokens, gradient norm before clipping
     bool skipped = false;

@@ -233,6 +233,12 @@ std::vector<Knob> train_knobs() {
          "learning rate after the warm-up: wsd is constant, then linear decay",
          {.choices = {"wsd", "cosine", "constant"}}},
         {"decay-fraction", &C::decay_fraction, kTrain, "share of the steps in which wsd decays", {.low = 0, .high = 1}},
+        {"head-bf16-fraction",
+         &C::head_bf16_fraction,
+         kTrain,
+         "head-precision fp8: share of the steps, the last ones, that have the head in bf16 again, as validation has "
+         "it",
+         {.low = 0, .high = 1}},
         {"beta1", &C::beta1, kTrain, "AdamW: decay of the first moment", {.low = 0, .high = 0.9999999}},
         {"beta2", &C::beta2, kTrain, "AdamW: decay of the second moment", {.low = 0, .high = 0.9999999}},
         {"adam-eps", &C::adam_eps, kTrain, "AdamW: epsilon", {.low = 1e-30, .high = 1}},

@@ -150,7 +150,7 @@ void Model<Dev, T>::loss(const DeviceBatch& batch, Vec<A> total, bool gradient, 
     p.logits = s.logits;
     p.scratch = s.head;
     p.loss_rows = plan_.loss_rows;
-    if (plan_.head_fp8) p.precision = HeadPrecision::fp8, p.fp8_scratch = s.head_fp8;
+    if (head_in_fp8()) p.precision = HeadPrecision::fp8, p.fp8_scratch = s.head_fp8;
     if (gradient) p.dx = s.dn, p.dw = table_.matrix(params_.grads.data, table_.head);
     fiedler::head(dev_, p);
     loss_sum(dev_, LossSum<A>{.total = total, .losses = s.losses});

@@ -80,6 +80,9 @@ class Model {
     // Sum of the losses of the batch added to *total; with gradient, dlogits flow back into the head's and the last
     // norm's input gradients: grad_scale is the weight of one token's loss (1 / tokens of the whole step).
     void loss(const DeviceBatch&, Vec<A> total, bool gradient, A grad_scale);
+    // From the next loss on: the head in bf16 although the plan has it in fp8, or no longer so.
+    void use_head_bf16(bool yes) { head_bf16_ = yes; }
+    bool head_in_fp8() const { return plan_.head_fp8 && !head_bf16_; }
     // From the last norm down to the embedding; parameter gradients accumulate.
     void backward(const DeviceBatch&);
 
@@ -161,6 +164,7 @@ class Model {
     FeatureLaplacian<A> laplacian_;
     Mat<const T> spectral_;
     const ActivationPlan& plan_;
+    bool head_bf16_ = false;
     Activations<T>& acts_;
     std::vector<std::vector<double>>* calibrating_ = nullptr;
 };

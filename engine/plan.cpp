@@ -31,7 +31,12 @@ StepSettings step_settings(const Config& c, std::int64_t step, double lr, double
     s.decay = c.weight_decay;
     s.clip = c.clip;
     s.skip_above = std::isfinite(norm_limit) ? norm_limit : 0;
+    s.head_bf16 = step > steps_in_fp8(c);
     return s;
+}
+std::int64_t steps_in_fp8(const Config& c) {
+    if (c.head_precision != HeadChoice::fp8) return 0;
+    return std::llround((1 - c.head_bf16_fraction) * double(c.steps));
 }
 
 EngineOptions engine_options(const Config& c, DeviceKind device, bool training) {

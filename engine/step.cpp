@@ -42,6 +42,7 @@ void Runner<Dev, T>::submit_step(const std::vector<Batch>& micro_batches, const 
     slot.tokens *= comm_->size();
     *layout_->step.control(slot.block) = control_of<A>(settings);
     send(*dev_, layout_->step_memory, slot.block, layout_->step.bytes());
+    model_->use_head_bf16(settings.head_bf16);
     launch_step(batches, A(1 / slot.tokens));
     fetch(*dev_, slot.result, layout_->control, sizeof *slot.result);
     set_mark(*dev_, mark);
@@ -57,12 +58,13 @@ StepResult Runner<Dev, T>::finish_step() {
     return {double(control.loss) / slots_[mark].tokens, double(control.norm), control.skip != 0};
 }
 
-// A step whose batches are cut into documents has a shape of its own.
+// A step whose batches are cut into documents has a shape of its own; one with the head in another precision, too.
 template <class Dev, class T>
 void Runner<Dev, T>::launch_step(const std::vector<DeviceBatch>& micro_batches, A grad_scale) {
     if constexpr (std::is_same_v<Dev, Cuda>) {
         StepShape shape;
         for (const DeviceBatch& b : micro_batches) shape.emplace_back(b.inputs.size, b.seq.length);
+        shape.emplace_back(model_->head_in_fp8(), 0);
         const bool uniform = std::ranges::all_of(micro_batches, [](const DeviceBatch& b) { return b.seq.length > 0; });
         recorded_.run(*dev_, shape, plan_.cuda_graph && uniform, [&] { run_step(micro_batches, grad_scale); });
     } else {

@@ -82,14 +82,14 @@ TEST(Head, GpuChunksAreAsExact) {
     }
 }
 
-// Steps with the head in fp8: recorded and not to the bit the same, and near those in bf16.
+// Steps with the head in fp8: recorded and not to the bit the same, and near those in bf16, to which they can go back.
 TEST(Step, GpuHeadInFp8) {
     FIEDLER_GPU_OR_SKIP();
     if (!head_has_fp8(test::gpu().arch)) GTEST_SKIP() << "not an sm_90 device, or not in this build: NOT TESTED";
     Config c;
     c.pattern = "sb", c.layers = 2, c.channels = 128, c.heads = 4, c.vocab = 4096, c.context = 256;
     const ModelSpec spec = model_spec(c);
-    const auto losses = [&](bool fp8, GraphChoice graph) {
+    const auto losses = [&](bool fp8, GraphChoice graph, int steps_in_fp8 = 100) {
         EngineOptions o;
         o.device = DeviceKind::cuda;
         o.memory_budget = std::size_t(2) << 30;
@@ -105,7 +105,7 @@ TEST(Step, GpuHeadInFp8) {
         std::vector<double> all;
         for (int step = 1; step <= 12; ++step) {
             StepSettings s;
-            s.step = step, s.lr = 2e-3;
+            s.step = step, s.lr = 2e-3, s.head_bf16 = step > steps_in_fp8;
             all.push_back(
                 engine->train_step({test::step_batch(spec, 4, 1, false), test::step_batch(spec, 4, 2, false)}, s).loss);
         }
@@ -116,6 +116,11 @@ TEST(Step, GpuHeadInFp8) {
     EXPECT_NE(fp8, bf16);
     EXPECT_LT(bf16.back(), bf16.front() - 0.3) << "nothing was learned";
     for (std::size_t i = 0; i < fp8.size(); ++i) EXPECT_NEAR(fp8[i], bf16[i], 0.03 * bf16[i]) << i;
+    EXPECT_EQ(bf16, losses(true, GraphChoice::on, 0));
+    const std::vector<double> mixed = losses(true, GraphChoice::on, 6);
+    EXPECT_EQ(mixed, losses(true, GraphChoice::off, 6));
+    EXPECT_TRUE(std::equal(fp8.begin(), fp8.begin() + 6, mixed.begin()));
+    for (std::size_t i = 6; i < fp8.size(); ++i) EXPECT_NE(mixed[i], fp8[i]) << i;
 }
 
 TEST(Plan, GpuIsWhatTheRunTakes) {

@@ -155,6 +155,15 @@ TEST(Plan, HeadInFp8WhereItCanBe) {
     if (cuda_device_count() == 0) {  // planned for a GPU that is elsewhere
         EXPECT_TRUE(engine_options(c, DeviceKind::cuda, true).head_fp8);
     }
+    // The last steps have it in bf16.
+    c.steps = 10, c.head_bf16_fraction = 0.25;
+    EXPECT_EQ(steps_in_fp8(c), 8);
+    EXPECT_FALSE(step_settings(c, 8, 1e-3, 0).head_bf16);
+    EXPECT_TRUE(step_settings(c, 9, 1e-3, 0).head_bf16);
+    c.head_bf16_fraction = 0;
+    EXPECT_FALSE(step_settings(c, 10, 1e-3, 0).head_bf16);
+    c.head_bf16_fraction = 1;
+    EXPECT_TRUE(step_settings(c, 1, 1e-3, 0).head_bf16);
     c.head_precision = HeadChoice::bf16;
     EXPECT_FALSE(engine_options(c, DeviceKind::cuda, true).head_fp8);
 }
