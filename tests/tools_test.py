@@ -449,6 +449,17 @@ class GpuCheck(Folder):
             open(sys.argv[2].split(":", 1)[1], "w").write('{"testsuites": []}')""")
         self.assertEqual(gpu_check.run_test_program(self.options(), "kernel_tests")["failed"], 1)
 
+    def test_a_program_that_does_not_end_is_counted_up_to_where_it_was(self):
+        self.program("kernel_tests", """
+            for line in ("[ RUN      ] A.GpuOne", "[       OK ] A.GpuOne (1 ms)", "[ RUN      ] A.GpuTwo",
+                         "[  FAILED  ] A.GpuTwo (2 ms)", "[ RUN      ] B.GpuThree"):
+                print(line, flush=True)
+            import time; time.sleep(60)""")
+        counts = gpu_check.run_test_program(self.options(timeout=0.5), "kernel_tests")
+        self.assertEqual((counts["passed"], counts["failed"], counts["skipped"]), (1, 2, 0))
+        self.assertEqual(counts["failures"][0], "A.GpuTwo failed")
+        self.assertIn("stopped after 0.5 s, in B.GpuThree", counts["failures"][1])
+
     def test_shards_are_added_up_and_one_that_crashes_fails(self):
         self.program("kernel_tests", """
             import json, os, sys
