@@ -12,7 +12,8 @@ SANITIZER_FILTER = ":".join((
     "*GpuSmall*", "Norm.Gpu*", "Conv.GpuSequences*", "Conv.GpuForward*", "Coordinate.GpuMatches*", "Energy.GpuDense*",
     "Energy.GpuIsolated*", "Gate.GpuLogSigmoid*", "Gate.GpuCarry*", "Attention.GpuMatchesReferenceOnRagged*",
     "Attention.GpuMatchesReferenceAtTies*", "Attention.GpuScalarGradients*", "Attention.GpuSm90Products*",
-    "AttentionTree.GpuMatchesReferenceOnRagged*", "AttentionTree.GpuMatchesReferenceAtTies*", "Head.GpuNanShows*",
+    "AttentionTree.GpuMatchesReferenceOnRagged*", "AttentionTree.GpuMatchesReferenceAtTies*", "Head.GpuNanShows*", "Head.GpuFp8Chunks", "Head.GpuFp8EveryElement*",
+    
     "Rotary.GpuFar*", "*Dot*.GpuHidden*",
     "*Dot*.GpuChain*", "Laplacian.Gpu*", "Eigen.Gpu*", "Knn.GpuCut*", "SmallSpectra.GpuEverySize*",
     "SmallSpectra.GpuDuplicates*", "*SpectrumGpuMethod.SmallForms*",
