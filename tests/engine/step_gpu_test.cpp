@@ -140,23 +140,15 @@ TEST(Plan, GpuIsWhatTheRunTakes) {
             const RunPlan plan = plan_run(spec, o);
             EXPECT_EQ(plan.head_fp8, o.head_fp8);
             std::size_t free_before = 0, free_after = 0, free_running = 0, total = 0;
-            std::unique_ptr<Engine> engine;
-            // Beside the arena: the handles of a context, and the driver's rounding. The driver counts for all processes of
-            // the device: others that are at work there make one answer or another wrong, but not all of them.
-            constexpr int kTries = 8;
-            bool as_planned = false;
-            for (int i = 0; i < kTries && !as_planned; ++i) {
-                engine.reset();
-                memory_info(test::gpu(), free_before, total);
-                engine = make_engine(spec, o);
-                memory_info(test::gpu(), free_after, total);
-                as_planned = free_before >= free_after + plan.bytes &&
-                             free_before <= free_after + plan.bytes + (std::size_t(64) << 20);
-            }
-            EXPECT_TRUE(as_planned) << plan.bytes << " bytes were planned, and " << free_before << " - " << free_after
-                                    << " taken the last time";
+            memory_info(test::gpu(), free_before, total);
+            const auto engine = make_engine(spec, o);
+            memory_info(test::gpu(), free_after, total);
             EXPECT_EQ(engine->plan().bytes, plan.bytes);
             EXPECT_EQ(engine->plan().table, plan.table);
+            // Beside the arena: the handles of a context, and the driver's rounding. (The driver counts for all processes of
+            // the device: nothing else may be at work there.)
+            EXPECT_GE(free_before - free_after, plan.bytes);
+            EXPECT_LE(free_before - free_after, plan.bytes + (std::size_t(64) << 20));
             for (int step = 1; step <= 4; ++step) {
                 std::vector<Batch> batches;
                 for (int m = 0; m < micro_batches; ++m)

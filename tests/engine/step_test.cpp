@@ -155,6 +155,10 @@ TEST(Plan, HeadInFp8WhereItCanBe) {
     if (cuda_device_count() == 0) {  // planned for a GPU that is elsewhere
         EXPECT_TRUE(engine_options(c, DeviceKind::cuda, true).head_fp8);
     }
+    c.kernels = KernelChoice::general;  // fp8's are sm_90's own
+    EXPECT_EQ(engine_options(c, DeviceKind::cuda, true).kernels, KernelChoice::general);
+    EXPECT_FALSE(engine_options(c, DeviceKind::cuda, true).head_fp8);
+    c.kernels = KernelChoice::automatic;
     // The last steps have it in bf16.
     c.steps = 10, c.head_bf16_fraction = 0.25;
     EXPECT_EQ(steps_in_fp8(c), 8);

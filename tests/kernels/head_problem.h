@@ -91,4 +91,17 @@ struct Operands {
     Answer answer() const { return {losses.values(), dx.values(), dw.values()}; }
 };
 
+#if FIEDLER_CUDA
+// The same dx from a CUDA graph.
+inline void expect_recorded(const Operands<bf16, Cuda>& o) {
+    head(gpu(), o.call);  // what is chosen at the first call
+    const std::vector<bf16> dx = o.dx.host();
+    CudaGraph* const graph = graph_record(gpu(), [&] { head(gpu(), o.call); });
+    fill_bytes(gpu(), o.dx.data(), 0xff, o.dx.bytes());
+    graph_launch(gpu(), graph);
+    EXPECT_TRUE(identical(dx.data(), o.dx.host().data(), o.dx.bytes()));
+    graph_free(graph);
+}
+#endif
+
 }  // namespace fiedler::test

@@ -337,8 +337,9 @@ void check_fp8(std::int64_t m, std::int64_t n, std::int64_t k, bool scaled, bool
                                    .accumulate = accumulate,
                                    .fast_sums = fast});
     const Values got = dy.values();
-    // Of the terms: 14 bits in each of the steps that are added up so, or f32; then the rounding of the result, and of the
-    // product before it is added.
+    // Of the terms: 14 bits in each of the steps of 32 that are added up so, which is up to k / 32 roundings with fast sums
+    // (33 at most here; they hardly ever fall on the whole sum, all to one side); then the rounding of the result, and of
+    // the product before it is added.
     const double of_sum = std::ldexp(1.0, -13) * (fast ? 4 : 1), of_result = std::is_same_v<O, bf16> ? 0x1p-8 : 0x1p-22;
     std::size_t wrong = 0;
     for (std::size_t i = 0; i < ref.size(); ++i)
