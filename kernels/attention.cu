@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(Shape<D, R>::kBlockThreads, Shape<D, R>::kTune
     const Band band(sight, warp_first, min(warp_first + S::kWarpQueries, tokens) - 1);
     const int last = ceil_div(block.hi, S::kKeys) - 1;  // stages of keys are numbered by their place on the token axis
     const Loader<D, R> loader{p, shared};
-    Raw<R> raw;
+    typename Loader<D, R>::Raw raw;
     loader.read(raw, last * S::kKeys, head, block.lo, block.hi);
     cp_async_commit();
     const bool bounded = prepare(shared, p, sight, block, band, head, first);
@@ -43,13 +43,13 @@ __global__ void __launch_bounds__(Shape<D, R>::kBlockThreads, Shape<D, R>::kTune
         float* parts = shared.least_gate[next & 3];
         cp_async_wait<0>();
         const float F = loader.gate(raw, next * S::kKeys, view.block.x, view.block.y);
-        loader.note_least(parts, F);
+        loader.note_least(parts, raw, F);
         __syncthreads();
         live *= 2;
         if (!ends) {
             float least = parts[0];
 #pragma unroll
-            for (int i = 1; i < S::kKeys / kWarp; ++i) least = fminf(least, parts[i]);
+            for (int i = 1; i < S::kParts; ++i) least = fminf(least, parts[i]);
             const float faded = p.skip ? kFaded : INFINITY;
             if (!(view.reach - least < -faded)) live |= 1;
             if (!(view.gate - least <= kGateRange<R>)) unbounded = max(unbounded, next);

@@ -10,14 +10,16 @@ template <int D, int R>
 struct Queries {
     using S = Shape<D, R>;
     static constexpr int M = S::M;
-    static constexpr bool kSumsOnTensorCores = tuning::sums_on_tensor_cores(kArch, R);
+    static constexpr bool kSumsOnTensorCores = tuning::sums_on_tensor_cores(kArch, R),
+                          kScoresOnTensorCores = tuning::scores_on_tensor_cores(kArch);
     using Keys = KeyTile<R, S::kGroups, S::kKeys>;
     using Weights = float[2][4];  // of 16 queries and 16 keys: two C tiles
 
     Shared<D, R>& shared;
     const std::uint32_t values_of_lane;  // what the lane gives to ldmatrix, in stage 0
     const int keys_of_lane;              // first of its two keys in a run of 8; R = 1: in the pairs of all groups
-    float x[M][2][R];  // rho; R > 1: scalars, in base 2 relative to the reference; unbounded: as they are
+    const std::uint32_t diagonal = R > 1 ? minus_diagonal() : 0;
+    std::uint32_t x[M][2][R];  // rho, as bits; R > 1: scalars, packed, each twice; unbounded: as they are, as bits
     float o[M][D / 8][4] = {};
     float sum[M][2] = {};                               // of the weights, for lse
     float rounded[M][kSumsOnTensorCores ? 4 : 2] = {};  // of the rounded ones, for o; as o, or as sum
@@ -36,7 +38,7 @@ struct Queries {
 #pragma unroll
             for (int m = 0; m < M; ++m)
 #pragma unroll
-                for (int k = 0; k < 2; ++k) x[m][k][0] = shared.rho[row(m, k)];
+                for (int k = 0; k < 2; ++k) x[m][k][0] = __float_as_uint(shared.rho[row(m, k)]);
             return;
         }
         const View& view = shared.views[warp_in_block()];
@@ -51,14 +53,17 @@ struct Queries {
         for (int r = 0; r < R; ++r) {
             const float* a = p.a.data + head * p.scalars + r;
             const bool exists = r < p.scalars;
-            const float scale = bounded ? kLog2e : 1.f;  // as for the keys
-            const float shift = bounded ? -kLog2e * shared.centres[r] : 0.f;
 #pragma unroll
             for (int m = 0; m < M; ++m)
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
                     const int token = first + row(m, k);
-                    x[m][k][r] = fmaf(token < p.seq.tokens && exists ? a[token * p.a.ld] : 0.f, scale, shift);
+                    const float of_query = token < p.seq.tokens && exists ? a[token * p.a.ld] : 0.f;
+                    x[m][k][r] = __float_as_uint(of_query);
+                    if (R > 1 && bounded) {
+                        const float y = packed_number(of_query, shared.centres[r]);
+                        x[m][k][r] = pack_half(y, y);
+                    }
                 }
         }
     }
@@ -125,7 +130,7 @@ struct Queries {
             if constexpr (R == 1) {
                 multiply_factors(w, 0, stage, first + chunk);
             } else {
-                score(w, 0, stage, first + chunk, true);
+                score_packed(w, stage, first + chunk);
                 exponentiate(w);
             }
             accumulate(w, stage, first + chunk);
@@ -144,9 +149,12 @@ struct Queries {
             for (int from = 0; from < M; from += N) {
                 if (from > 0) __syncwarp();  // keeps the compiler from holding all of them at once after all
                 Weights w[N];
-                if constexpr (R == 1)
-                    if (bounded) multiply_factors(w, from, stage, first + chunk);
-                if (!(R == 1 && bounded)) score(w, from, stage, first + chunk, bounded);
+                if (!bounded)
+                    score(w, from, stage, first + chunk);
+                else if constexpr (R == 1)
+                    multiply_factors(w, from, stage, first + chunk);
+                else
+                    score_packed(w, stage, first + chunk);
 #pragma unroll
                 for (int m = 0; m < N; ++m) {
                     if (!band.covers(column + chunk, 16))
@@ -171,14 +179,38 @@ struct Queries {
             for (int m = 0; m < N; ++m)
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
-                    w[m][n][2 * k] = fminf(x[from + m][k][0] * f.x, f.y);
-                    w[m][n][2 * k + 1] = fminf(x[from + m][k][0] * f.z, f.w);
+                    w[m][n][2 * k] = fminf(number(from + m, k, 0) * f.x, f.y);
+                    w[m][n][2 * k + 1] = fminf(number(from + m, k, 0) * f.z, f.w);
                 }
         }
     }
-    // Scores of 16 keys: E - F_j (bounded) or F_i - F_j, less sum_r |a_i^r - b_j^r|; R > 1, bounded: in base 2.
+    __device__ float number(int m, int k, int r) const { return __uint_as_float(x[m][k][r]); }
+    // E - F_j - sum_r |a_i^r - b_j^r| in base 2, of 16 keys; bounded, R > 1.
+    __device__ void score_packed(Weights (&s)[M], int stage, int key) const {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            const auto& keys = shared.keys[stage];
+            const int local = keys_of_lane + key + 8 * n;
+            const float2 gate = *reinterpret_cast<const float2*>(keys.gate + local);
+            const float c[4] = {gate.x, gate.y, gate.x, gate.y};
+            std::uint32_t y[R];
+            if constexpr (R == 2) {
+                const uint2 two = *reinterpret_cast<const uint2*>(keys.packed[local / 2]);
+                y[0] = two.x, y[1] = two.y;
+            } else {
+#pragma unroll
+                for (int r = 0; r < R; r += 4) {
+                    const uint4 four = *reinterpret_cast<const uint4*>(keys.packed[local / 2] + r);
+                    y[r] = four.x, y[r + 1] = four.y, y[r + 2] = four.z, y[r + 3] = four.w;
+                }
+            }
+#pragma unroll
+            for (int m = 0; m < M; ++m) packed_scores<R, kScoresOnTensorCores>(s[m][n], x[m], y, c, diagonal);
+        }
+    }
+    // F_i - F_j - sum_r |a_i^r - b_j^r|, of 16 keys; unbounded.
     template <int N>
-    __device__ void score(Weights (&s)[N], int from, int stage, int key, bool bounded) const {
+    __device__ void score(Weights (&s)[N], int from, int stage, int key) const {
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
             float2 gate;
@@ -189,41 +221,32 @@ struct Queries {
                 for (int m = 0; m < N; ++m)
 #pragma unroll
                     for (int k = 0; k < 2; ++k) {
-                        s[m][n][2 * k] = fabsf(x[from + m][k][0] - f.x);
-                        s[m][n][2 * k + 1] = fabsf(x[from + m][k][0] - f.z);
+                        s[m][n][2 * k] = fabsf(number(from + m, k, 0) - f.x);
+                        s[m][n][2 * k + 1] = fabsf(number(from + m, k, 0) - f.z);
                     }
             } else {
-                const KeyTile<R, S::kGroups, S::kKeys>& keys = shared.keys[stage];
+                const auto& keys = shared.keys[stage];
                 const int local = keys_of_lane + key + 8 * n;
-                gate = keys.gate.pair(local);
+                gate = *reinterpret_cast<const float2*>(keys.gate + local);
 #pragma unroll
                 for (int r = 0; r < R; r += 2) {
-                    const float* at = keys.scalars.data + r / 2 * ScalarTile<R>::kPlane + 2 * local;
+                    const float* at = keys.scalars.data + r / 2 * keys.scalars.kPlane + 2 * local;
                     const float4 y = *reinterpret_cast<const float4*>(at);
 #pragma unroll
                     for (int m = 0; m < N; ++m)
 #pragma unroll
                         for (int k = 0; k < 2; ++k) {
-                            const float left = fabsf(x[from + m][k][r] - y.x), right = fabsf(x[from + m][k][r] - y.z);
-                            s[m][n][2 * k] = r == 0 ? left : s[m][n][2 * k] + left;
-                            s[m][n][2 * k + 1] = r == 0 ? right : s[m][n][2 * k + 1] + right;
-                            s[m][n][2 * k] += fabsf(x[from + m][k][r + 1] - y.y);
-                            s[m][n][2 * k + 1] += fabsf(x[from + m][k][r + 1] - y.w);
+                            const float u = number(from + m, k, r), v = number(from + m, k, r + 1);
+                            s[m][n][2 * k] = (r == 0 ? 0.f : s[m][n][2 * k]) + fabsf(u - y.x) + fabsf(v - y.y);
+                            s[m][n][2 * k + 1] = (r == 0 ? 0.f : s[m][n][2 * k + 1]) + fabsf(u - y.z) + fabsf(v - y.w);
                         }
                 }
             }
-            if (bounded) {
 #pragma unroll
-                for (int m = 0; m < N; ++m)
+            for (int m = 0; m < N; ++m)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) s[m][n][e] = (e % 2 ? gate.y : gate.x) - s[m][n][e];
-            } else {
-#pragma unroll
-                for (int m = 0; m < N; ++m)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e)
-                        s[m][n][e] = (shared.gate[row(from + m, e / 2)] - (e % 2 ? gate.y : gate.x)) - s[m][n][e];
-            }
+                for (int e = 0; e < 4; ++e)
+                    s[m][n][e] = (shared.gate[row(from + m, e / 2)] - (e % 2 ? gate.y : gate.x)) - s[m][n][e];
         }
     }
     template <int N>

@@ -32,7 +32,7 @@
 #pragma once
 #include <algorithm>
 
-#include "kernels/attention_tile.cuh"
+#include "kernels/attention_packed.cuh"
 #include "kernels/tuning.h"
 
 namespace fiedler::attention_forward_tile {
@@ -137,15 +137,19 @@ struct Shape {
     static constexpr int kBlockThreads = kGroups * kGroupThreads;
     static constexpr int kWarpQueries = 16 * M, kGroupQueries = kGroupWarps * kWarpQueries;
     static constexpr int kQueries = kGroups * kGroupQueries;
-    static_assert(R == 1 || (kGroups == 1 && kHalves == 1), "a group stages 64 keys by itself");
+    static constexpr int kParts = R == 1 ? kKeys / kWarp : kGroupWarps;  // of a stage's least gate
+    static_assert(R == 1 || kGroups == 1);
 };
 
 // What the scores need of a stage's keys. R = 1, for each group: the factors (u, w) or, with the running maximum,
-// (b, F); R > 1: scalars relative to centres and E - F, in base 2, or scalars and F as they are.
+// (b, F); R > 1: packed scalars of keys 2i and 2i + 1, and E - F in base 2, or scalars and F as they are.
 template <int R, int kGroups, int kKeys>
 struct KeyTile {
-    ScalarTile<R> scalars;
-    ColumnTile gate;
+    union {
+        alignas(16) std::uint32_t packed[kKeys / 2][R];
+        ScalarTile<R, kKeys> scalars;
+    };
+    alignas(16) float gate[kKeys];
 };
 template <int kGroups, int kKeys>
 struct KeyTile<1, kGroups, kKeys> {
@@ -167,15 +171,16 @@ struct Shared {
     using S = Shape<D, R>;
     ValueTile<D> values[2][S::kHalves];  // rows go on from half to half
     KeyTile<R, S::kGroups, S::kKeys> keys[2];
-    alignas(16) float least_gate[4][S::kKeys / kWarp];  // least F of 32 keys each, of those that the block sees
-    int extremes[S::kGroups * kGroupWarps][6];          // ordered()
-    int2 sight[S::kQueries];                            // columns [x, y) that a query sees
-    float rho[S::kQueries];                             // R = 1
-    float gate[S::kQueries];                            // F
+    // Least F of keys that the block sees, in parts; R > 1: -infinity where a scalar is out of range.
+    alignas(16) float least_gate[4][S::kParts];
+    int extremes[S::kGroups * kGroupWarps][6];  // ordered()
+    int2 sight[S::kQueries];                    // columns [x, y) that a query sees
+    float rho[S::kQueries];                     // R = 1
+    float gate[S::kQueries];                    // F
     float top[S::kQueries];  // a_i - c (R = 1) or 0: lse without the gate; out of bounds, the running maximum
     float2 raw[R == 1 ? S::kBlockThreads : 1];  // b and F that a thread has asked for, for itself
     View views[S::kGroups * kGroupWarps];
-    float centres[R];  // c for R > 1, of each scalar
+    float centres[R];  // of each scalar (attention_packed.cuh); R > 1
 };
 
 // Fixes the references: fills what is shared of them and of the queries, between barriers. Returns whether the queries
@@ -191,6 +196,10 @@ __device__ bool prepare(Shared<D, R>& shared, const AttentionForward<bf16>& p, c
     const float* b = p.b.data + head * p.scalars;
     const float* F = gate_of_head(p, head);
 
+    if constexpr (R > 1) {
+        if (local < R) shared.centres[local] = local < p.scalars ? packed_centre(a + local, p.a.ld, p.seq.tokens) : 0.f;
+        __syncthreads();
+    }
     float own = 0.f, spread = 0.f, x = 0.f;
     const float gate = F != nullptr && valid ? F[token * p.F.ld] : 0.f;
 #pragma unroll
@@ -198,7 +207,7 @@ __device__ bool prepare(Shared<D, R>& shared, const AttentionForward<bf16>& p, c
         if (!valid || r >= p.scalars) continue;
         x = a[token * p.a.ld + r];
         own += fabsf(x - b[token * p.b.ld + r]);
-        if constexpr (R > 1) spread = fmaxf(spread, fabsf(x - a[group_first * p.a.ld + r]));
+        if constexpr (R > 1) spread = fmaxf(spread, fabsf(x - shared.centres[r]));
     }
     const float high = R == 1 ? x : spread;
     const float of_lane[6] = {high, -x, gate, -gate, own, gate + own};
@@ -224,9 +233,7 @@ __device__ bool prepare(Shared<D, R>& shared, const AttentionForward<bf16>& p, c
         shared.rho[at] = expf(-2.f * apart);
         shared.top[at] = bounded ? apart : -INFINITY;
     }
-    if (R > 1 && local < R)
-        shared.centres[local] = local < p.scalars && first < p.seq.tokens ? a[first * p.a.ld + local] : 0.f;
-    if (F == nullptr && threadIdx.x < sizeof(shared.least_gate) / sizeof(float))
+    if (R == 1 && F == nullptr && threadIdx.x < sizeof(shared.least_gate) / sizeof(float))
         (&shared.least_gate[0][0])[threadIdx.x] = 0.f;
     __syncthreads();
     // A warp of the block has read the queries that are its own where M = 2, all of the group's otherwise.
@@ -238,15 +245,15 @@ __device__ bool prepare(Shared<D, R>& shared, const AttentionForward<bf16>& p, c
     return bounded;
 }
 
-// Keys on their way, what a thread has read of the stage after next. R > 1: R / 2 scalars, and F, in registers; R = 1:
-// b and F of one key, in shared memory (Shared::raw), since registers are short.
-template <int R>
+// Keys on their way, what a thread has read of the stage after next. R > 1: scalars of pairs of keys, and F, in registers;
+// R = 1: b and F of one key, in shared memory (Shared::raw), since registers are short.
+template <int R, int kKeys>
 struct Raw {
-    static constexpr int kScalars = kTile * R / kGroupThreads;
-    float b[kScalars], F;
+    static constexpr int kPairs = std::max(kKeys / 2 * R / kGroupThreads, 1);
+    float b[kPairs][2], F;
 };
-template <>
-struct Raw<1> {};
+template <int kKeys>
+struct Raw<1, kKeys> {};
 
 // A thread's part in bringing stages of keys and values into shared memory. column: token of a stage's first key.
 template <int D, int R>
@@ -258,10 +265,15 @@ struct Loader {
     Shared<D, R>& shared;
 
     __device__ bool gated() const { return p.F.data != nullptr; }
+    using Raw = attention_forward_tile::Raw<R, S::kKeys>;
     static __device__ bool reads() { return R > 1 || thread_in_group() < S::kKeys; }
+    // R > 1: the thread's pairs of keys and their scalar, of which there may be fewer than threads.
+    static __device__ int pair_of(int i) { return (thread_in_group() + i * kGroupThreads) / R; }
+    static __device__ int scalar() { return thread_in_group() % R; }
+    static __device__ bool has(int i) { return S::kKeys / 2 * R >= kGroupThreads || pair_of(i) < S::kKeys / 2; }
 
-    // Asks for keys, from global memory; the block sees [lo, hi).
-    __device__ void read(Raw<R>& raw, int column, int head, int lo, int hi) const {
+    // Asks for keys, from global memory; the block sees [lo, hi). R > 1: others have the scalars of the nearest that it sees.
+    __device__ void read(Raw& raw, int column, int head, int lo, int hi) const {
         if (!reads()) return;
         const int local = thread_in_group(), b_ld = static_cast<int>(p.b.ld), F_ld = static_cast<int>(p.F.ld);
         const float* b = p.b.data + head * p.scalars;
@@ -273,19 +285,19 @@ struct Loader {
             cp_async4(&to.x, b + (seen ? std::int64_t(token) * b_ld : 0), seen);
             if (gated()) cp_async4(&to.y, p.F.data + (seen ? std::int64_t(token) * F_ld + head : 0), seen);
         } else {
-            const auto seen = [&](int key) { return column + key >= lo && column + key < hi; };
-            const int key = local % kTile, r = local % R;
-            raw.F = !gated() || !seen(key) ? 0.f : p.F.data[std::int64_t(column + key) * F_ld + head];
+            const auto nearest = [&](int key) { return std::int64_t(min(max(column + key, lo), hi - 1)); };
+            raw.F = gated() ? p.F.data[nearest(local % S::kKeys) * F_ld + head] : 0.f;
+            const bool exists = scalar() < p.scalars;
 #pragma unroll
-            for (int i = 0; i < Raw<R>::kScalars; ++i) {
-                const int of = (local + i * kGroupThreads) / R;
-                raw.b[i] = r < p.scalars && seen(of) ? b[std::int64_t(column + of) * b_ld + r] : 0.f;
-            }
+            for (int i = 0; i < Raw::kPairs; ++i)
+#pragma unroll
+                for (int k = 0; k < 2; ++k)
+                    raw.b[i][k] = exists && has(i) ? b[nearest(2 * pair_of(i) + k) * b_ld + scalar()] : 0.f;
         }
     }
     // F of the thread's key, which has been asked for. Keys that no query of the block sees have F = infinity: their
     // weights are 0, and they do not count as least.
-    __device__ float gate(const Raw<R>& raw, int column, int lo, int hi) const {
+    __device__ float gate(const Raw& raw, int column, int lo, int hi) const {
         const int token = column + thread_in_group() % S::kKeys;
         if (token < lo || token >= hi) return INFINITY;
         if constexpr (R > 1)
@@ -293,11 +305,20 @@ struct Loader {
         else
             return gated() ? shared.raw[thread_number()].y : 0.f;
     }
-    __device__ void note_least(float* least, float F) const {
-        if (gated() && thread_number() < S::kKeys) least[warp_in_block()] = from_ordered(least_of_warp(F));
+    __device__ void note_least(float* least, const Raw& raw, float F) const {
+        if constexpr (R == 1) {
+            if (gated() && thread_number() < S::kKeys) least[warp_in_block()] = from_ordered(least_of_warp(F));
+        } else {
+            bool in_range = true;
+#pragma unroll
+            for (int i = 0; i < Raw::kPairs; ++i)
+                in_range &= packs(raw.b[i][0], centre_of_scalar()) && packs(raw.b[i][1], centre_of_scalar());
+            least[warp_in_block()] = from_ordered(least_of_warp(in_range || !has(0) ? F : -INFINITY));
+        }
     }
+    __device__ float centre_of_scalar() const { return shared.centres[scalar()]; }
     // bounded: as factors, or in base 2 relative to the reference.
-    __device__ void keys(int stage, const Raw<R>& raw, float F, float centre, float gate, bool bounded) const {
+    __device__ void keys(int stage, const Raw& raw, float F, float centre, float gate, bool bounded) const {
         if (!reads()) return;
         const int local = thread_in_group();
         if constexpr (R == 1) {
@@ -309,17 +330,19 @@ struct Loader {
             }
             shared.keys[stage].pairs[group_number()][local] = pair;
         } else {
-            // One rounding, the same for a and b: what rounds the shift cancels, and ties stay ties.
-            const float scale = bounded ? kLog2e : 1.f, shift = bounded ? -kLog2e * shared.centres[local % R] : 0.f;
             auto& tile = shared.keys[stage];
-            using Tile = ScalarTile<R>;
 #pragma unroll
-            for (int i = 0; i < Raw<R>::kScalars; ++i) {
-                const int key = (local + i * kGroupThreads) / R, r = local % R;
-                tile.scalars.data[r / Tile::kPair * Tile::kPlane + key * Tile::kPair + r % Tile::kPair] =
-                    fmaf(raw.b[i], scale, shift);
+            for (int i = 0; i < Raw::kPairs; ++i) {
+                if (!has(i)) continue;
+                const float(&b)[2] = raw.b[i];
+                const int pair = pair_of(i), r = scalar();
+                if (bounded)
+                    tile.packed[pair][r] =
+                        pack_half(packed_number(b[0], centre_of_scalar()), packed_number(b[1], centre_of_scalar()));
+                else
+                    tile.scalars.put(2 * pair, r, b);
             }
-            if (local < kTile) tile.gate.data[local] = bounded ? (gate - F) * kLog2e : F;
+            if (local < S::kKeys) tile.gate[local] = bounded ? (gate - F) * kLog2e : F;
         }
     }
     __device__ void values(int stage, int column, int head) const {

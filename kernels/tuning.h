@@ -72,6 +72,10 @@ constexpr bool sums_on_tensor_cores(int arch, int scalars) {
     return arch == 90 || arch == 100 || (arch == 80 && scalars < 8);
 }
 
+// Sums of f16 distances, of R > 1 scalars, in f32: as products with -1 on the diagonal, R / 8 more of them than P V's D / 8
+// (kernels/attention_packed.cuh), or, for the same reason, with conversions.
+constexpr bool scores_on_tensor_cores(int arch) { return arch == 80 || arch == 90 || arch == 100; }
+
 // Columns of a panel of weights of kernels/panel_sm90.cuh, for this inner dimension.
 //
 // The more, the fewer times the rows of the other operand are read; 147 KiB of the 227 of a block are the panel's, and

@@ -1,0 +1,123 @@
+// kernels/attention_packed.cuh: distances of R > 1 scalars in pairs of f16, for scalar-distance attention.
+//
+// A scalar x of a and b alike becomes y = log2(e) (x - c), rounded to a multiple of 2^-13 and then to f16, eleven bits.
+// c, of a head and scalar, is the mean of a of four tokens spread over the axis (0 if that is not finite): the same in
+// every block, forward and backward. One instruction takes the differences of two neighbouring columns; the sums of
+// two |d| are added up in f32, as products with -1 on the tensor cores, or in f16 where these are slow.
+//
+// Rounding is monotone and a difference of two f16 is zero only where they are equal: the sign of a - b is kept or, where
+// both round to one number, 0. With |x - c| <= kPackedRange, beyond which a kernel goes another way, y and d are off by
+// at most 2^-11 of themselves, or 2^-14, so a score is off by at most
+//   2^-11 sum_r (|a^r - c^r| + |b^r - c^r| + 2 |a^r - b^r|) + 2^-13 R     (sums in f16: 2^-11 log2 R sum_r |a^r - b^r| more).
+// Where dot products are the scores, their bf16 operands cost 2^-9 of each term.
+#pragma once
+#include <cuda_fp16.h>
+
+#include "kernels/attention_tile.cuh"
+
+namespace fiedler::attention_tile {
+
+constexpr float kPackedRange = 24.f;  // natural units
+
+// c, from scalar 0 of the head (and one more, for another scalar); scalars of a token are `ld` apart.
+__device__ inline float packed_centre(const float* a, std::int64_t ld, int tokens) {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum += a[std::int64_t(i) * (tokens / 4) * ld];
+    sum *= 0.25f;
+    return fabsf(sum) < INFINITY ? sum : 0.f;
+}
+__device__ inline bool packs(float x, float centre) { return fabsf(x - centre) <= kPackedRange; }
+// y as f32. Numbers out of range, NaN included, become something finite.
+__device__ inline float packed_number(float x, float centre) {
+    constexpr float kOnGrid = 1536.f;  // a unit of rounding there is 2^-13
+    const float y = __fmul_rn(fminf(fmaxf(x - centre, -kPackedRange), kPackedRange), kLog2e);
+    return __fadd_rn(__fadd_rn(y, kOnGrid), -kOnGrid);
+}
+__device__ inline std::uint32_t pack_half(float lo, float hi) {
+    const __half2 v = __floats2half2_rn(lo, hi);
+    return *reinterpret_cast<const std::uint32_t*>(&v);
+}
+__device__ inline std::uint32_t difference2(std::uint32_t x, std::uint32_t y) {
+    std::uint32_t d;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(x), "r"(y));
+    return d;
+}
+// |x| + |y| of both halves.
+__device__ inline std::uint32_t add_sizes2(std::uint32_t x, std::uint32_t y) {
+    std::uint32_t sum;
+    asm("{\n.reg .b32 a, b;\nabs.f16x2 a, %1;\nabs.f16x2 b, %2;\nadd.rn.f16x2 %0, a, b;\n}"
+        : "=r"(sum)
+        : "r"(x), "r"(y));
+    return sum;
+}
+__device__ inline std::uint32_t add2(std::uint32_t x, std::uint32_t y) {
+    std::uint32_t sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(x), "r"(y));
+    return sum;
+}
+
+// B operand -1 on the diagonal of 8 x 8: k = 2t, 2t + 1, n = g.
+__device__ inline std::uint32_t minus_diagonal() {
+    const unsigned lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+    return g / 2 != t ? 0u : g % 2 == 0 ? 0x0000bc00u : 0xbc000000u;
+}
+// d = c - x - y of 16 x 8 numbers: x and y as rows g and g + 8.
+__device__ inline void subtract_both(float (&d)[4], const std::uint32_t (&x)[2], const std::uint32_t (&y)[2],
+                                     std::uint32_t diagonal, const float (&c)[4]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%8}, {%9,%10,%11,%12};\n"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(x[0]), "r"(x[1]), "r"(y[0]), "r"(y[1]), "r"(diagonal), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+__device__ inline void subtract_one(float (&d)[4], const std::uint32_t (&x)[2], std::uint32_t diagonal,
+                                    const float (&c)[4]) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};\n"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(x[0]), "r"(x[1]), "r"(diagonal), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+// d = c - sum_r |x_r - y_r| in base 2 for a thread's two rows and two columns: x[row][r], a number twice; y[r], of both
+// columns; c and d as in mma's C layout. kOnTensorCores: see above.
+template <int R, bool kOnTensorCores>
+__device__ void packed_scores(float (&d)[4], const std::uint32_t (&x)[2][R], const std::uint32_t (&y)[R],
+                              const float (&c)[4], std::uint32_t diagonal) {
+    if constexpr (R == 1) {  // not used, but named
+    } else if constexpr (kOnTensorCores) {
+        constexpr int kOfPart = R == 16 ? 4 : 2, kParts = R / kOfPart;  // scalars of a sum in f16; sums
+        std::uint32_t part[kParts][2];
+#pragma unroll
+        for (int q = 0; q < kParts; ++q)
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const int r = q * kOfPart;
+                part[q][k] = add_sizes2(difference2(x[k][r], y[r]), difference2(x[k][r + 1], y[r + 1]));
+                if constexpr (kOfPart == 4)
+                    part[q][k] = add2(
+                        part[q][k], add_sizes2(difference2(x[k][r + 2], y[r + 2]), difference2(x[k][r + 3], y[r + 3])));
+            }
+        if constexpr (kParts == 1) {
+            subtract_one(d, part[0], diagonal, c);
+        } else {
+            subtract_both(d, part[0], part[1], diagonal, c);
+#pragma unroll
+            for (int q = 2; q < kParts; q += 2) subtract_both(d, part[q], part[q + 1], diagonal, d);
+        }
+    } else {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            std::uint32_t part[R / 2];
+#pragma unroll
+            for (int r = 0; r < R; r += 2)
+                part[r / 2] = add_sizes2(difference2(x[k][r], y[r]), difference2(x[k][r + 1], y[r + 1]));
+#pragma unroll
+            for (int n = R / 4; n > 0; n /= 2)
+#pragma unroll
+                for (int i = 0; i < n; ++i) part[i] = add2(part[i], part[i + n]);
+            const float2 sum = __half22float2(*reinterpret_cast<const __half2*>(&part[0]));
+            d[2 * k] = c[2 * k] - sum.x;
+            d[2 * k + 1] = c[2 * k + 1] - sum.y;
+        }
+    }
+}
+
+}  // namespace fiedler::attention_tile
