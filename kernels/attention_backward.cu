@@ -1,5 +1,5 @@
 // Scalar-distance attention on the GPU, backward: delta, one pass over the pairs, and the sum of da over groups of keys.
-#include "kernels/attention_backward.cuh"
+#include "kernels/attention_backward_packed.cuh"
 #include "kernels/attention_backward_sm90.h"
 
 namespace fiedler {
@@ -26,9 +26,23 @@ __global__ void __launch_bounds__(256) attention_delta_kernel(AttentionBackward<
     if (valid && part == 0) p.delta.data[token * p.delta.ld + head] = sum;
 }
 
+// The pass over the pairs.
+template <int D, int R>
+struct BackwardWay {
+    static constexpr int kKeys = PackedShape<D, R>::kKeys, kBlockThreads = PackedShape<D, R>::kBlockThreads,
+                         kBytes = sizeof(PackedShared<D, R>);
+    static constexpr auto kernel = attention_backward_packed_kernel<D, R>;
+};
+template <int D>
+struct BackwardWay<D, 1> {
+    static constexpr int kKeys = BackwardShape<D, 1>::kKeys, kBlockThreads = kThreads,
+                         kBytes = sizeof(BackwardShared<D, 1>);
+    static constexpr auto kernel = attention_backward_kernel<D, 1>;
+};
 template <int D, int R>
 void launch_backward(const Cuda& device, const AttentionBackward<bf16>& p) {
-    constexpr int kKeys = BackwardShape<D, R>::kKeys, bytes = sizeof(BackwardShared<D, R>);
+    using Way = BackwardWay<D, R>;
+    constexpr int kKeys = Way::kKeys, bytes = Way::kBytes;
     static_assert(bytes <= 99 * 1024);
     BackwardGroups groups;
     groups.partial = p.partial.data;
@@ -40,9 +54,9 @@ void launch_backward(const Cuda& device, const AttentionBackward<bf16>& p) {
     groups.count = ceil_div(p.seq.tokens, span);
     groups.per_sequence = p.seq.length > 0 && p.seq.length % span == 0 ? p.seq.length / span : 0;
 
-    const auto kernel = attention_backward_kernel<D, R>;
+    const auto kernel = Way::kernel;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    kernel<<<static_cast<unsigned>(groups.count * p.heads), kThreads, bytes, stream_of(device)>>>(p, groups);
+    kernel<<<static_cast<unsigned>(groups.count * p.heads), Way::kBlockThreads, bytes, stream_of(device)>>>(p, groups);
     LAUNCH_CHECK("attention_backward");
     const dim3 grid(static_cast<unsigned>(ceil_div(std::int64_t(p.seq.tokens) * R, std::int64_t(256))),
                     static_cast<unsigned>(p.heads));

@@ -205,7 +205,14 @@ struct Queries {
                 }
             }
 #pragma unroll
-            for (int m = 0; m < M; ++m) packed_scores<R, kScoresOnTensorCores>(s[m][n], x[m], y, c, diagonal);
+            for (int m = 0; m < M; ++m) {
+                std::uint32_t d[2][R];
+#pragma unroll
+                for (int k = 0; k < 2; ++k)
+#pragma unroll
+                    for (int r = 0; r < R; ++r) d[k][r] = difference2(x[m][k][r], y[r]);
+                packed_scores<R, kScoresOnTensorCores>(s[m][n], d, c, diagonal);
+            }
         }
     }
     // F_i - F_j - sum_r |a_i^r - b_j^r|, of 16 keys; unbounded.

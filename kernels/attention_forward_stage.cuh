@@ -39,11 +39,6 @@ namespace fiedler::attention_forward_tile {
 
 using namespace attention_tile;
 
-#ifdef __CUDA_ARCH__
-constexpr int kArch = __CUDA_ARCH__ / 10;
-#else
-constexpr int kArch = 0;  // the host's pass over device code
-#endif
 constexpr int kGroupWarps = 4, kGroupThreads = kGroupWarps * kWarp;
 constexpr float kRange = 24.f;  // natural units, see above
 template <int R>

@@ -76,47 +76,42 @@ __device__ inline void subtract_one(float (&d)[4], const std::uint32_t (&x)[2], 
         : "r"(x[0]), "r"(x[1]), "r"(diagonal), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
-// d = c - sum_r |x_r - y_r| in base 2 for a thread's two rows and two columns: x[row][r], a number twice; y[r], of both
-// columns; c and d as in mma's C layout. kOnTensorCores: see above.
+// s = c - sum_r |d_r| for a thread's two rows and two columns: d[row][r], of both columns; c and s as in mma's C layout.
+// kOnTensorCores: see above.
 template <int R, bool kOnTensorCores>
-__device__ void packed_scores(float (&d)[4], const std::uint32_t (&x)[2][R], const std::uint32_t (&y)[R],
-                              const float (&c)[4], std::uint32_t diagonal) {
-    if constexpr (R == 1) {  // not used, but named
-    } else if constexpr (kOnTensorCores) {
-        constexpr int kOfPart = R == 16 ? 4 : 2, kParts = R / kOfPart;  // scalars of a sum in f16; sums
-        std::uint32_t part[kParts][2];
+__device__ void packed_scores(float (&s)[4], const std::uint32_t (&d)[2][R], const float (&c)[4],
+                              std::uint32_t diagonal) {
+    constexpr int kOfPart = !kOnTensorCores ? R
+                            : R == 16       ? 4
+                                            : 2,
+                  kParts = R / kOfPart;  // scalars of a sum in f16; sums
+    std::uint32_t part[kParts][2];
 #pragma unroll
-        for (int q = 0; q < kParts; ++q)
-#pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                const int r = q * kOfPart;
-                part[q][k] = add_sizes2(difference2(x[k][r], y[r]), difference2(x[k][r + 1], y[r + 1]));
-                if constexpr (kOfPart == 4)
-                    part[q][k] = add2(
-                        part[q][k], add_sizes2(difference2(x[k][r + 2], y[r + 2]), difference2(x[k][r + 3], y[r + 3])));
-            }
-        if constexpr (kParts == 1) {
-            subtract_one(d, part[0], diagonal, c);
-        } else {
-            subtract_both(d, part[0], part[1], diagonal, c);
-#pragma unroll
-            for (int q = 2; q < kParts; q += 2) subtract_both(d, part[q], part[q + 1], diagonal, d);
-        }
-    } else {
+    for (int q = 0; q < kParts; ++q)
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-            std::uint32_t part[R / 2];
+            std::uint32_t sums[kOfPart / 2];
 #pragma unroll
-            for (int r = 0; r < R; r += 2)
-                part[r / 2] = add_sizes2(difference2(x[k][r], y[r]), difference2(x[k][r + 1], y[r + 1]));
+            for (int i = 0; i < kOfPart / 2; ++i)
+                sums[i] = add_sizes2(d[k][q * kOfPart + 2 * i], d[k][q * kOfPart + 2 * i + 1]);
 #pragma unroll
-            for (int n = R / 4; n > 0; n /= 2)
+            for (int n = kOfPart / 4; n > 0; n /= 2)
 #pragma unroll
-                for (int i = 0; i < n; ++i) part[i] = add2(part[i], part[i + n]);
-            const float2 sum = __half22float2(*reinterpret_cast<const __half2*>(&part[0]));
-            d[2 * k] = c[2 * k] - sum.x;
-            d[2 * k + 1] = c[2 * k + 1] - sum.y;
+                for (int i = 0; i < n; ++i) sums[i] = add2(sums[i], sums[i + n]);
+            part[q][k] = sums[0];
         }
+    if constexpr (!kOnTensorCores) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const float2 sum = __half22float2(*reinterpret_cast<const __half2*>(&part[0][k]));
+            s[2 * k] = c[2 * k] - sum.x, s[2 * k + 1] = c[2 * k + 1] - sum.y;
+        }
+    } else if constexpr (kParts == 1) {
+        subtract_one(s, part[0], diagonal, c);
+    } else {
+        subtract_both(s, part[0], part[1], diagonal, c);
+#pragma unroll
+        for (int q = 2; q < kParts; q += 2) subtract_both(s, part[q], part[q + 1], diagonal, s);
     }
 }
 

@@ -9,6 +9,11 @@
 
 namespace fiedler::attention_tile {
 
+#ifdef __CUDA_ARCH__
+constexpr int kArch = __CUDA_ARCH__ / 10;
+#else
+constexpr int kArch = 0;  // the host's pass over device code
+#endif
 constexpr int kTile = 64;      // rows of a block, columns of a streamed tile
 constexpr int kWarpRows = 16;  // rows of a warp
 constexpr int kThreads = kTile / kWarpRows * kWarp;

@@ -2,6 +2,7 @@
 // in naive loops, and one of them in the memory of a device.
 #pragma once
 #include <algorithm>
+#include <bit>
 #include <sstream>
 
 #include "kernels/attention.h"
@@ -102,38 +103,35 @@ struct Outputs {
 };
 
 // What a GPU makes of more than one scalar (kernels/attention_packed.cuh), as long as they are in range: f16 numbers, in base
-// 2, relative to a centre.
+// 2, relative to a centre. ir, jr: where the R numbers of a query and a key begin in a and b.
 class Packing {
   public:
-    explicit Packing(const Inputs& in) : H(in.c.heads), R(in.c.scalars) {
-        const auto n = std::size_t(in.tokens()), hr = std::size_t(H * R);
+    explicit Packing(const Inputs& in) : R(std::size_t(in.c.scalars)) {
+        const auto n = std::size_t(in.tokens()), hr = std::size_t(in.c.heads) * R;
+        std::vector<float> centres(hr);
         for (std::size_t k = 0; k < hr; ++k) {
-            float c = 0;
-            for (std::size_t i = 0; i < 4; ++i) c += float(in.a[i * (n / 4) * hr + k]);
-            c *= 0.25f;
-            centres_.push_back(std::isfinite(c) ? c : 0);
+            for (std::size_t i = 0; i < 4; ++i) centres[k] += float(in.a[i * (n / 4) * hr + k]);
+            centres[k] *= 0.25f;
+            if (!std::isfinite(centres[k])) centres[k] = 0;
         }
+        a_ = numbers(in.a, centres), b_ = numbers(in.b, centres);
     }
-    bool in_range(const double* a, const double* b, std::int32_t h) const {
-        for (std::int32_t r = 0; r < R; ++r)
-            for (const double x : {a[r], b[r]})
-                if (!(std::abs(float(x) - centres_[std::size_t(h * R + r)]) <= 24)) return false;
+    bool in_range(std::size_t ir, std::size_t jr) const {
+        for (std::size_t r = 0; r < R; ++r)
+            if (!std::isfinite(a_[ir + r] - b_[jr + r])) return false;
         return true;
     }
-    double number(double x, std::int32_t h, std::int32_t r) const {
-        const float y = (float(x) - centres_[std::size_t(h * R + r)]) * 1.44269504f;
-        return half(std::nearbyint(double(y) * 8192) / 8192);
-    }
-    // sum |a - b| in natural units, of the R numbers from a and b on.
-    double distance(const double* a, const double* b, std::int32_t h) const {
-        const std::int32_t of_part = R > 8 ? 4 : 2;  // added up in f16, first by twos
+    int sign(std::size_t ir, std::size_t jr) const { return a_[ir] > b_[jr] ? 1 : a_[ir] < b_[jr] ? -1 : 0; }
+    // sum |a - b| in natural units.
+    double distance(std::size_t ir, std::size_t jr) const {
+        const std::size_t of_part = R > 8 ? 4 : 2;  // added up in f16, first by twos
         double sum = 0;
-        for (std::int32_t from = 0; from < R; from += of_part) {
+        for (std::size_t from = 0; from < R; from += of_part) {
             double part = 0;
-            for (std::int32_t r = from; r < from + of_part; r += 2) {
+            for (std::size_t r = from; r < from + of_part; r += 2) {
                 double two = 0;
-                for (std::int32_t i = r; i < std::min(r + 2, R); ++i)
-                    two = half(two + std::abs(half(number(a[i], h, i) - number(b[i], h, i))));
+                for (std::size_t i = r; i < std::min(r + 2, R); ++i)
+                    two = half(two + std::abs(half(a_[ir + i] - b_[jr + i])));
                 part = half(part + two);
             }
             sum += part;
@@ -142,18 +140,27 @@ class Packing {
     }
 
   private:
-    std::int32_t H, R;
-    std::vector<float> centres_;
+    std::size_t R;
+    Values a_, b_;  // NaN: out of range
 
-    static double half(double x) {  // rounded to 11 bits; those in range stay clear of the ends of f16
-        if (std::abs(x) < 0x1p-14) return std::nearbyint(x * 0x1p24) * 0x1p-24;
-        const int shift = 10 - std::ilogb(x);
-        return std::ldexp(std::nearbyint(std::ldexp(x, shift)), -shift);
+    static Values numbers(const Values& x, const std::vector<float>& centres) {
+        Values y(x.size(), NAN);
+        for (std::size_t k = 0; k < x.size(); ++k) {
+            const float apart = float(x[k]) - centres[k % centres.size()];
+            if (std::abs(apart) <= 24) y[k] = half(std::nearbyint(double(apart * 1.44269504f) * 8192) / 8192);
+        }
+        return y;
+    }
+    static double half(double x) {  // to 11 bits, ties to even; multiples of 2^-13 stay clear of the ends of f16
+        constexpr int kLost = 53 - 11;
+        auto bits = std::bit_cast<std::uint64_t>(x);
+        bits += (std::uint64_t(1) << (kLost - 1)) - 1 + (bits >> kLost & 1);
+        return std::bit_cast<double>(bits >> kLost << kLost);
     }
 };
 
 // The contract, pair by pair, in arithmetic A; weights of the two matrix products rounded to W, o and dv to S. packed: more
-// than one scalar as the GPU packs them, in the scores.
+// than one scalar as the GPU packs them, scores and signs, and ds rounded to W too.
 template <class A, class W, class S>
 Outputs naive(const Inputs& in, const Values& o_given = {}, const Values& lse_given = {}, bool packed = false) {
     const Packing packing(in);
@@ -166,8 +173,8 @@ Outputs naive(const Inputs& in, const Values& o_given = {}, const Values& lse_gi
             const auto score = [&](std::int32_t j) {
                 const auto ir = std::size_t((i * H + h) * R), jr = std::size_t((j * H + h) * R);
                 A s = 0;
-                if (packed && packing.in_range(&in.a[ir], &in.b[jr], h))
-                    s = -A(packing.distance(&in.a[ir], &in.b[jr], h));
+                if (packed && packing.in_range(ir, jr))
+                    s = -A(packing.distance(ir, jr));
                 else
                     for (std::size_t r = 0; r < std::size_t(R); ++r) s -= std::abs(a[ir + r] - b[jr + r]);
                 return F.empty() ? s : s + (F[std::size_t(i * H + h)] - F[std::size_t(j * H + h)]);
@@ -197,9 +204,11 @@ Outputs naive(const Inputs& in, const Values& o_given = {}, const Values& lse_gi
                     dp += g[ih * D + d] * v[jh * D + d];
                     dv[jh * D + d] += A(widen(narrow<W>(p))) * g[ih * D + d];
                 }
-                const A ds = p * (dp - delta);
-                for (std::int32_t r = 0; r < R; ++r) {
-                    const A x = a[ih * R + r], y = b[jh * R + r], sign = x > y ? 1 : x < y ? -1 : 0;
+                const bool rounded = packed && packing.in_range(ih * R, jh * R);
+                const A exact_ds = p * (dp - delta), ds = packed ? A(widen(narrow<W>(exact_ds))) : exact_ds;
+                for (std::size_t r = 0; r < std::size_t(R); ++r) {
+                    const A x = a[ih * R + r], y = b[jh * R + r];
+                    const A sign = rounded ? packing.sign(ih * R + r, jh * R + r) : x > y ? 1 : x < y ? -1 : 0;
                     da[ih * R + r] -= sign * ds;
                     db[jh * R + r] += sign * ds;
                 }
