@@ -170,7 +170,7 @@ struct PackedKeys {
         }
 #pragma unroll
         for (int r = 0; r < R && r < 8; ++r) {
-            chosen[r] = static_cast<int>(threadIdx.x) % kWarp / 4 == r ? 0x3f803f80u : 0u;
+            chosen[r] = ones_in(r);
             asm("" : "+r"(chosen[r]));  // kept, not made again
         }
         if constexpr (Shape::kKeepValues) load_operand<D>(values, nv(p.v.data) + head * D, p.v.ld, rows);
@@ -268,7 +268,7 @@ struct PackedKeys {
         const int lane = static_cast<int>(threadIdx.x) % kWarp, t = lane % 4, local = first + 2 * t;
         const float2 base = *reinterpret_cast<const float2*>(tile.base + local);
         float s[4];
-        std::uint32_t d[2][R];  // a - b, of two columns
+        std::uint32_t d[2][kCareful ? 1 : R];  // a - b, of two columns
         const float c[4] = {base.x - gate[0], base.y - gate[0], base.x - gate[1], base.y - gate[1]};
         if constexpr (!kCareful) {
             const std::uint32_t* a = tile.a[local / 2];
@@ -287,7 +287,7 @@ struct PackedKeys {
             }
             packed_scores<R, Shape::kScoresOnTensorCores>(s, d, c, diagonal);
         } else {
-            careful_scores(s, d, c, shared, column + local);
+            far_scores(s, c, shared, column + local);
         }
         if (!whole) [[unlikely]] {
 #pragma unroll
@@ -308,45 +308,69 @@ struct PackedKeys {
             doubled[k] = fma_bf16(minus_ds[k], 0xc380c380u, 0x80008000u);  // times -256
         }
 #pragma unroll
-        for (int r = 0; r < R; r += 2) {
-            std::uint32_t x[4], y[4];
+        for (int tile_of_r = 0; tile_of_r < kTiles; ++tile_of_r)
+#pragma unroll(kCareful ? 1 : 4)
+            for (int i = 0; i < (R < 8 ? R : 8); i += 2) {  // two scalars
+                const int r = 8 * tile_of_r + i;
+                std::uint32_t of[4], x[4], y[4], ones[2];
+                if constexpr (kCareful) {
+                    far_signs(of, shared, column + local, r);
+                    ones[0] = ones_in(i), ones[1] = ones_in(i + 1);
+                } else {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) x[i] = fma_bf16(doubled[i % 2], step2(d[i % 2][r + i / 2]), minus_ds[i % 2]);
-            mma_bf16(db[r / 8], x, chosen[r % 8], chosen[r % 8 + 1]);
+                    for (int e = 0; e < 4; ++e) of[e] = d[e % 2][r + e / 2];
+                    ones[0] = chosen[i], ones[1] = chosen[i + 1];
+                }
 #pragma unroll
-            for (int i = 0; i < 4; ++i) y[i] = turned(x[i % 2 * 2 + i / 2]);
-            mma_bf16(da[r / 8], y, chosen[r % 8], chosen[r % 8 + 1]);
-        }
+                for (int e = 0; e < 4; ++e) x[e] = fma_bf16(doubled[e % 2], step2(of[e]), minus_ds[e % 2]);
+                mma_bf16(db[tile_of_r], x, ones[0], ones[1]);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) y[e] = turned(x[e % 2 * 2 + e / 2]);
+                mma_bf16(da[tile_of_r], y, ones[0], ones[1]);
+            }
         float* to = sums + (first + lane / 4) * R + 2 * t;
         if (R >= 8 || t < R / 2)
 #pragma unroll
             for (int i = 0; i < kTiles; ++i)
                 *reinterpret_cast<float2*>(to + 8 * i) = {-(da[i][0] + da[i][1]), -(da[i][2] + da[i][3])};
     }
-    // The same from f32 differences, of which d has the signs. token: of the first of two columns.
-    __device__ void careful_scores(float (&s)[4], std::uint32_t (&d)[2][R], const float (&c)[4], const Shared& shared,
-                                   int token) const {
-        const int head = shared.head, last = p.seq.tokens - 1;
+    __device__ static std::uint32_t ones_in(int column) {
+        return static_cast<int>(threadIdx.x) % kWarp / 4 == column ? 0x3f803f80u : 0u;
+    }
+    // Differences of scalar r in f32, of the thread's rows and the columns of `token` and the next: visit(row, d, d of the next).
+    template <class Visit>
+    __device__ void far_differences(const Shared& shared, int token, int r, Visit&& visit) const {
+        if (r >= p.scalars) return visit(0, 0.f, 0.f), visit(1, 0.f, 0.f);
         const int row = warp_first(shared) + static_cast<int>(threadIdx.x) % kWarp / 4;
         const auto at = [&](const Mat<const float>& x, int i) {
-            return x.data + std::int64_t(min(i, last)) * x.ld + head * p.scalars;
+            return x.data[std::int64_t(min(i, p.seq.tokens - 1)) * x.ld + shared.head * p.scalars + r];
         };
+        const float x[2] = {at(p.a, token), at(p.a, token + 1)};
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const float y = at(p.b, row + 8 * k);
+            visit(k, x[0] - y, x[1] - y);
+        }
+    }
+    __device__ void far_scores(float (&s)[4], const float (&c)[4], const Shared& shared, int token) const {
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[e] = 0.f;
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-            const bool exists = r < p.scalars;
-            const float x0 = exists ? at(p.a, token)[r] : 0.f, x1 = exists ? at(p.a, token + 1)[r] : 0.f;
-#pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                const float y = exists ? at(p.b, row + 8 * k)[r] : 0.f, d0 = x0 - y, d1 = x1 - y;
+#pragma unroll 1
+        for (int r = 0; r < R; ++r)
+            far_differences(shared, token, r, [&](int k, float d0, float d1) {
                 s[2 * k] += fabsf(d0), s[2 * k + 1] += fabsf(d1);
-                const auto sign = [](float z) { return z > 0.f ? 1.f : z < 0.f ? -1.f : 0.f; };
-                d[k][r] = pack_half(sign(d0), sign(d1));
-            }
-        }
+            });
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[e] = fmaf(s[e], -kLog2e, c[e]);
+    }
+    // of[row], of[2 + row]: signs of scalars r and r + 1, as f16 of two columns.
+    __device__ void far_signs(std::uint32_t (&of)[4], const Shared& shared, int token, int r) const {
+        const auto sign = [](float x) { return x > 0.f ? 1.f : x < 0.f ? -1.f : 0.f; };
+#pragma unroll
+        for (int u = 0; u < 2; ++u)
+            far_differences(shared, token, r + u, [&](int k, float d0, float d1) {
+                of[2 * u + k] = pack_half(sign(d0), sign(d1));
+            });
     }
 };
 
