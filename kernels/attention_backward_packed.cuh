@@ -51,6 +51,12 @@ struct alignas(128) PackedShared {
     volatile int end, written;
 };
 
+__device__ inline int lane_in_warp() { return static_cast<int>(threadIdx.x % kWarp); }
+// x, in a form that the compiler keeps in a register instead of making it again.
+template <class T>
+__device__ T kept(T x) {
+    return __shfl_sync(0xffffffffu, x, lane_in_warp());
+}
 __device__ inline std::uint32_t turned(std::uint32_t x) {
     std::uint32_t y;
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(y) : "r"(x));
@@ -136,7 +142,10 @@ struct PackedKeys {
     static constexpr int kStride = ValueTile<D>::kStride, kTiles = Shape::kTiles;
     const AttentionBackward<bf16>& p;
     const int warp = warp_number();
-    const int block_row;  // what the lane adds to the address of a 16 x 16 block, to name its row of ldmatrix
+    // What the lane adds to the address of a 16 x 16 block, to name its row of ldmatrix: for A operands or turned, and for B
+    // operands whose inner dimension is the columns.
+    const int block_row, columns_row;
+    const int pair;  // the first of the lane's columns of eight
     std::uint32_t b[2][Shape::kTwice ? R : R / 2];  // packed: one scalar of a row twice, or two of them
     float gate[2];                                  // F_j - G in base 2
     std::uint32_t values[Shape::kKeepValues ? D / 16 : 1][4];
@@ -147,7 +156,11 @@ struct PackedKeys {
     __device__ int warp_first(const Shared& shared) const { return shared.first + warp * 16; }
 
     __device__ PackedKeys(const AttentionBackward<bf16>& p_, const Shared& shared)
-        : p(p_), block_row(thread_anew() % 16 * kStride + thread_anew() % kWarp / 16 * 8), diagonal(minus_diagonal()) {
+        : p(p_),
+          block_row(kept(lane_in_warp() % 16 * kStride + lane_in_warp() / 16 * 8)),
+          columns_row(kept((lane_in_warp() % 8 + lane_in_warp() / 16 * 8) * kStride + lane_in_warp() / 8 % 2 * 8)),
+          pair(kept(lane_in_warp() % 4 * 2)),
+          diagonal(kept(minus_diagonal())) {
         const Sight sight = Sight::of_keys(p.seq, p.window, p.causal);
         const int head = shared.head;
         const Rows rows(sight, warp_first(shared));
@@ -169,10 +182,7 @@ struct PackedKeys {
             }
         }
 #pragma unroll
-        for (int r = 0; r < R && r < 8; ++r) {
-            chosen[r] = ones_in(r);
-            asm("" : "+r"(chosen[r]));  // kept, not made again
-        }
+        for (int r = 0; r < R && r < 8; ++r) chosen[r] = kept(ones_in(r));
         if constexpr (Shape::kKeepValues) load_operand<D>(values, nv(p.v.data) + head * D, p.v.ld, rows);
     }
 
@@ -225,10 +235,9 @@ struct PackedKeys {
                         bool whole) {
         float ds[2][4];
         std::uint32_t weights[4], minus_ds[4];
-        const int t2 = static_cast<int>(threadIdx.x) % 4 * 2;
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-            const float2 x = *reinterpret_cast<const float2*>(tile.minus_delta + chunk + 8 * n + t2);
+            const float2 x = *reinterpret_cast<const float2*>(tile.minus_delta + chunk + 8 * n + pair);
             ds[n][0] = ds[n][2] = x.x, ds[n][1] = ds[n][3] = x.y;
         }
         products(ds, shared, tile, chunk);
@@ -249,7 +258,7 @@ struct PackedKeys {
 #pragma unroll
         for (int n = 0; n < D / 16; ++n) {
             std::uint32_t g[4];
-            tile.gradients.columns_inside(g, chunk, 16 * n);
+            ldmatrix_x4(g, tile.gradients.data + columns_row + chunk * kStride + 16 * n);
             if constexpr (Shape::kKeepValues) {
                 mma_bf16(c[0], values[n], g[0], g[1]);
                 mma_bf16(c[1], values[n], g[2], g[3]);
@@ -265,13 +274,13 @@ struct PackedKeys {
     template <bool kCareful>
     __device__ void eight(std::uint32_t* weights, std::uint32_t* minus_ds, const float (&dp)[4], const Shared& shared,
                           float* sums, const PackedQueries<D, R>& tile, int column, int first, bool whole) {
-        const int lane = static_cast<int>(threadIdx.x) % kWarp, t = lane % 4, local = first + 2 * t;
+        const int local = first + pair;
         const float2 base = *reinterpret_cast<const float2*>(tile.base + local);
         float s[4];
         std::uint32_t d[2][kCareful ? 1 : R];  // a - b, of two columns
         const float c[4] = {base.x - gate[0], base.y - gate[0], base.x - gate[1], base.y - gate[1]};
         if constexpr (!kCareful) {
-            const std::uint32_t* a = tile.a[local / 2];
+            const std::uint32_t* a = tile.a[0] + local * (R / 2);
 #pragma unroll
             for (int r = 0; r < R; r += 2) {
                 const uint2 y = *reinterpret_cast<const uint2*>(a + r);
@@ -292,7 +301,7 @@ struct PackedKeys {
         if (!whole) [[unlikely]] {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const int2 sight = shared.sight[warp * 16 + e / 2 * 8 + lane / 4];
+                const int2 sight = shared.sight[warp * 16 + e / 2 * 8 + lane_in_warp() / 4];
                 const int token = column + local + e % 2;
                 if (token < sight.x || token >= sight.y) s[e] = -INFINITY;
             }
@@ -328,20 +337,20 @@ struct PackedKeys {
                 for (int e = 0; e < 4; ++e) y[e] = turned(x[e % 2 * 2 + e / 2]);
                 mma_bf16(da[tile_of_r], y, ones[0], ones[1]);
             }
-        float* to = sums + (first + lane / 4) * R + 2 * t;
-        if (R >= 8 || t < R / 2)
+        float* to = sums + (first + lane_in_warp() / 4) * R + pair;
+        if (R >= 8 || pair < R)
 #pragma unroll
             for (int i = 0; i < kTiles; ++i)
-                *reinterpret_cast<float2*>(to + 8 * i) = {-(da[i][0] + da[i][1]), -(da[i][2] + da[i][3])};
+                *reinterpret_cast<float2*>(to + 8 * i) = {-da[i][0] - da[i][1], -da[i][2] - da[i][3]};
     }
     __device__ static std::uint32_t ones_in(int column) {
-        return static_cast<int>(threadIdx.x) % kWarp / 4 == column ? 0x3f803f80u : 0u;
+        return lane_in_warp() / 4 == column ? 0x3f803f80u : 0u;
     }
     // Differences of scalar r in f32, of the thread's rows and the columns of `token` and the next: visit(row, d, d of the next).
     template <class Visit>
     __device__ void far_differences(const Shared& shared, int token, int r, Visit&& visit) const {
         if (r >= p.scalars) return visit(0, 0.f, 0.f), visit(1, 0.f, 0.f);
-        const int row = warp_first(shared) + static_cast<int>(threadIdx.x) % kWarp / 4;
+        const int row = warp_first(shared) + lane_in_warp() / 4;
         const auto at = [&](const Mat<const float>& x, int i) {
             return x.data[std::int64_t(min(i, p.seq.tokens - 1)) * x.ld + shared.head * p.scalars + r];
         };
