@@ -27,8 +27,8 @@ __global__ void __launch_bounds__(Shape<D, R>::kBlockThreads, Shape<D, R>::kTune
     loader.read(raw, last * S::kKeys, head, block.lo, block.hi);
     cp_async_commit();
     const bool bounded = prepare(shared, p, sight, block, band, head, first);
-    Queries<D, R> queries(shared);
-    queries.load(p, true);
+    Queries<D, R> queries(shared, p);
+    queries.load(true);
 
     // Latest keys first, so that the queries' own tokens come before those that the gate may have closed. A round
     // brings the stage after the one that it computes with, and reads the keys of the one after that. From stage
@@ -58,12 +58,12 @@ __global__ void __launch_bounds__(Shape<D, R>::kBlockThreads, Shape<D, R>::kTune
             loader.read(raw, (next - 1) * S::kKeys, view.block.z, view.block.x, view.block.y);
         }
         cp_async_commit();
-        if (stage == unbounded) queries.load(p, false);
+        if (stage == unbounded) queries.load(false);
         if (live & 2) queries.add_stage(stage, stage > unbounded);
         if (ends) break;
     }
     __syncthreads();  // the values become buffers of results
-    queries.store(p, unbounded < 0, shared.values[0][0].data + warp_in_block() * 16 * ValueTile<D>::kStride);
+    queries.store(unbounded < 0, shared.values[0][0].data + warp_in_block() * 16 * ValueTile<D>::kStride);
 }
 
 // One block per head: a warp takes 32 keys at a time, a lane scores one of them, then all lanes share the values.

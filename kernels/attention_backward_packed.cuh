@@ -20,8 +20,12 @@ namespace fiedler::attention_tile {
 template <int D, int R>
 struct PackedShape {
     static constexpr int kWarps = 4, kKeys = 16 * kWarps, kBlockThreads = kWarps * kWarp;
-    static constexpr int kBlocks = D == 128 || R == 16 ? 2 : 3;
-    static constexpr bool kKeepValues = D < 128 || R < 16, kTwice = R < 16;
+#ifndef PB
+#define PB (D == 128 || R == 16 ? 2 : 3)
+#define PK (D < 128 || R < 16)
+#endif
+    static constexpr int kBlocks = PB;
+    static constexpr bool kKeepValues = PK;
     static constexpr bool kScoresOnTensorCores = tuning::scores_on_tensor_cores(kArch);
     static constexpr int kTiles = (R + 7) / 8;  // C tiles of eight scalars
 };
@@ -72,37 +76,43 @@ __device__ inline std::uint32_t fma_bf16(std::uint32_t x, std::uint32_t y, std::
     asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(w) : "r"(x), "r"(y), "r"(z));
     return w;
 }
-__device__ inline std::uint32_t twice_low(std::uint32_t x) { return __byte_perm(x, 0, 0x1010); }
-__device__ inline std::uint32_t twice_high(std::uint32_t x) { return __byte_perm(x, 0, 0x3232); }
 
 // Bringing 64 queries into shared memory: start asks for them, finish makes what the pairs need of what the thread itself
 // has asked for.
 template <int D, int R>
 struct PackedLoader {
     using Shape = PackedShape<D, R>;
-    static constexpr int kThreads = Shape::kBlockThreads, kItems = kTile / 2 * R;
+    static constexpr int kThreads = Shape::kBlockThreads;
+    // Items of up to four scalars of a query.
+    static constexpr int kOfItem = R < 4 ? R : 4, kFours = R / kOfItem, kItems = kTile * kFours;
     const AttentionBackward<bf16>& p;
     PackedShared<D, R>& shared;
 
     __device__ void start(int stage, int column) const {
         constexpr int kParts = D / 8, kRows = kThreads / kParts;
         const int thread = thread_anew(), tokens = p.seq.tokens, head = shared.head, part = thread % kParts * 8;
-        if (kRows <= kTile || thread / kParts < kTile) {
-            const nv_bf16* source = nv(p.do_.data) + head * D + part;
-            nv_bf16* to = shared.queries[stage].gradients.data + thread / kParts * ValueTile<D>::kStride + part;
-            int token = column + thread / kParts;
-#pragma unroll 1
-            for (int i = 0; i < (kRows <= kTile ? kTile / kRows : 1);
-                 ++i, token += kRows, to += kRows * ValueTile<D>::kStride)
-                cp_async16(to, source + (token < tokens ? token : 0) * p.do_.ld, token < tokens);
-        }
-#pragma unroll 1
-        for (int e = thread; e < kItems; e += kThreads) {
-            const int token = column + e / R * 2, r = e % R;
-            const float* from = p.a.data + head * p.scalars + r;
-            cp_async4(shared.raw_a + 2 * e, from + std::int64_t(min(token, tokens - 1)) * p.a.ld, r < p.scalars);
-            cp_async4(shared.raw_a + 2 * e + 1, from + std::int64_t(min(token + 1, tokens - 1)) * p.a.ld,
-                      r < p.scalars);
+        const nv_bf16* source = nv(p.do_.data) + head * D + part;
+        nv_bf16* to = shared.queries[stage].gradients.data + thread / kParts * ValueTile<D>::kStride + part;
+        int token = column + thread / kParts;
+        static_assert(kRows <= kTile);
+#pragma unroll
+        for (int i = 0; i < kTile / kRows; ++i, token += kRows, to += kRows * ValueTile<D>::kStride)
+            cp_async16(to, source + (token < tokens ? token : 0) * p.do_.ld, token < tokens);
+        const bool whole = whole_scalars<R>(p.a.data, p.scalars);
+#pragma unroll
+        for (int i = 0; i < (kItems + kThreads - 1) / kThreads; ++i) {
+            const int e = thread + i * kThreads, r = e % kFours * 4;
+            if (e >= kItems) break;
+            const float* from =
+                p.a.data + std::int64_t(min(column + e / kFours, tokens - 1)) * p.a.ld + head * p.scalars + r;
+            float* raw = shared.raw_a + e * kOfItem;
+            if (whole && R >= 4) {
+                cp_async16(raw, from, true);
+            } else {
+#pragma unroll
+                for (int u = 0; u < kOfItem; ++u)
+                    cp_async4(raw + u, r + u < p.scalars ? from + u : p.a.data, r + u < p.scalars);
+            }
         }
         if (thread < kTile) {
             const std::int64_t token = min(column + thread, tokens - 1);
@@ -117,12 +127,18 @@ struct PackedLoader {
         const int thread = thread_anew();
         bool far = false;
         PackedQueries<D, R>& to = shared.queries[stage];
-#pragma unroll 1
-        for (int e = thread; e < kItems; e += kThreads) {
-            const float2 x = *reinterpret_cast<const float2*>(shared.raw_a + 2 * e);
-            const float centre = shared.centres[e % R];
-            far |= !packs(x.x, centre) || !packs(x.y, centre);
-            to.a[0][e] = pack_half(packed_number(x.x, centre), packed_number(x.y, centre));
+#pragma unroll
+        for (int i = 0; i < (kItems + kThreads - 1) / kThreads; ++i) {
+            const int e = thread + i * kThreads, query = e / kFours, r = e % kFours * 4;
+            if (e >= kItems) break;
+            float x[kOfItem];
+            load_numbers(x, shared.raw_a + e * kOfItem, kOfItem, true);
+            __half* half = reinterpret_cast<__half*>(to.a[query / 2] + r) + query % 2;
+#pragma unroll
+            for (int u = 0; u < kOfItem; ++u) {
+                far |= !packs(x[u], shared.centres[r + u]);
+                half[2 * u] = __float2half_rn(packed_number(x[u], shared.centres[r + u]));
+            }
         }
         if (thread < kTile) {
             const float F = p.F.data != nullptr ? shared.raw[2][thread] : 0.f;
@@ -145,9 +161,9 @@ struct PackedKeys {
     // What the lane adds to the address of a 16 x 16 block, to name its row of ldmatrix: for A operands or turned, and for B
     // operands whose inner dimension is the columns.
     const int block_row, columns_row;
-    const int pair;  // the first of the lane's columns of eight
-    std::uint32_t b[2][Shape::kTwice ? R : R / 2];  // packed: one scalar of a row twice, or two of them
-    float gate[2];                                  // F_j - G in base 2
+    const int pair;             // the first of the lane's columns of eight
+    std::uint32_t b[2][R / 2];  // packed, two scalars of a row
+    float gate[2];              // F_j - G in base 2
     std::uint32_t values[Shape::kKeepValues ? D / 16 : 1][4];
     std::uint32_t chosen[R < 8 ? R : 8];  // B operands: ones in column r
     const std::uint32_t diagonal;
@@ -175,10 +191,7 @@ struct PackedKeys {
                 const auto number = [&](int i) {
                     return r + i < p.scalars ? packed_number(from[i], shared.centres[r + i]) : 0.f;
                 };
-                if constexpr (Shape::kTwice)
-                    b[k][r] = pack_half(number(0), number(0)), b[k][r + 1] = pack_half(number(1), number(1));
-                else
-                    b[k][r / 2] = pack_half(number(0), number(1));
+                b[k][r / 2] = pack_half(number(0), number(1));
             }
         }
 #pragma unroll
@@ -286,12 +299,8 @@ struct PackedKeys {
                 const uint2 y = *reinterpret_cast<const uint2*>(a + r);
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
-                    if constexpr (Shape::kTwice) {
-                        d[k][r] = difference2(y.x, b[k][r]), d[k][r + 1] = difference2(y.y, b[k][r + 1]);
-                    } else {
-                        d[k][r] = difference2(y.x, twice_low(b[k][r / 2]));
-                        d[k][r + 1] = difference2(y.y, twice_high(b[k][r / 2]));
-                    }
+                    d[k][r] = difference2(y.x, twice_low(b[k][r / 2]));
+                    d[k][r + 1] = difference2(y.y, twice_high(b[k][r / 2]));
                 }
             }
             packed_scores<R, Shape::kScoresOnTensorCores>(s, d, c, diagonal);
@@ -343,9 +352,7 @@ struct PackedKeys {
             for (int i = 0; i < kTiles; ++i)
                 *reinterpret_cast<float2*>(to + 8 * i) = {-da[i][0] - da[i][1], -da[i][2] - da[i][3]};
     }
-    __device__ static std::uint32_t ones_in(int column) {
-        return lane_in_warp() / 4 == column ? 0x3f803f80u : 0u;
-    }
+    __device__ static std::uint32_t ones_in(int column) { return lane_in_warp() / 4 == column ? 0x3f803f80u : 0u; }
     // Differences of scalar r in f32, of the thread's rows and the columns of `token` and the next: visit(row, d, d of the next).
     template <class Visit>
     __device__ void far_differences(const Shared& shared, int token, int r, Visit&& visit) const {
@@ -366,9 +373,8 @@ struct PackedKeys {
         for (int e = 0; e < 4; ++e) s[e] = 0.f;
 #pragma unroll 1
         for (int r = 0; r < R; ++r)
-            far_differences(shared, token, r, [&](int k, float d0, float d1) {
-                s[2 * k] += fabsf(d0), s[2 * k + 1] += fabsf(d1);
-            });
+            far_differences(shared, token, r,
+                            [&](int k, float d0, float d1) { s[2 * k] += fabsf(d0), s[2 * k + 1] += fabsf(d1); });
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[e] = fmaf(s[e], -kLog2e, c[e]);
     }
@@ -377,9 +383,8 @@ struct PackedKeys {
         const auto sign = [](float x) { return x > 0.f ? 1.f : x < 0.f ? -1.f : 0.f; };
 #pragma unroll
         for (int u = 0; u < 2; ++u)
-            far_differences(shared, token, r + u, [&](int k, float d0, float d1) {
-                of[2 * u + k] = pack_half(sign(d0), sign(d1));
-            });
+            far_differences(shared, token, r + u,
+                            [&](int k, float d0, float d1) { of[2 * u + k] = pack_half(sign(d0), sign(d1)); });
     }
 };
 

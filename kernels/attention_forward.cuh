@@ -16,16 +16,18 @@ struct Queries {
     using Weights = float[2][4];  // of 16 queries and 16 keys: two C tiles
 
     Shared<D, R>& shared;
+    const AttentionForward<bf16>& p;
     const std::uint32_t values_of_lane;  // what the lane gives to ldmatrix, in stage 0
     const int keys_of_lane;              // first of its two keys in a run of 8; R = 1: in the pairs of all groups
     const std::uint32_t diagonal = R > 1 ? minus_diagonal() : 0;
-    std::uint32_t x[M][2][R];  // rho, as bits; R > 1: scalars, packed, each twice; unbounded: as they are, as bits
+    std::uint32_t x[M][2][R == 1 ? 1 : R / 2];  // rho or the scalar as it is, as bits; R > 1: packed, two scalars each
     float o[M][D / 8][4] = {};
     float sum[M][2] = {};                               // of the weights, for lse
     float rounded[M][kSumsOnTensorCores ? 4 : 2] = {};  // of the rounded ones, for o; as o, or as sum
 
-    __device__ explicit Queries(Shared<D, R>& s)
+    __device__ Queries(Shared<D, R>& s, const AttentionForward<bf16>& arguments)
         : shared(s),
+          p(arguments),
           values_of_lane(shared_address(s.values[0][0].data) +
                          (lane_number() % 16 * ValueTile<D>::kStride + lane_number() / 16 * 8) * 2),
           keys_of_lane((R == 1 ? group_number() * S::kKeys : 0) + lane_number() % 4 * 2) {}
@@ -33,16 +35,8 @@ struct Queries {
         return warp_in_block() * S::kWarpQueries + lane_number() / 4 + 16 * m + 8 * k;
     }
 
-    __device__ void load(const AttentionForward<bf16>& p, bool bounded) {
-        if (R == 1 && bounded) {
-#pragma unroll
-            for (int m = 0; m < M; ++m)
-#pragma unroll
-                for (int k = 0; k < 2; ++k) x[m][k][0] = __float_as_uint(shared.rho[row(m, k)]);
-            return;
-        }
+    __device__ void load(bool bounded) {
         const View& view = shared.views[warp_in_block()];
-        const int head = view.block.z, first = view.block.w;
         if (!bounded && lane_number() % 4 == 0)  // what has been summed so far is relative to lambda
 #pragma unroll
             for (int m = 0; m < M; ++m)
@@ -50,26 +44,19 @@ struct Queries {
                 for (int k = 0; k < 2; ++k) shared.top[row(m, k)] += shared.gate[row(m, k)] - view.gate;
         __syncwarp();
 #pragma unroll
-        for (int r = 0; r < R; ++r) {
-            const float* a = p.a.data + head * p.scalars + r;
-            const bool exists = r < p.scalars;
+        for (int m = 0; m < M; ++m)
 #pragma unroll
-            for (int m = 0; m < M; ++m)
+            for (int k = 0; k < 2; ++k) {
+                if constexpr (R == 1)
+                    x[m][k][0] = __float_as_uint(bounded ? shared.rho[row(m, k)] : scalar(m, k, 0));
+                else if (bounded)
 #pragma unroll
-                for (int k = 0; k < 2; ++k) {
-                    const int token = first + row(m, k);
-                    const float of_query = token < p.seq.tokens && exists ? a[token * p.a.ld] : 0.f;
-                    x[m][k][r] = __float_as_uint(of_query);
-                    if (R > 1 && bounded) {
-                        const float y = packed_number(of_query, shared.centres[r]);
-                        x[m][k][r] = pack_half(y, y);
-                    }
-                }
-        }
+                    for (int r = 0; r < R / 2; ++r) x[m][k][r] = shared.packed[row(m, k)][r];
+            }
     }
 
     // Results of the warp; buffer: 16 rows of its own in shared memory, ValueTile<D>::kStride apart.
-    __device__ void store(const AttentionForward<bf16>& p, bool bounded, nv_bf16* buffer) {
+    __device__ void store(bool bounded, nv_bf16* buffer) {
         const int head = shared.views[warp_in_block()].block.z, first = shared.views[warp_in_block()].block.w;
         constexpr int kStride = ValueTile<D>::kStride, kParts = D / 8;
         const int lane = lane_number();
@@ -79,10 +66,7 @@ struct Queries {
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
                 const float scale = 1.f / (kSumsOnTensorCores ? rounded[m][2 * k] : row_sum(rounded[m][k]));
-                const float lse =
-                    log_of(row_sum(sum[m][k]), shared.top[row(m, k)], first + row(m, k), head, p, bounded);
-                if (first + row(m, k) < p.seq.tokens && lane % 4 == 0)
-                    p.lse.data[(first + row(m, k)) * p.lse.ld + head] = lse;
+                shared.rho[row(m, k)] = row_sum(sum[m][k]);  // the same from all lanes of a row
 #pragma unroll
                 for (int n = 0; n < D / 8; ++n)
                     *reinterpret_cast<std::uint32_t*>(buffer + (lane / 4 + 8 * k) * kStride + 8 * n + lane % 4 * 2) =
@@ -98,6 +82,9 @@ struct Queries {
                             load16(buffer + i / kParts * kStride + part));
             }
         }
+        const int query = warp_in_block() * S::kWarpQueries + lane, token = first + query;
+        if (lane < S::kWarpQueries && token < p.seq.tokens)
+            p.lse.data[token * p.lse.ld + head] = log_of(shared.rho[query], shared.top[query], token, head, bounded);
     }
 
     __device__ void add_stage(int stage, bool bounded) {
@@ -115,8 +102,7 @@ struct Queries {
 
   private:
     // lse of a query with this sum of weights.
-    __device__ float log_of(float total, float top, int token, int head, const AttentionForward<bf16>& p,
-                            bool bounded) const {
+    __device__ float log_of(float total, float top, int token, int head, bool bounded) const {
         double of_gate = 0;
         if (bounded && p.F.data != nullptr && token < p.seq.tokens)
             of_gate = double(p.F.data[token * p.F.ld + head]) - double(shared.views[warp_in_block()].gate);
@@ -150,7 +136,7 @@ struct Queries {
                 if (from > 0) __syncwarp();  // keeps the compiler from holding all of them at once after all
                 Weights w[N];
                 if (!bounded)
-                    score(w, from, stage, first + chunk);
+                    score(w, from, stage, first + chunk, column + chunk);
                 else if constexpr (R == 1)
                     multiply_factors(w, from, stage, first + chunk);
                 else
@@ -179,12 +165,17 @@ struct Queries {
             for (int m = 0; m < N; ++m)
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
-                    w[m][n][2 * k] = fminf(number(from + m, k, 0) * f.x, f.y);
-                    w[m][n][2 * k + 1] = fminf(number(from + m, k, 0) * f.z, f.w);
+                    w[m][n][2 * k] = fminf(__uint_as_float(x[from + m][k][0]) * f.x, f.y);
+                    w[m][n][2 * k + 1] = fminf(__uint_as_float(x[from + m][k][0]) * f.z, f.w);
                 }
         }
     }
-    __device__ float number(int m, int k, int r) const { return __uint_as_float(x[m][k][r]); }
+    // a of a query, from global memory.
+    __device__ float scalar(int m, int k, int r) const {
+        const View& view = shared.views[warp_in_block()];
+        const int token = view.block.w + row(m, k);
+        return token < p.seq.tokens && r < p.scalars ? p.a.data[token * p.a.ld + view.block.z * p.scalars + r] : 0.f;
+    }
     // E - F_j - sum_r |a_i^r - b_j^r| in base 2, of 16 keys; bounded, R > 1.
     __device__ void score_packed(Weights (&s)[M], int stage, int key) const {
 #pragma unroll
@@ -210,14 +201,17 @@ struct Queries {
 #pragma unroll
                 for (int k = 0; k < 2; ++k)
 #pragma unroll
-                    for (int r = 0; r < R; ++r) d[k][r] = difference2(x[m][k][r], y[r]);
+                    for (int r = 0; r < R; r += 2) {
+                        d[k][r] = difference2(y[r], twice_low(x[m][k][r / 2]));
+                        d[k][r + 1] = difference2(y[r + 1], twice_high(x[m][k][r / 2]));
+                    }
                 packed_scores<R, kScoresOnTensorCores>(s[m][n], d, c, diagonal);
             }
         }
     }
-    // F_i - F_j - sum_r |a_i^r - b_j^r|, of 16 keys; unbounded.
+    // F_i - F_j - sum_r |a_i^r - b_j^r|, of 16 keys, `column` the token of the first; unbounded. R > 1: scalars are read anew.
     template <int N>
-    __device__ void score(Weights (&s)[N], int from, int stage, int key) const {
+    __device__ void score(Weights (&s)[N], int from, int stage, int key, int column) const {
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
             float2 gate;
@@ -228,24 +222,27 @@ struct Queries {
                 for (int m = 0; m < N; ++m)
 #pragma unroll
                     for (int k = 0; k < 2; ++k) {
-                        s[m][n][2 * k] = fabsf(number(from + m, k, 0) - f.x);
-                        s[m][n][2 * k + 1] = fabsf(number(from + m, k, 0) - f.z);
+                        s[m][n][2 * k] = fabsf(__uint_as_float(x[from + m][k][0]) - f.x);
+                        s[m][n][2 * k + 1] = fabsf(__uint_as_float(x[from + m][k][0]) - f.z);
                     }
             } else {
-                const auto& keys = shared.keys[stage];
-                const int local = keys_of_lane + key + 8 * n;
-                gate = *reinterpret_cast<const float2*>(keys.gate + local);
+                const int local = keys_of_lane + 8 * n, last = p.seq.tokens - 1;
+                gate = *reinterpret_cast<const float2*>(shared.keys[stage].gate + key + local);
 #pragma unroll
-                for (int r = 0; r < R; r += 2) {
-                    const float* at = keys.scalars.data + r / 2 * keys.scalars.kPlane + 2 * local;
-                    const float4 y = *reinterpret_cast<const float4*>(at);
+                for (int m = 0; m < N; ++m)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) s[m][n][e] = 0.f;
+                const float* b = p.b.data + shared.views[warp_in_block()].block.z * p.scalars;
+#pragma unroll 1
+                for (int r = 0; r < p.scalars; ++r) {
+                    const float left = b[min(column + local, last) * p.b.ld + r],
+                                right = b[min(column + local + 1, last) * p.b.ld + r];
 #pragma unroll
                     for (int m = 0; m < N; ++m)
 #pragma unroll
                         for (int k = 0; k < 2; ++k) {
-                            const float u = number(from + m, k, r), v = number(from + m, k, r + 1);
-                            s[m][n][2 * k] = (r == 0 ? 0.f : s[m][n][2 * k]) + fabsf(u - y.x) + fabsf(v - y.y);
-                            s[m][n][2 * k + 1] = (r == 0 ? 0.f : s[m][n][2 * k + 1]) + fabsf(u - y.z) + fabsf(v - y.w);
+                            s[m][n][2 * k] += fabsf(scalar(from + m, k, r) - left);
+                            s[m][n][2 * k + 1] += fabsf(scalar(from + m, k, r) - right);
                         }
                 }
             }

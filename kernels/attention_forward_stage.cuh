@@ -128,7 +128,9 @@ template <int D, int R>
 struct Shape {
     static constexpr tuning::AttentionForward kTuned = tuning::attention_forward(D, R);
     static constexpr int M = kTuned.row_tiles, kGroups = kTuned.groups;
-    static constexpr int kHalves = kTuned.keys / kTile, kKeys = kTuned.keys;
+    // More scalars than one: stages of 128 keys where shared memory has room for three blocks of them.
+    static constexpr bool kLong = R > 1 && R <= 8 && D <= 64 && (kArch == 80 || kArch == 90 || kArch == 100);
+    static constexpr int kKeys = kLong ? 128 : kTuned.keys, kHalves = kKeys / kTile;
     static constexpr int kBlockThreads = kGroups * kGroupThreads;
     static constexpr int kWarpQueries = 16 * M, kGroupQueries = kGroupWarps * kWarpQueries;
     static constexpr int kQueries = kGroups * kGroupQueries;
@@ -137,13 +139,10 @@ struct Shape {
 };
 
 // What the scores need of a stage's keys. R = 1, for each group: the factors (u, w) or, with the running maximum,
-// (b, F); R > 1: packed scalars of keys 2i and 2i + 1, and E - F in base 2, or scalars and F as they are.
+// (b, F); R > 1: packed scalars of keys 2i and 2i + 1, and E - F in base 2 or F.
 template <int R, int kGroups, int kKeys>
 struct KeyTile {
-    union {
-        alignas(16) std::uint32_t packed[kKeys / 2][R];
-        ScalarTile<R, kKeys> scalars;
-    };
+    alignas(16) std::uint32_t packed[kKeys / 2][R];
     alignas(16) float gate[kKeys];
 };
 template <int kGroups, int kKeys>
@@ -170,11 +169,12 @@ struct Shared {
     alignas(16) float least_gate[4][S::kParts];
     int extremes[S::kGroups * kGroupWarps][6];  // ordered()
     int2 sight[S::kQueries];                    // columns [x, y) that a query sees
-    float rho[S::kQueries];                     // R = 1
+    float rho[S::kQueries];                     // R = 1; at the end, sums of weights
     float gate[S::kQueries];                    // F
     float top[S::kQueries];  // a_i - c (R = 1) or 0: lse without the gate; out of bounds, the running maximum
     float2 raw[R == 1 ? S::kBlockThreads : 1];  // b and F that a thread has asked for, for itself
     View views[S::kGroups * kGroupWarps];
+    alignas(16) std::uint32_t packed[R == 1 ? 1 : S::kQueries][R == 1 ? 1 : R / 2];  // a, two scalars each
     float centres[R];  // of each scalar (attention_packed.cuh); R > 1
 };
 
@@ -191,18 +191,31 @@ __device__ bool prepare(Shared<D, R>& shared, const AttentionForward<bf16>& p, c
     const float* b = p.b.data + head * p.scalars;
     const float* F = gate_of_head(p, head);
 
-    if constexpr (R > 1) {
-        if (local < R) shared.centres[local] = local < p.scalars ? packed_centre(a + local, p.a.ld, p.seq.tokens) : 0.f;
-        __syncthreads();
-    }
     float own = 0.f, spread = 0.f, x = 0.f;
     const float gate = F != nullptr && valid ? F[token * p.F.ld] : 0.f;
+    if constexpr (R == 1) {
+        if (valid) {
+            x = a[token * p.a.ld];
+            own = fabsf(x - b[token * p.b.ld]);
+        }
+    } else {
+        float of_a[R] = {}, of_b[R] = {};
+        if (valid) {
+            load_numbers(of_a, a + token * p.a.ld, p.scalars, whole_scalars<R>(p.a.data, p.scalars));
+            load_numbers(of_b, b + token * p.b.ld, p.scalars, whole_scalars<R>(p.b.data, p.scalars));
+        }
+        if (local < R) shared.centres[local] = local < p.scalars ? packed_centre(a + local, p.a.ld, p.seq.tokens) : 0.f;
+        __syncthreads();
 #pragma unroll
-    for (int r = 0; r < R; ++r) {
-        if (!valid || r >= p.scalars) continue;
-        x = a[token * p.a.ld + r];
-        own += fabsf(x - b[token * p.b.ld + r]);
-        if constexpr (R > 1) spread = fmaxf(spread, fabsf(x - shared.centres[r]));
+        for (int r = 0; r < R; r += 2) {
+            const float2 centre = {shared.centres[r], shared.centres[r + 1]};
+            own += fabsf(of_a[r] - of_b[r]);
+            own += fabsf(of_a[r + 1] - of_b[r + 1]);
+            spread = fmaxf(spread, fmaxf(fabsf(of_a[r] - centre.x), fabsf(of_a[r + 1] - centre.y)));
+            if (local < S::kGroupQueries)
+                shared.packed[local][r / 2] =
+                    pack_half(packed_number(of_a[r], centre.x), packed_number(of_a[r + 1], centre.y));
+        }
     }
     const float high = R == 1 ? x : spread;
     const float of_lane[6] = {high, -x, gate, -gate, own, gate + own};
@@ -240,12 +253,12 @@ __device__ bool prepare(Shared<D, R>& shared, const AttentionForward<bf16>& p, c
     return bounded;
 }
 
-// Keys on their way, what a thread has read of the stage after next. R > 1: scalars of pairs of keys, and F, in registers;
+// Keys on their way, what a thread has read of the stage after next. R > 1: up to four scalars of a key, and F, in registers;
 // R = 1: b and F of one key, in shared memory (Shared::raw), since registers are short.
 template <int R, int kKeys>
 struct Raw {
-    static constexpr int kPairs = std::max(kKeys / 2 * R / kGroupThreads, 1);
-    float b[kPairs][2], F;
+    static constexpr int kOfKey = R < 4 ? R : 4, kItems = std::max(kKeys * R / kOfKey / kGroupThreads, 1);
+    float b[kItems][kOfKey], F;
 };
 template <int kKeys>
 struct Raw<1, kKeys> {};
@@ -262,10 +275,11 @@ struct Loader {
     __device__ bool gated() const { return p.F.data != nullptr; }
     using Raw = attention_forward_tile::Raw<R, S::kKeys>;
     static __device__ bool reads() { return R > 1 || thread_in_group() < S::kKeys; }
-    // R > 1: the thread's pairs of keys and their scalar, of which there may be fewer than threads.
-    static __device__ int pair_of(int i) { return (thread_in_group() + i * kGroupThreads) / R; }
-    static __device__ int scalar() { return thread_in_group() % R; }
-    static __device__ bool has(int i) { return S::kKeys / 2 * R >= kGroupThreads || pair_of(i) < S::kKeys / 2; }
+    // R > 1: the keys and first scalars of the thread's items, of which there may be fewer than threads.
+    static constexpr int kFours = R < 4 ? 1 : R / 4;  // of a key, of scalars
+    static __device__ int key_of(int i) { return (thread_in_group() + i * kGroupThreads) / kFours; }
+    static __device__ int scalar() { return thread_in_group() % kFours * 4; }
+    static __device__ bool has(int i) { return S::kKeys * kFours >= kGroupThreads || key_of(i) < S::kKeys; }
 
     // Asks for keys, from global memory; the block sees [lo, hi). R > 1: others have the scalars of the nearest that it sees.
     __device__ void read(Raw& raw, int column, int head, int lo, int hi) const {
@@ -282,12 +296,11 @@ struct Loader {
         } else {
             const auto nearest = [&](int key) { return std::int64_t(min(max(column + key, lo), hi - 1)); };
             raw.F = gated() ? p.F.data[nearest(local % S::kKeys) * F_ld + head] : 0.f;
-            const bool exists = scalar() < p.scalars;
+            const bool whole = whole_scalars<R>(p.b.data, p.scalars);
 #pragma unroll
-            for (int i = 0; i < Raw::kPairs; ++i)
-#pragma unroll
-                for (int k = 0; k < 2; ++k)
-                    raw.b[i][k] = exists && has(i) ? b[nearest(2 * pair_of(i) + k) * b_ld + scalar()] : 0.f;
+            for (int i = 0; i < Raw::kItems; ++i)
+                if (has(i))
+                    load_numbers(raw.b[i], b + nearest(key_of(i)) * b_ld + scalar(), p.scalars - scalar(), whole);
         }
     }
     // F of the thread's key, which has been asked for. Keys that no query of the block sees have F = infinity: their
@@ -306,12 +319,12 @@ struct Loader {
         } else {
             bool in_range = true;
 #pragma unroll
-            for (int i = 0; i < Raw::kPairs; ++i)
-                in_range &= packs(raw.b[i][0], centre_of_scalar()) && packs(raw.b[i][1], centre_of_scalar());
+            for (int i = 0; i < Raw::kItems; ++i)
+#pragma unroll
+                for (int r = 0; r < Raw::kOfKey; ++r) in_range &= packs(raw.b[i][r], shared.centres[scalar() + r]);
             least[warp_in_block()] = from_ordered(least_of_warp(in_range || !has(0) ? F : -INFINITY));
         }
     }
-    __device__ float centre_of_scalar() const { return shared.centres[scalar()]; }
     // bounded: as factors, or in base 2 relative to the reference.
     __device__ void keys(int stage, const Raw& raw, float F, float centre, float gate, bool bounded) const {
         if (!reads()) return;
@@ -327,15 +340,15 @@ struct Loader {
         } else {
             auto& tile = shared.keys[stage];
 #pragma unroll
-            for (int i = 0; i < Raw::kPairs; ++i) {
+            for (int i = 0; i < Raw::kItems; ++i) {
                 if (!has(i)) continue;
-                const float(&b)[2] = raw.b[i];
-                const int pair = pair_of(i), r = scalar();
-                if (bounded)
-                    tile.packed[pair][r] =
-                        pack_half(packed_number(b[0], centre_of_scalar()), packed_number(b[1], centre_of_scalar()));
-                else
-                    tile.scalars.put(2 * pair, r, b);
+                const int key = key_of(i);
+                if (bounded) {
+                    __half* to = reinterpret_cast<__half*>(tile.packed[key / 2] + scalar()) + key % 2;
+#pragma unroll
+                    for (int r = 0; r < Raw::kOfKey; ++r)
+                        to[2 * r] = __float2half_rn(packed_number(raw.b[i][r], shared.centres[scalar() + r]));
+                }
             }
             if (local < S::kKeys) tile.gate[local] = bounded ? (gate - F) * kLog2e : F;
         }
@@ -346,7 +359,7 @@ struct Loader {
         const nv_bf16* from = nv(p.v.data) + std::int64_t(column + row) * ld + (head * D + part);
         std::uint32_t to = shared_address(shared.values[stage][0].data) + row * kRowBytes + part * 2;
         int left = p.seq.tokens - column - row;  // rows from here to the end
-#pragma unroll 1
+#pragma unroll(R == 1 ? 1 : 4)
         for (int i = 0; i < S::kKeys / kStep; ++i, to += kStep * kRowBytes, from += kStep * ld, left -= kStep)
             copy16(to, from, left > 0);
     }

@@ -38,6 +38,42 @@ __device__ inline std::uint32_t pack_half(float lo, float hi) {
     const __half2 v = __floats2half2_rn(lo, hi);
     return *reinterpret_cast<const std::uint32_t*>(&v);
 }
+// `count` numbers from `from` on, of which there are `left` or more; zeros beyond. whole: all are there and lie at a
+// multiple of their size, 16 bytes at the most.
+template <int count>
+__device__ void load_numbers(float (&x)[count], const float* from, int left, bool whole) {
+    if (whole) {
+        if constexpr (count == 2) {
+            const float2 y = *reinterpret_cast<const float2*>(from);
+            x[0] = y.x, x[1] = y.y;
+        } else {
+#pragma unroll
+            for (int i = 0; i < count; i += 4) {
+                const float4 y = *reinterpret_cast<const float4*>(from + i);
+                x[i] = y.x, x[i + 1] = y.y, x[i + 2] = y.z, x[i + 3] = y.w;
+            }
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < count; ++i) x[i] = i < left ? from[i] : 0.f;
+    }
+}
+// Whether R scalars of every token and head are there, at a multiple of their size.
+template <int R>
+__device__ bool whole_scalars(const float* x, int scalars) {
+    return scalars == R && reinterpret_cast<unsigned long long>(x) % (R == 2 ? 8 : 16) == 0;
+}
+// One half in both: the compiler reads it so where it is used.
+__device__ inline std::uint32_t twice_low(std::uint32_t x) {
+    std::uint32_t y;
+    asm("{\n.reg .b16 lo, hi;\nmov.b32 {lo, hi}, %1;\nmov.b32 %0, {lo, lo};\n}" : "=r"(y) : "r"(x));
+    return y;
+}
+__device__ inline std::uint32_t twice_high(std::uint32_t x) {
+    std::uint32_t y;
+    asm("{\n.reg .b16 lo, hi;\nmov.b32 {lo, hi}, %1;\nmov.b32 %0, {hi, hi};\n}" : "=r"(y) : "r"(x));
+    return y;
+}
 __device__ inline std::uint32_t difference2(std::uint32_t x, std::uint32_t y) {
     std::uint32_t d;
     asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(x), "r"(y));

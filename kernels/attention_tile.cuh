@@ -162,10 +162,10 @@ struct alignas(16) ColumnTile {
 
 // R scalars of 64 columns in shared memory. Two scalars of one column are neighbours, so that one 16-byte read brings
 // two scalars of two columns; the planes of pairs are padded against bank conflicts of the writes.
-template <int R, int kColumns = kTile>
+template <int R>
 struct alignas(16) ScalarTile {
     static constexpr int kPair = R == 1 ? 1 : 2;
-    static constexpr int kPlane = R == 1 ? kColumns : 2 * kColumns + 8;
+    static constexpr int kPlane = R == 1 ? kTile : 2 * kTile + 8;
     float data[R / kPair * kPlane];
 
     // src: the head's scalar 0 of token 0, stride floats from token to token. Scalars from `scalars` on are zero.
@@ -177,11 +177,6 @@ struct alignas(16) ScalarTile {
             cp_async4(data + r / kPair * kPlane + column * kPair + r % kPair,
                       src + (valid ? (first + column) * stride + r : 0), valid);
         }
-    }
-    // Scalar r of columns column and column + 1.
-    __device__ void put(int column, int r, const float (&x)[2]) {
-        float* to = data + r / kPair * kPlane + column * kPair + r % kPair;
-        to[0] = x[0], to[kPair] = x[1];
     }
     // visit(row, scalar, n, x[row][scalar] - y) for both rows, all scalars and columns column + n, n = 0, 1.
     // kAgain: the tile is read anew, so that the compiler does not hold on to differences taken before.
