@@ -19,13 +19,9 @@ namespace fiedler::attention_tile {
 
 template <int D, int R>
 struct PackedShape {
-    static constexpr int kWarps = 4, kKeys = 16 * kWarps, kBlockThreads = kWarps * kWarp;
-#ifndef PB
-#define PB (D == 128 || R == 16 ? 2 : 3)
-#define PK (D < 128 || R < 16)
-#endif
-    static constexpr int kBlocks = PB;
-    static constexpr bool kKeepValues = PK;
+    static constexpr int kKeys = tuning::attention_backward(D, R).keys(), kWarps = kKeys / 16,
+                         kBlockThreads = kWarps * kWarp, kBlocks = 2;
+    static constexpr bool kKeepValues = kWarps == 4 && (D < 128 || R < 16);
     static constexpr bool kScoresOnTensorCores = tuning::scores_on_tensor_cores(kArch);
     static constexpr int kTiles = (R + 7) / 8;  // C tiles of eight scalars
 };
@@ -53,6 +49,7 @@ struct alignas(128) PackedShared {
     float gate;  // G
     volatile int head, slab, first;
     volatile int end, written;
+    volatile bool far;  // whether a scalar of the keys is out of range
 };
 
 __device__ inline int lane_in_warp() { return static_cast<int>(threadIdx.x % kWarp); }
@@ -94,9 +91,8 @@ struct PackedLoader {
         const nv_bf16* source = nv(p.do_.data) + head * D + part;
         nv_bf16* to = shared.queries[stage].gradients.data + thread / kParts * ValueTile<D>::kStride + part;
         int token = column + thread / kParts;
-        static_assert(kRows <= kTile);
 #pragma unroll
-        for (int i = 0; i < kTile / kRows; ++i, token += kRows, to += kRows * ValueTile<D>::kStride)
+        for (int i = kRows <= kTile || thread / kParts < kTile ? 0 : 1; i < (kTile + kRows - 1) / kRows; ++i, token += kRows, to += kRows * ValueTile<D>::kStride)
             cp_async16(to, source + (token < tokens ? token : 0) * p.do_.ld, token < tokens);
         const bool whole = whole_scalars<R>(p.a.data, p.scalars);
 #pragma unroll
@@ -403,10 +399,9 @@ __device__ void store_sums(const PackedShared<D, R>& shared, float* out, bool ad
     }
 }
 
-// The block's next keys: what they see, V, and the first tile of queries, whose number is returned, on its way. far: whether
-// one of their scalars is out of range.
+// The block's next keys: what they see, V, and the first tile of queries, whose number is returned, on its way.
 template <int D, int R>
-__device__ int begin_keys(const AttentionBackward<bf16>& p, PackedShared<D, R>& shared, bool& far) {
+__device__ int begin_keys(const AttentionBackward<bf16>& p, PackedShared<D, R>& shared) {
     using Shape = PackedShape<D, R>;
     constexpr int kThreads = Shape::kBlockThreads;
     const Sight sight = Sight::of_keys(p.seq, p.window, p.causal);
@@ -422,7 +417,7 @@ __device__ int begin_keys(const AttentionBackward<bf16>& p, PackedShared<D, R>& 
         if (from + 16 > tokens) band.full_hi = band.full_lo;  // rows that do not exist see nothing
         shared.band[thread] = band.ends();
     }
-    far = false;
+    bool far = false;
     for (int i = thread; i < Shape::kKeys * R; i += kThreads) {
         const int token = first + i / R, r = i % R;
         if (token < tokens && r < p.scalars)
@@ -443,6 +438,8 @@ __device__ int begin_keys(const AttentionBackward<bf16>& p, PackedShared<D, R>& 
     }
     PackedLoader<D, R>{p, shared}.start(q % 2, q * kTile);
     far = __syncthreads_or(far) != 0;
+    if (thread == 0) shared.far = far;
+    __syncthreads();
     return q;
 }
 
@@ -470,15 +467,14 @@ __global__ void __launch_bounds__((PackedShape<D, R>::kBlockThreads), (PackedSha
 
 #pragma unroll 1
     for (int k = 0; k < groups.tiles && shared.first < tokens; ++k) {
-        bool keys_far;
-        int q = begin_keys(p, shared, keys_far);
+        int q = begin_keys(p, shared);
         PackedKeys<D, R> keys(p, shared);
 #pragma unroll 1
         for (; q < shared.end; ++q) {
             cp_async_wait<0>();
             const bool far = loader.finish(q % 2);
             if (q + 1 < shared.end) loader.start((q + 1) % 2, (q + 1) * kTile);
-            const bool careful = __syncthreads_or(far || keys_far) != 0;
+            const bool careful = __syncthreads_or(far || shared.far) != 0;
             const bool skips = p.F.data != nullptr && p.skip;
             if (!careful)
                 keys.template add_tile<false>(shared, shared.sums[warp_number()], shared.queries[q % 2], q * kTile,
