@@ -35,9 +35,8 @@ struct BackwardWay {
 };
 template <int D>
 struct BackwardWay<D, 1> {
-    static constexpr int kKeys = BackwardShape<D, 1>::kKeys, kBlockThreads = kThreads,
-                         kBytes = sizeof(BackwardShared<D, 1>);
-    static constexpr auto kernel = attention_backward_kernel<D, 1>;
+    static constexpr int kKeys = BackwardShape<D>::kKeys, kBlockThreads = kThreads, kBytes = sizeof(BackwardShared<D>);
+    static constexpr auto kernel = attention_backward_kernel<D>;
 };
 template <int D, int R>
 void launch_backward(const Cuda& device, const AttentionBackward<bf16>& p) {

@@ -1,4 +1,5 @@
-// kernels/attention_backward.cuh: one pass over the pairs for all four gradients of scalar-distance attention.
+// kernels/attention_backward.cuh: one pass over the pairs for all four gradients of scalar-distance attention with one
+// scalar (more: kernels/attention_backward_packed.cuh), and how its blocks share the work.
 //
 // A block owns a tile of keys (rows) and streams the tiles of 64 queries (columns) that see them: scores, weights and
 // ds are made once, transposed, so that P' is the A operand of dv += P' dO straight from registers:
@@ -9,11 +10,9 @@
 //
 // Signs: step = sat(2^127 (a - b) + 1/2) is 0, 1/2 or 1, so sign ds = 2 step ds - ds, and sums of it are exactly zero
 // where all a and b are equal: halving is exact, and both sums are taken in one order. The difference that the sign
-// needs is also the score's: for R = 1, the minimum of two products of factors (the forward's way around exp) would
+// needs is also the score's: the minimum of two products of factors (the forward's way around exp) would
 // take three instructions where |d|, scale and ex2 take three as well, one of them in a pipe that is idle.
 #pragma once
-#include <type_traits>
-
 #include "kernels/attention_tile.cuh"
 
 namespace fiedler::attention_tile {
@@ -25,106 +24,30 @@ __device__ inline int thread_anew() {
     return x;
 }
 
-template <int D, int R>
+template <int D>
 struct BackwardShape {
-    static constexpr tuning::AttentionBackward kTuning = tuning::attention_backward(D, R);
+    static constexpr tuning::AttentionBackward kTuning = tuning::attention_backward(D, 1);
     static constexpr int kKeys = kTuning.keys(), kRowTiles = kTuning.row_tiles, kBlocks = kTuning.blocks;
     static constexpr int kWarps = kThreads / kWarp, kWarpKeys = kKeys / kWarps;
-    static constexpr bool kKeepValues = kTuning.values, kKeepScalars = kTuning.scalars;
-    static constexpr int kPart = R < 8                 ? R
-                                 : R == 16 && D == 128 ? 4
-                                                       : 8;  // scalars whose sums over rows are taken together
-    static constexpr int kKept = R <= 8 ? R : 1;  // R: a - b is kept from the score to the sign; else made anew
-    static_assert(kKeys % kTile == 0 && (R <= 8 || kRowTiles == 1));
+    static constexpr bool kKeepValues = kTuning.values;
+    static_assert(kKeys % kTile == 0);
 };
 
-// Shared memory by its own addresses, so that a thread keeps few of them and the compiler makes no more.
-__device__ inline void store_shared(std::uint32_t to, const float* x) {
-    asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};\n" ::"r"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
-                 : "memory");
+// Sums over the eight lanes g of a warp that hold other rows of the same columns: each thread brings one value for each of
+// its columns 2t and 2t + 1. A butterfly: half of the values, then of the lanes. Results go to sums[column].
+__device__ inline void sum_columns(float* sums, const float (&v)[2]) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4;
+    const bool right = g % 2 != 0;
+    float x = (right ? v[1] : v[0]) + __shfl_xor_sync(0xffffffffu, right ? v[0] : v[1], 4);
+    x += __shfl_xor_sync(0xffffffffu, x, 8);
+    x += __shfl_xor_sync(0xffffffffu, x, 16);
+    if (g < 2) sums[lane % 4 * 2 + g] = x;
 }
-__device__ inline void store_shared(std::uint32_t to, float x) {
-    asm volatile("st.shared.f32 [%0], %1;\n" ::"r"(to), "f"(x) : "memory");
-}
-__device__ inline void store_shared(std::uint32_t to, float2 x) {
-    asm volatile("st.shared.v2.f32 [%0], {%1,%2};\n" ::"r"(to), "f"(x.x), "f"(x.y) : "memory");
-}
-__device__ inline void load_shared(float& x, std::uint32_t from) {
-    asm volatile("ld.shared.f32 %0, [%1];\n" : "=f"(x) : "r"(from) : "memory");
-}
-__device__ inline void load_shared(float2& x, std::uint32_t from) {
-    asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];\n" : "=f"(x.x), "=f"(x.y) : "r"(from) : "memory");
-}
-__device__ inline float plus(float x, float y) { return x + y; }
-__device__ inline float2 plus(float2 x, float2 y) { return {x.x + y.x, x.y + y.y}; }
 
-// Sums over the eight lanes g of a warp that hold other rows of the same columns: each thread brings, for its columns
-// 2t and 2t + 1, one value for each of P scalars. Results go to sums[column][R], from an offset on.
-template <int P, int R>
-struct ColumnSums {
-    // Row g of the exchange holds eight columns of P, in units of 4 floats: unit k of thread t in place k ^ t of its P/2.
-    // The distance of two rows lets a quarter-warp, which writes two of them, reach all 32 banks.
-    static constexpr int kRow = P == 8 ? 80 : P == 4 ? 36 : 0, kFloats = 8 * kRow;
-    std::uint32_t write, read, out;
-
-    __device__ ColumnSums(const float* exchange, const float* sums) {
-        const int lane = thread_anew() % kWarp, g = lane / 4, t = lane % 4;
-        const int place = P == 8 ? t : 0, pair = P == 8 ? 2 : 1;  // pair: floats that a lane adds up
-        write = shared_address(exchange) + 4u * (g * kRow + 2 * P * t + 4 * place);
-        read = shared_address(exchange) + 4u * (pair * lane);
-        int column = lane / 4, scalar = lane % 4;
-        if (P == 8) {
-            const int unit = lane / 2 % 4 ^ lane / 8;
-            column = 2 * (lane / 8) + unit / 2, scalar = unit % 2 * 4 + lane % 2 * 2;
-        }
-        if (P <= 2) column = 2 * t + g % 2, scalar = g / 2;
-        out = shared_address(sums) + 4u * (column * R + scalar);
-    }
-    // v[j]: the thread's values for column 2t + j.
-    __device__ void add(const float (&v)[2][P], int offset) const {
-        if constexpr (P <= 2) {  // butterfly: halves of the values, then of the lanes
-            const int g = static_cast<int>(threadIdx.x) % kWarp / 4;
-            const bool right = g % 2 != 0, second = g / 2 % 2 != 0;
-            float x[P];
-#pragma unroll
-            for (int r = 0; r < P; ++r)
-                x[r] = (right ? v[1][r] : v[0][r]) + __shfl_xor_sync(0xffffffffu, right ? v[0][r] : v[1][r], 4);
-            if constexpr (P == 2)
-                x[0] = (second ? x[1] : x[0]) + __shfl_xor_sync(0xffffffffu, second ? x[0] : x[1], 8);
-            else
-                x[0] += __shfl_xor_sync(0xffffffffu, x[0], 8);
-            x[0] += __shfl_xor_sync(0xffffffffu, x[0], 16);
-            if (g < 2 * P) store_shared(out + 4u * offset, x[0]);
-        } else {  // v was written by put
-            using Sum = std::conditional_t<P == 8, float2, float>;
-            __syncwarp();
-            Sum x[8];
-#pragma unroll
-            for (int i = 0; i < 8; ++i) load_shared(x[i], read + 4u * kRow * i);
-#pragma unroll
-            for (int n = 4; n > 0; n /= 2)
-#pragma unroll
-                for (int i = 0; i < n; ++i) x[i] = plus(x[i], x[i + n]);
-            store_shared(out + 4u * offset, x[0]);
-            __syncwarp();
-        }
-    }
-    // v[j], as soon as it is there: fewer registers hold values.
-    __device__ void put(const float (&v)[P], int j) const {
-        if constexpr (P >= 4)
-#pragma unroll
-            for (int i = 0; i < P; i += 4) {
-                const std::uint32_t unit = 16u * (j * P + i) / 4;
-                store_shared(P == 8 ? write ^ unit : write + unit, &v[i]);
-            }
-    }
-};
-
-template <int D, int R>
+template <int D>
 struct QueryTile {
     ValueTile<D> gradients;  // dO
-    ScalarTile<R> a;
-    ColumnTile gate, lse, delta;
+    ColumnTile a, gate, lse, delta;
 
     __device__ void load(const AttentionBackward<bf16>& p, int head, int column) {
         constexpr int kParts = D / 8, kRows = kThreads / kParts;
@@ -135,13 +58,6 @@ struct QueryTile {
 #pragma unroll 1
         for (int i = 0; i < kTile / kRows; ++i, token += kRows, to += kRows * gradients.kStride)
             cp_async16(to, source + (token < tokens ? token : 0) * p.do_.ld, token < tokens);
-#pragma unroll 1
-        for (int e = thread; e < kTile * R; e += kThreads) {
-            const int local = e / R, r = e % R;
-            const bool valid = column + local < tokens && r < p.scalars;
-            cp_async4(a.data + r / a.kPair * a.kPlane + local * a.kPair + r % a.kPair,
-                      p.a.data + (valid ? (column + local) * p.a.ld + head * p.scalars + r : 0), valid);
-        }
         token = column + thread % kTile;
         const bool valid = token < tokens;  // zeros beyond
         if (!valid) token = 0;
@@ -149,95 +65,63 @@ struct QueryTile {
             cp_async4(tile.data + thread % kTile, x.data + (token * x.ld + head), valid);
         };
         if (thread < kTile) {
+            number(a, p.a);
             number(lse, p.lse);
             if (p.F.data != nullptr) number(gate, p.F);
         } else {
             number(delta, p.delta);
         }
     }
-    // Scalars r and r + 1 (R = 1: only the first) of columns local and local + 1: x[column][scalar].
-    __device__ void pairs(float (&x)[2][2], int r, int local) const {
-        if constexpr (R == 1) {
-            const float2 y = *reinterpret_cast<const float2*>(a.data + local);
-            x[0][0] = y.x, x[1][0] = y.y;
-        } else {
-            const float4 y = *reinterpret_cast<const float4*>(a.data + r / 2 * a.kPlane + 2 * local);
-            x[0][0] = y.x, x[0][1] = y.y, x[1][0] = y.z, x[1][1] = y.w;
-        }
-    }
-    // As many of a column's scalars as x holds, from an even one on.
-    template <int N>
-    __device__ void scalars(float (&x)[N], int from, int column) const {
-        if constexpr (R == 1) {
-            x[0] = a.data[column];
-        } else {
-#pragma unroll
-            for (int r = 0; r < N; r += 2) {
-                const float2 y = *reinterpret_cast<const float2*>(a.data + (from + r) / 2 * a.kPlane + 2 * column);
-                x[r] = y.x, x[r + 1] = y.y;
-            }
-        }
-    }
 };
 
-template <int D, int R>
+template <int D>
 struct alignas(128) BackwardShared {
-    using Shape = BackwardShape<D, R>;
-    static constexpr int kExchange = R < 4 ? 4 : ColumnSums<Shape::kPart, R>::kFloats;  // a multiple of 64 bytes
-    QueryTile<D, R> queries[2];
+    using Shape = BackwardShape<D>;
+    QueryTile<D> queries[2];
     ValueTile<D> values[Shape::kKeepValues ? 1 : Shape::kRowTiles];  // V of the keys; unused if kept in registers
-    alignas(64) float exchange[Shape::kWarps][kExchange];
-    float sums[Shape::kWarps][kTile * R];  // of each warp, over its keys: da of the tile's queries
-    // b of the keys, unless in registers: units of 4 scalars, so that eight rows of one unit lie in all 32 banks.
-    float gate[Shape::kKeepScalars ? 1 : Shape::kKeys];  // their F
-    float4 scalars[Shape::kKeepScalars ? 1 : R / 4][Shape::kKeepScalars ? 1 : Shape::kKeys];
-    int2 sight[Shape::kKeys];  // the queries [x, y) that see each key
-    Band band[Shape::kWarps];  // those of a warp's keys
+    float sums[Shape::kWarps][kTile];  // of each warp, over its keys: da of the tile's queries
+    int2 sight[Shape::kKeys];          // the queries [x, y) that see each key
+    Band band[Shape::kWarps];          // those of a warp's keys
     // What the block needs only between two tiles; volatile keeps it out of registers. Queries are counted in tiles.
     volatile int head, slab, first;  // of the block's group; its first key now
     volatile int end, written;       // of the queries that see these keys, and of those with a sum in the slab so far
 };
 
 // The keys of a warp: rows 16 m + 8 k + g of its tile in a thread.
-template <int D, int R>
+template <int D>
 struct BackwardKeys {
-    using Shape = BackwardShape<D, R>;
-    using Shared = BackwardShared<D, R>;
+    using Shape = BackwardShape<D>;
+    using Shared = BackwardShared<D>;
     static constexpr int M = Shape::kRowTiles;
     static constexpr int kStride = ValueTile<D>::kStride;
-    const ColumnSums<Shape::kPart, R> columns;
-    const int used;       // scalars, of R
     const int block_row;  // what the lane adds to the address of a 16 x 16 block, to name its row of ldmatrix
-    float b[Shape::kKeepScalars ? M : 1][2][R], gate[Shape::kKeepScalars ? M : 1][2];
+    float b[M][2], gate[M][2];
     std::uint32_t values[Shape::kKeepValues ? M : 1][Shape::kKeepValues ? D / 16 : 1][4];
-    float stepped[M][2][R] = {}, sum[M][2] = {}, dv[M][D / 8][4] = {};
+    float stepped[M][2] = {}, sum[M][2] = {}, dv[M][D / 8][4] = {};
 
     __device__ BackwardKeys(const AttentionBackward<bf16>& p, const Shared& shared)
-        : columns(shared.exchange[warp_number()], shared.sums[warp_number()]),
-          used(p.scalars),
-          block_row(thread_anew() % 16 * kStride + thread_anew() % kWarp / 16 * 8) {
+        : block_row(thread_anew() % 16 * kStride + thread_anew() % kWarp / 16 * 8) {
         const Sight sight = Sight::of_keys(p.seq, p.window, p.causal);
         const int head = shared.head, warp_first = shared.first + warp_number() * Shape::kWarpKeys;
 #pragma unroll
         for (int m = 0; m < M; ++m) {
             const Rows rows(sight, warp_first + 16 * m);
-            if constexpr (Shape::kKeepScalars) load_row_numbers(gate[m], gate_of_head(p, head), p.F.ld, rows);
-            if constexpr (Shape::kKeepScalars)
-                load_row_scalars<R>(b[m], p.b.data + head * p.scalars, p.b.ld, p.scalars, rows);
+            load_row_numbers(gate[m], gate_of_head(p, head), p.F.ld, rows);
+            load_row_numbers(b[m], p.b.data + head, p.b.ld, rows);
             if constexpr (Shape::kKeepValues) load_operand<D>(values[m], nv(p.v.data) + head * D, p.v.ld, rows);
         }
     }
 
     // A tile of queries, `column` the token of its first; the warp's sums of it are always written.
-    __device__ void add_tile(const Shared& shared, float* sums, const QueryTile<D, R>& tile, int column, bool gated) {
+    __device__ void add_tile(const Shared& shared, float* sums, const QueryTile<D>& tile, int column, bool gated) {
         const bool skip = gated && faded(shared, tile);
 #pragma unroll 1
         for (int chunk = 0; chunk < kTile; chunk += 16) {
             const Band& band = shared.band[warp_number()];
             if (skip || band.misses(column + chunk, 16)) {
-                for (int i = threadIdx.x % kWarp; i < 16 * R; i += kWarp) sums[chunk * R + i] = 0.f;
+                if (threadIdx.x % kWarp < 16) sums[chunk + threadIdx.x % kWarp] = 0.f;
             } else {
-                add(shared, tile, column, chunk, band.covers(column + chunk, 16));
+                add(shared, sums, tile, column, chunk, band.covers(column + chunk, 16));
             }
         }
     }
@@ -246,19 +130,14 @@ struct BackwardKeys {
         const Sight sight = Sight::of_keys(p.seq, p.window, p.causal);
         const int head = shared.head, warp_first = shared.first + warp_number() * Shape::kWarpKeys;
         const int t = thread_anew() % 4;
-        float* db = p.db.data + head * p.scalars;
 #pragma unroll
         for (int m = 0; m < M; ++m) {
             const Rows rows(sight, warp_first + 16 * m);
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
                 const float total = row_sum(sum[m][k]);
-#pragma unroll
-                for (int r = 0; r < R; ++r) {
-                    const float half = row_sum(stepped[m][k][r]);
-                    if (rows.valid(k) && r < p.scalars && t == r % 4)
-                        db[rows.token(k) * p.db.ld + r] = fma_flushed(2.f, half, -total);
-                }
+                const float half = row_sum(stepped[m][k]);
+                if (rows.valid(k) && t == 1) p.db.data[rows.token(k) * p.db.ld + head] = fma_flushed(2.f, half, -total);
                 if (p.dF.data != nullptr && rows.valid(k) && t == 0) p.dF.data[rows.token(k) * p.dF.ld + head] = -total;
             }
             store_rows<D>(nv(p.dv.data) + head * D, p.dv.ld, dv[m], {1.f, 1.f}, rows);
@@ -268,12 +147,13 @@ struct BackwardKeys {
   private:
     // 16 queries of a tile, from `chunk`. whole: they see all keys of the warp; else the keys' sight tells, and column is
     // the token of the tile's first query.
-    __device__ void add(const Shared& shared, const QueryTile<D, R>& tile, int column, int chunk, bool whole) {
+    __device__ void add(const Shared& shared, float* sums, const QueryTile<D>& tile, int column, int chunk,
+                        bool whole) {
         float ds[M][2][4] = {};
         std::uint32_t weights[M][4];
         products(ds, shared, tile, chunk);
 #pragma unroll
-        for (int n = 0; n < 2; ++n) eight(weights, ds, shared, tile, column, chunk + 8 * n, n, whole);
+        for (int n = 0; n < 2; ++n) eight(weights, ds, shared, sums, tile, column, chunk + 8 * n, n, whole);
 #pragma unroll
         for (int n = 0; n < D / 16; ++n) {  // dv += P' dO
             std::uint32_t g[4];
@@ -286,22 +166,18 @@ struct BackwardKeys {
         }
     }
     // Whether the gate alone puts every weight of the tile out of sight, for all rows of the warp.
-    __device__ bool faded(const Shared& shared, const QueryTile<D, R>& tile) const {
+    __device__ bool faded(const Shared& shared, const QueryTile<D>& tile) const {
         const float most = tile_max([&](int j) { return tile.gate.data[j] - tile.lse.data[j]; });
         bool below = true;
 #pragma unroll
-        for (int i = 0; i < 2 * M; ++i) below &= most - gate_of(shared, i / 2, i % 2) < -kFaded;
+        for (int i = 0; i < 2 * M; ++i) below &= most - gate[i / 2][i % 2] < -kFaded;
         return __all_sync(0xffffffffu, below) != 0;
     }
     __device__ static int row_of(int m, int k) {
         return warp_number() * Shape::kWarpKeys + 16 * m + 8 * k + static_cast<int>(threadIdx.x) % kWarp / 4;
     }
-    __device__ float gate_of(const Shared& shared, int m, int k) const {
-        if constexpr (Shape::kKeepScalars) return gate[m][k];
-        return shared.gate[row_of(m, k)];
-    }
     // dP' = V dO', 16 columns.
-    __device__ void products(float (&c)[M][2][4], const Shared& shared, const QueryTile<D, R>& tile, int chunk) const {
+    __device__ void products(float (&c)[M][2][4], const Shared& shared, const QueryTile<D>& tile, int chunk) const {
 #pragma unroll
         for (int n = 0; n < D / 16; ++n) {
             std::uint32_t g[4];
@@ -325,21 +201,21 @@ struct BackwardKeys {
     }
 
     // Eight columns, from `first`, which are half n of the chunk: dP to ds, and into all sums; weights of the chunk.
-    __device__ void eight(std::uint32_t (&weights)[M][4], float (&ds)[M][2][4], const Shared& shared,
-                          const QueryTile<D, R>& tile, int column, int first, int n, bool whole) {
-        constexpr int P = Shape::kPart;
+    __device__ void eight(std::uint32_t (&weights)[M][4], float (&ds)[M][2][4], const Shared& shared, float* sums,
+                          const QueryTile<D>& tile, int column, int first, int n, bool whole) {
         const int local = first + static_cast<int>(threadIdx.x) % 4 * 2;
-        const float2 F = tile.gate.pair(local), lse = tile.lse.pair(local), delta = tile.delta.pair(local);
-        float total[2] = {0.f, 0.f}, half[2][P] = {};  // the sums of the thread's rows
+        const float2 a = tile.a.pair(local), F = tile.gate.pair(local), lse = tile.lse.pair(local),
+                     delta = tile.delta.pair(local);
+        float total[2] = {0.f, 0.f}, half[2] = {0.f, 0.f};  // the sums of the thread's rows
 #pragma unroll
         for (int m = 0; m < M; ++m) {
-            float s[4], d[4][Shape::kKept];
+            float s[4], d[4];
 #pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                const float of_row = gate_of(shared, m, k);
-                s[2 * k] = (F.x - of_row) - lse.x;
-                s[2 * k + 1] = (F.y - of_row) - lse.y;
-                score(s + 2 * k, d + 2 * k, shared, tile, m, k, local);
+            for (int e = 0; e < 4; ++e) {
+                const int k = e / 2;
+                s[e] = e % 2 ? (F.y - gate[m][k]) - lse.y : (F.x - gate[m][k]) - lse.x;
+                d[e] = (e % 2 ? a.y : a.x) - b[m][k];
+                s[e] -= fabsf(d[e]);
             }
             if (!whole) [[unlikely]] {
 #pragma unroll
@@ -356,96 +232,21 @@ struct BackwardKeys {
             }
             weights[m][2 * n] = pack_bf16(s[0], s[1]);
             weights[m][2 * n + 1] = pack_bf16(s[2], s[3]);
-            if constexpr (Shape::kKept == R)
 #pragma unroll
-                for (int from = 0; from < R; from += 4)
-                    if (R < 4 || from < used) {  // a branch keeps ptxas from taking up more than registers hold
-#pragma unroll
-                        for (int r = from; r < R && r < from + 4; ++r)
-#pragma unroll
-                            for (int e = 0; e < 4; ++e) add_step(half[e % 2][r], stepped[m][e / 2][r], d[e][r], x[e]);
-                    }
+            for (int e = 0; e < 4; ++e) {
+                const float step = half_step(d[e]);
+                half[e % 2] = fmaf(step, x[e], half[e % 2]);
+                stepped[m][e / 2] = fmaf(step, x[e], stepped[m][e / 2]);
+            }
         }
-        if constexpr (Shape::kKept == R) {
-            put_columns(half, total);
-            columns.add(half, first * R);
-        } else {
+        // The thread's sums of step ds become those of - sign ds.
 #pragma unroll
-            for (int from = 0; from < R; from += P)
-                if (from < used) add_part(total, ds, shared, tile, first, local, n, from);
-        }
-    }
-    // s -= sum |a - b| for a row and two columns; the differences may be kept.
-    __device__ void score(float* s, float (*d)[Shape::kKept], const Shared& shared, const QueryTile<D, R>& tile, int m,
-                          int k, int local) const {
-        if constexpr (Shape::kKept != R) asm volatile("" ::: "memory");  // read a again rather than keep 2 R of them
-        float of_row[R];
-        row_scalars(of_row, shared, m, k);
-#pragma unroll
-        for (int r = 0; r < R; r += 2) {
-            float a[2][2];
-            tile.pairs(a, r, local);
-#pragma unroll
-            for (int j = 0; j < 2; ++j)
-#pragma unroll
-                for (int u = 0; u < (R == 1 ? 1 : 2); ++u) {
-                    const float difference = a[j][u] - of_row[r + u];
-                    s[j] -= fabsf(difference);
-                    if constexpr (Shape::kKept == R) d[j][r + u] = difference;
-                }
-        }
+        for (int j = 0; j < 2; ++j) half[j] = fma_flushed(-2.f, half[j], total[j]);
+        sum_columns(sums + first, half);
     }
     __device__ bool sees(const Shared& shared, int m, int k, int token) const {
         const int2 sight = shared.sight[row_of(m, k)];
         return token >= sight.x && token < sight.y;
-    }
-    // b of a row.
-    __device__ void row_scalars(float (&x)[R], const Shared& shared, int m, int k) const {
-        if constexpr (Shape::kKeepScalars) {
-#pragma unroll
-            for (int r = 0; r < R; ++r) x[r] = b[m][k][r];
-        } else {
-#pragma unroll
-            for (int r = 0; r < R; r += 4) {
-                const float4 y = shared.scalars[r / 4][row_of(m, k)];
-                x[r] = y.x, x[r + 1] = y.y, x[r + 2] = y.z, x[r + 3] = y.w;
-            }
-        }
-    }
-    __device__ static void add_step(float& of_column, float& of_row, float difference, float ds) {
-        const float step = half_step(difference);
-        of_column = fmaf(step, ds, of_column);
-        of_row = fmaf(step, ds, of_row);
-    }
-    // The thread's sums of step ds become those of - sign ds.
-    __device__ void put_columns(float (&half)[2][Shape::kPart], const float (&total)[2]) const {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-#pragma unroll
-            for (int r = 0; r < Shape::kPart; ++r) half[j][r] = fma_flushed(-2.f, half[j][r], total[j]);
-            columns.put(half[j], j);
-        }
-    }
-    // The signs of P scalars, their differences made anew.
-    __device__ void add_part(const float (&total)[2], const float (&ds)[M][2][4], const Shared& shared,
-                             const QueryTile<D, R>& tile, int first, int local, int n, int from) {
-        constexpr int P = Shape::kPart;
-        float half[2][P] = {}, a[2][P];
-        tile.scalars(a[0], from, local);
-        tile.scalars(a[1], from, local + 1);
-#pragma unroll
-        for (int i = 0; i < 2 * M; ++i) {
-            const int m = i / 2, k = i % 2;
-            float of_row[R];  // of which only P are read
-            row_scalars(of_row, shared, m, k);
-#pragma unroll
-            for (int r = 0; r < P; ++r)
-#pragma unroll
-                for (int j = 0; j < 2; ++j)
-                    add_step(half[j][r], stepped[m][k][from + r], a[j][r] - of_row[from + r], ds[m][n][2 * k + j]);
-        }
-        put_columns(half, total);
-        columns.add(half, first * R + from);
     }
 };
 
@@ -469,13 +270,13 @@ struct BackwardBlock {
 };
 
 // The warps' sums for a tile of 64 queries to the block's slab; add: to what an earlier tile of keys left there.
-template <int D, int R>
-__device__ void store_sums(const BackwardShared<D, R>& shared, float* out, bool add) {
-    for (int i = thread_anew(); i < kTile * R / 4; i += kThreads) {
+template <int D>
+__device__ void store_sums(const BackwardShared<D>& shared, float* out, bool add) {
+    if (const int i = thread_anew(); i < kTile / 4) {
         float4* to = reinterpret_cast<float4*>(out) + i;
         float4 x = add ? *to : make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-        for (int w = 0; w < BackwardShape<D, R>::kWarps; ++w) {
+        for (int w = 0; w < BackwardShape<D>::kWarps; ++w) {
             const float4 y = reinterpret_cast<const float4*>(shared.sums[w])[i];
             x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
         }
@@ -484,9 +285,9 @@ __device__ void store_sums(const BackwardShared<D, R>& shared, float* out, bool 
 }
 
 // The block's next keys: what they see, V, and the first tile of queries, whose number is returned, on its way.
-template <int D, int R>
-__device__ int begin_keys(const AttentionBackward<bf16>& p, BackwardShared<D, R>& shared) {
-    using Shape = BackwardShape<D, R>;
+template <int D>
+__device__ int begin_keys(const AttentionBackward<bf16>& p, BackwardShared<D>& shared) {
+    using Shape = BackwardShape<D>;
     const Sight sight = Sight::of_keys(p.seq, p.window, p.causal);
     const int thread = thread_anew(), first = shared.first, head = shared.head, tokens = p.seq.tokens;
     const int last = min(first + Shape::kKeys, tokens) - 1, q = sight.lo(first) / kTile;
@@ -500,16 +301,6 @@ __device__ int begin_keys(const AttentionBackward<bf16>& p, BackwardShared<D, R>
         if (from + Shape::kWarpKeys > tokens) band.full_hi = band.full_lo;  // rows that do not exist see nothing
         shared.band[thread] = band;
     }
-    if constexpr (!Shape::kKeepScalars) {
-        for (int i = thread; i < Shape::kKeys; i += kThreads)
-            shared.gate[i] = p.F.data != nullptr && first + i < tokens ? p.F.data[(first + i) * p.F.ld + head] : 0.f;
-        for (int i = thread; i < Shape::kKeys * R; i += kThreads) {
-            const int row = i / R, r = i % R;
-            const bool valid = first + row < tokens && r < p.scalars;
-            reinterpret_cast<float*>(&shared.scalars[r / 4][row])[r % 4] =
-                valid ? p.b.data[(first + row) * p.b.ld + head * p.scalars + r] : 0.f;
-        }
-    }
     if (thread == 0) shared.end = ceil_div(sight.hi(last), kTile);
     if constexpr (!Shape::kKeepValues)
 #pragma unroll
@@ -521,12 +312,12 @@ __device__ int begin_keys(const AttentionBackward<bf16>& p, BackwardShared<D, R>
     return q;
 }
 
-template <int D, int R>
-__global__ void __launch_bounds__(kThreads, (BackwardShape<D, R>::kBlocks))
+template <int D>
+__global__ void __launch_bounds__(kThreads, BackwardShape<D>::kBlocks)
     attention_backward_kernel(AttentionBackward<bf16> p, BackwardGroups groups) {
-    using Shape = BackwardShape<D, R>;
+    using Shape = BackwardShape<D>;
     extern __shared__ __align__(128) unsigned char memory[];
-    auto& shared = *reinterpret_cast<BackwardShared<D, R>*>(memory);
+    auto& shared = *reinterpret_cast<BackwardShared<D>*>(memory);
     const int tokens = p.seq.tokens;
     if (threadIdx.x == 0) {
         const BackwardBlock block(groups, p.heads);
@@ -541,7 +332,7 @@ __global__ void __launch_bounds__(kThreads, (BackwardShape<D, R>::kBlocks))
 
 #pragma unroll 1
     for (int k = 0; k < groups.tiles && shared.first < tokens; ++k) {
-        BackwardKeys<D, R> keys(p, shared);
+        BackwardKeys<D> keys(p, shared);
         int q = begin_keys(p, shared);
 #pragma unroll 1
         for (; q < shared.end; ++q) {
@@ -557,8 +348,7 @@ __global__ void __launch_bounds__(kThreads, (BackwardShape<D, R>::kBlocks))
                           p.F.data != nullptr && p.skip);
             __syncthreads();  // also: the next round loads the tile after next into this stage
             const std::int64_t padded = ceil_div(tokens, kTile) * std::int64_t(kTile);
-            store_sums(shared,
-                       groups.partial + shared.slab * groups.slab_floats + (shared.head * padded + q * kTile) * R,
+            store_sums(shared, groups.partial + shared.slab * groups.slab_floats + (shared.head * padded + q * kTile),
                        q < shared.written);
         }
         keys.store(p, shared);

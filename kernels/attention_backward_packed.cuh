@@ -92,7 +92,8 @@ struct PackedLoader {
         nv_bf16* to = shared.queries[stage].gradients.data + thread / kParts * ValueTile<D>::kStride + part;
         int token = column + thread / kParts;
 #pragma unroll
-        for (int i = kRows <= kTile || thread / kParts < kTile ? 0 : 1; i < (kTile + kRows - 1) / kRows; ++i, token += kRows, to += kRows * ValueTile<D>::kStride)
+        for (int i = kRows <= kTile || thread / kParts < kTile ? 0 : 1; i < (kTile + kRows - 1) / kRows;
+             ++i, token += kRows, to += kRows * ValueTile<D>::kStride)
             cp_async16(to, source + (token < tokens ? token : 0) * p.do_.ld, token < tokens);
         const bool whole = whole_scalars<R>(p.a.data, p.scalars);
 #pragma unroll

@@ -37,13 +37,6 @@ __device__ inline void cp_async4(void* dst, const void* src, bool valid) {
     const int bytes = valid ? 4 : 0;
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared_address(dst)), "l"(src), "r"(bytes));
 }
-__device__ inline float4 read_anew(const float4* p) {
-    float4 y;
-    asm volatile("ld.volatile.shared.v4.f32 {%0,%1,%2,%3}, [%4];\n"
-                 : "=f"(y.x), "=f"(y.y), "=f"(y.z), "=f"(y.w)
-                 : "r"(shared_address(p)));
-    return y;
-}
 // The warp's number in its block, in a form that the compiler knows to be the same in all lanes.
 __device__ inline int warp_number() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarp, 0); }
 // Sum over the four lanes that share a row.
@@ -160,61 +153,6 @@ struct alignas(16) ColumnTile {
     __device__ float2 pair(int column) const { return *reinterpret_cast<const float2*>(data + column); }
 };
 
-// R scalars of 64 columns in shared memory. Two scalars of one column are neighbours, so that one 16-byte read brings
-// two scalars of two columns; the planes of pairs are padded against bank conflicts of the writes.
-template <int R>
-struct alignas(16) ScalarTile {
-    static constexpr int kPair = R == 1 ? 1 : 2;
-    static constexpr int kPlane = R == 1 ? kTile : 2 * kTile + 8;
-    float data[R / kPair * kPlane];
-
-    // src: the head's scalar 0 of token 0, stride floats from token to token. Scalars from `scalars` on are zero.
-    __device__ void load(const float* src, std::int64_t stride, int scalars, int first, int tokens) {
-#pragma unroll 1
-        for (int e = threadIdx.x; e < kTile * R; e += kThreads) {
-            const int column = e / R, r = e % R;
-            const bool valid = first + column < tokens && r < scalars;
-            cp_async4(data + r / kPair * kPlane + column * kPair + r % kPair,
-                      src + (valid ? (first + column) * stride + r : 0), valid);
-        }
-    }
-    // visit(row, scalar, n, x[row][scalar] - y) for both rows, all scalars and columns column + n, n = 0, 1.
-    // kAgain: the tile is read anew, so that the compiler does not hold on to differences taken before.
-    template <bool kAgain = false, class Visit>
-    __device__ void differences(const float (&x)[2][R], int column, Visit&& visit) const {
-        if constexpr (R == 1) {
-            const float2 y = *reinterpret_cast<const float2*>(data + column);
-#pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                visit(k, 0, 0, x[k][0] - y.x);
-                visit(k, 0, 1, x[k][0] - y.y);
-            }
-        } else {
-#pragma unroll
-            for (int r = 0; r < R; r += 2) {
-                const float4* address = reinterpret_cast<const float4*>(data + r / 2 * kPlane + 2 * column);
-                const float4 y = kAgain ? read_anew(address) : *address;
-#pragma unroll
-                for (int k = 0; k < 2; ++k) {
-                    visit(k, r, 0, x[k][r] - y.x);
-                    visit(k, r + 1, 0, x[k][r + 1] - y.y);
-                    visit(k, r, 1, x[k][r] - y.z);
-                    visit(k, r + 1, 1, x[k][r + 1] - y.w);
-                }
-            }
-        }
-    }
-};
-
-// The scalars of a thread's two rows; missing rows and scalars are zero.
-template <int R>
-__device__ void load_row_scalars(float (&x)[2][R], const float* src, std::int64_t stride, int scalars,
-                                 const Rows& rows) {
-#pragma unroll
-    for (int k = 0; k < 2; ++k)
-#pragma unroll
-        for (int r = 0; r < R; ++r) x[k][r] = rows.valid(k) && r < scalars ? src[rows.token(k) * stride + r] : 0.f;
-}
 // The number of each of a thread's two rows; zero where there is none.
 __device__ inline void load_row_numbers(float (&x)[2], const float* src, std::int64_t ld, const Rows& rows) {
 #pragma unroll
