@@ -19,9 +19,11 @@ namespace fiedler::attention_tile {
 
 template <int D, int R>
 struct PackedShape {
-    static constexpr int kKeys = tuning::attention_backward(D, R).keys(), kWarps = kKeys / 16,
-                         kBlockThreads = kWarps * kWarp, kBlocks = 2;
-    static constexpr bool kKeepValues = kWarps == 4 && (D < 128 || R < 16);
+    static constexpr tuning::AttentionBackward kTuned = tuning::attention_backward(D, R);
+    static constexpr int kKeys = kTuned.keys(), kWarps = kTuned.warps, kBlockThreads = kWarps * kWarp,
+                         kBlocks = kTuned.blocks;
+    static constexpr bool kKeepValues = kTuned.values;
+    static_assert(kTuned.row_tiles == 1);
     static constexpr bool kScoresOnTensorCores = tuning::scores_on_tensor_cores(kArch);
     static constexpr int kTiles = (R + 7) / 8;  // C tiles of eight scalars
 };

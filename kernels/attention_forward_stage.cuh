@@ -128,9 +128,8 @@ template <int D, int R>
 struct Shape {
     static constexpr tuning::AttentionForward kTuned = tuning::attention_forward(D, R);
     static constexpr int M = kTuned.row_tiles, kGroups = kTuned.groups;
-    // More scalars than one: stages of 128 keys where shared memory has room for three blocks of them.
-    static constexpr bool kLong = R > 1 && R <= 8 && D <= 64 && (kArch == 80 || kArch == 90 || kArch == 100);
-    static constexpr int kKeys = kLong ? 128 : kTuned.keys, kHalves = kKeys / kTile;
+    static constexpr int kKeys = R == 1 ? kTuned.keys : tuning::attention_forward_keys(kArch, D, R),
+                         kHalves = kKeys / kTile;
     static constexpr int kBlockThreads = kGroups * kGroupThreads;
     static constexpr int kWarpQueries = 16 * M, kGroupQueries = kGroupWarps * kWarpQueries;
     static constexpr int kQueries = kGroups * kGroupQueries;

@@ -14,7 +14,7 @@ struct AttentionForward {
 
 // row_tiles: a fragment of V costs 512 bytes of shared memory reads, four cycles of a multiprocessor, and four mma of
 //   one 16-row tile take 6.5 cycles of it on sm_90: with one tile a warp the reads, with two the tensor cores are the
-//   limit. Two tiles hold 2 x D/2 accumulators and 4 R scalars a thread: too many beyond D = 64 or R = 8.
+//   limit. Two tiles hold 2 x D/2 accumulators and 2 R registers of scalars a thread: too many beyond D = 64 or R = 8.
 // groups: one scalar costs so little that L2 is the next limit; 256 queries a block halve what V, b and F are read.
 //   More scalars compute four times as long for the same tile, and small blocks balance better.
 // keys: what a stage costs beside the pairs, some 150 instructions a warp, is spread over 128 keys where pairs are cheap;
@@ -26,32 +26,37 @@ constexpr AttentionForward attention_forward(int width, int scalars) {
     if (scalars == 1) return {large ? 1 : 2, 2, large ? 64 : 128, 2};
     return {large ? 1 : 2, 1, 64, 3};
 }
+// Keys of a stage with more than one scalar. On an H100 half of the time is spent beside the pairs at 64: 128 where three
+// blocks of that fit into the shared memory of a multiprocessor, and each into the 48 KiB that need not be asked for.
+constexpr int attention_forward_keys(int arch, int width, int scalars) {
+    const bool large = arch == 80 || arch == 90 || arch == 100;
+    return large && scalars <= 8 && width <= 64 ? 128 : 64;
+}
 
 // Blocks of the forward pass on sm_90a, D = 64, one scalar (kernels/attention_forward_sm90.cu), that fit on a
 // multiprocessor: one warpgroup with 128 queries each, 168 registers a thread.
 constexpr int kAttentionForwardSm90Blocks = 3;
 
-// Backward pass of scalar-distance attention (kernels/attention_backward.cuh). A block is four warps of `row_tiles` x 16
-// keys and streams the queries that see them.
+// Backward pass of scalar-distance attention (kernels/attention_backward.cuh; more than one scalar:
+// attention_backward_packed.cuh). A block's warps have `row_tiles` x 16 keys each and stream the queries that see them.
 struct AttentionBackward {
-    int row_tiles;         // 16-row tiles of a warp
-    bool values, scalars;  // whether V and b of the keys stay in registers; else they are read from shared memory
-    int blocks;            // that fit on a multiprocessor: the bound on registers, 65,536 / (128 blocks)
-    constexpr int keys() const { return 64 * row_tiles; }  // of a block
+    int warps, row_tiles;
+    bool values;  // whether V of the keys stays in registers; else it is read from shared memory
+    int blocks;   // that fit on a multiprocessor: the bound on registers, 65,536 / (32 warps blocks)
+    constexpr int keys() const { return 16 * warps * row_tiles; }  // of a block
 };
 
-// row_tiles: what is read for 16 queries (dO twice) and what their sums over keys cost (exchange between threads) are
-//   shared by the rows of a warp; with one tile shared memory is the limit, with two the arithmetic. dv takes
-//   row_tiles D/2 registers, the row sums 2 row_tiles R: two tiles are too many beyond D = 64 or R = 8.
+// row_tiles: what is read for 16 queries (dO twice) and, with one scalar, what their sums over keys cost (exchange between
+//   threads) are shared by the rows of a warp; dv takes row_tiles D/2 registers: two tiles are too many for D = 128. With
+//   more scalars a pair costs so much that one tile, and more warps to hide each other's latency, are faster.
+// warps: a tile of 64 queries costs a block some 300 instructions a warp beside the pairs, whatever its keys.
 // values: row_tiles D/4 registers against a read of row_tiles D/16 fragments for 16 queries.
-// scalars: 2 row_tiles R registers against a read of as many numbers for 8 queries.
-// blocks: what nothing spills at, on sm_80 to sm_120; shared memory stays below 99 KiB / blocks but for R = 8 and 16.
+// blocks: what nothing spills at, on sm_80 to sm_120. Shared memory of a block stays below 99 KiB; with two to eight
+//   scalars two blocks fit where a multiprocessor has more than 128 KiB.
 constexpr AttentionBackward attention_backward(int width, int scalars) {
-    if (scalars == 16) return {1, false, false, 2};
-    if (width == 128) return {1, true, true, 2};
-    if (scalars == 8) return {2, false, true, 2};
-    if (scalars == 4) return {2, true, true, 2};
-    return {2, false, true, 3};
+    if (scalars == 1) return width == 128 ? AttentionBackward{4, 1, true, 2} : AttentionBackward{4, 2, false, 3};
+    if (scalars == 16 || width == 128) return {4, 1, scalars < 16 || width < 128, 2};
+    return {8, 1, false, 2};
 }
 
 // The same on sm_90a, D = 64 (kernels/attention_backward_sm90.cuh): a block is one warpgroup.

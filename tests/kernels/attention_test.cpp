@@ -291,6 +291,19 @@ TEST(Attention, GpuMatchesReferenceAtTiesAndFarApart) {
             check_gpu({.lengths = {129}, .scalars = scalars, .width = 32, .causal = false, .points = points});
         }
 }
+// Tiles with a scalar too far from the others to be packed, beside tiles without.
+TEST(Attention, GpuMatchesReferenceWithSomeScalarsOutOfRange) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const std::int32_t scalars : {2, 3, 8, 16})
+        for (const bool causal : {true, false}) {
+            Inputs in({.lengths = {300}, .heads = 2, .scalars = scalars, .width = 64, .causal = causal});
+            const auto hr = std::size_t(2 * scalars);
+            in.a[37 * hr] += 40;            // a query's first scalar of the first head
+            in.b[250 * hr + hr - 1] -= 35;  // a key's last of the other
+            in.a = round_to<float>(in.a), in.b = round_to<float>(in.b);
+            check_gpu(in);
+        }
+}
 TEST(Attention, GpuScalarGradientsOfEqualScalarsAreExactlyZero) {
     FIEDLER_GPU_OR_SKIP();
     Inputs in({.lengths = {200}, .heads = 2, .scalars = 3, .width = 64});
