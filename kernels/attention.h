@@ -19,17 +19,17 @@
 //            from the sum before rounding. With R = 1 a weight is a product of factors of its row and column, each
 //            within a few units of rounding, as long as their range permits. Fixed order, no atomics: bit-equal from
 //            run to run.
-//            Cuda, R > 1: a and b, times log2 e, are rounded to eleven bits relative to c, the mean of a of four tokens of
-//            the head, and to multiples of 2^-13. So a score is off by at most
+//            Cuda, R > 1: a and b, times log2 e, are rounded to eleven bits relative to c, the mean of a of four tokens
+//            of the head, and to multiples of 2^-13. So a score is off by at most
 //              2^-11 sum_r (|a^r - c^r| + |b^r - c^r| + k |a^r - b^r|) + 2^-13 R,  k = 2; 3 for R = 16; 1 + log2 R for
-//            sm_86, sm_89 and sm_120. Scalars that round to one number count as equal, sign 0; others keep their sign. ds is
-//            rounded to bf16 in da, db and dF too, once for both of its sums. Tiles with a scalar further than 24 from c
-//            have scores and signs in f32.
+//            sm_86, sm_89 and sm_120. Scalars that round to one number count as equal, sign 0; others keep their sign.
+//            ds is rounded to bf16 in da, db and dF too, once for both of its sums. Tiles with a scalar further than 24
+//            from c have scores and signs in f32.
 //            Cuda, sm_90, D = 64, R = 1, no window, equal sequences of a multiple of 128 tokens, and scratch: the forward
 //            pass is a kernel of its own (attention_forward_sm90.cu).
 //            Cuda, sm_90, D = 64, R = 1 or 4, no window, equal sequences of a multiple of 64 tokens: the backward pass
-//            is a kernel of its own (attention_backward_sm90.cu), scores in f32; R = 1: scalars that differ by a rounding of a product
-//            may count as equal there. The way depends on shapes and the device alone.
+//            is a kernel of its own (attention_backward_sm90.cu), scores in f32; R = 1: scalars that differ by a
+//            rounding of a product may count as equal there. The way depends on shapes and the device alone.
 // skip       Cuda: tiles in which the gate alone puts every weight under e^-25 (2^-36) of what its query has from itself are
 //            left out: less than the rounding of f32, a thousand of them together. false: all are computed.
 // decode     one query, `length` cached keys of one sequence (query i = length - 1), causal: o as above.

@@ -33,8 +33,8 @@ struct BackwardShape {
     static_assert(kKeys % kTile == 0);
 };
 
-// Sums over the eight lanes g of a warp that hold other rows of the same columns: each thread brings one value for each of
-// its columns 2t and 2t + 1. A butterfly: half of the values, then of the lanes. Results go to sums[column].
+// Sums over the eight lanes g of a warp that hold other rows of the same columns: each thread brings one value for each
+// of its columns 2t and 2t + 1. A butterfly: half of the values, then of the lanes. Results go to sums[column].
 __device__ inline void sum_columns(float* sums, const float (&v)[2]) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4;
     const bool right = g % 2 != 0;

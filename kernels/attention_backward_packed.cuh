@@ -1,16 +1,17 @@
-// kernels/attention_backward_packed.cuh: the backward pass of scalar-distance attention for R > 1 scalars: distances in pairs of
-// f16 (kernels/attention_packed.cuh), all sums of the gradients of scalars on the tensor cores. Blocks, groups of keys and
-// slabs are those of kernels/attention_backward.cuh.
+// kernels/attention_backward_packed.cuh: the backward pass of scalar-distance attention for R > 1 scalars: distances in
+// pairs of f16 (kernels/attention_packed.cuh), all sums of the gradients of scalars on the tensor cores. Blocks, groups
+// of keys and slabs are those of kernels/attention_backward.cuh.
 //
-// A warp owns 16 keys (rows) and takes 8 queries (columns) at a time. -ds, rounded to bf16 once for both of its sums, is
-// multiplied by the signs,
+// A warp owns 16 keys (rows) and takes 8 queries (columns) at a time. -ds, rounded to bf16 once for both of its sums,
+// is multiplied by the signs,
 //     step = sat(2^15 d + 15/16), read as bf16: 0, 2^-8 (d = 0) or 2^-7, since the least |d| is 2^-13
 //     X_r = (256 ds) step - ds = sign(d_r) ds                                exact, and 0 at a tie
-// and X_r, two of them side by side, is an A operand whose product with ones in column r is the sum over the queries, db_r;
-// turned (movmatrix), it is one whose product is the sum over the keys, - da_r. So sums take four registers for eight
-// scalars and no exchange between lanes. -ds itself times ones is dF.
+// and X_r, two of them side by side, is an A operand whose product with ones in column r is the sum over the queries,
+// db_r; turned (movmatrix), it is one whose product is the sum over the keys, - da_r. So sums take four registers for
+// eight scalars and no exchange between lanes. -ds itself times ones is dF.
 //
-// Where scalars are out of range, differences are taken in f32 from what lies in global memory; f16 has their signs only.
+// Where scalars are out of range, differences are taken in f32 from what lies in global memory; f16 has their signs
+// only.
 #pragma once
 #include "kernels/attention_backward.cuh"
 #include "kernels/attention_packed.cuh"
@@ -76,8 +77,8 @@ __device__ inline std::uint32_t fma_bf16(std::uint32_t x, std::uint32_t y, std::
     return w;
 }
 
-// Bringing 64 queries into shared memory: start asks for them, finish makes what the pairs need of what the thread itself
-// has asked for.
+// Bringing 64 queries into shared memory: start asks for them, finish makes what the pairs need of what the thread
+// itself has asked for.
 template <int D, int R>
 struct PackedLoader {
     using Shape = PackedShape<D, R>;
@@ -157,8 +158,8 @@ struct PackedKeys {
     static constexpr int kStride = ValueTile<D>::kStride, kTiles = Shape::kTiles;
     const AttentionBackward<bf16>& p;
     const int warp = warp_number();
-    // What the lane adds to the address of a 16 x 16 block, to name its row of ldmatrix: for A operands or turned, and for B
-    // operands whose inner dimension is the columns.
+    // What the lane adds to the address of a 16 x 16 block, to name its row of ldmatrix: for A operands or turned, and
+    // for B operands whose inner dimension is the columns.
     const int block_row, columns_row;
     const int pair;             // the first of the lane's columns of eight
     std::uint32_t b[2][R / 2];  // packed, two scalars of a row
@@ -198,8 +199,8 @@ struct PackedKeys {
         if constexpr (Shape::kKeepValues) load_operand<D>(values, nv(p.v.data) + head * D, p.v.ld, rows);
     }
 
-    // A tile of queries, `column` the token of its first; the warp's sums of it are always written. kCareful: scalars are
-    // out of range.
+    // A tile of queries, `column` the token of its first; the warp's sums of it are always written. kCareful: scalars
+    // are out of range.
     template <bool kCareful>
     __device__ void add_tile(const Shared& shared, float* sums, const PackedQueries<D, R>& tile, int column,
                              bool skips) {
@@ -352,7 +353,8 @@ struct PackedKeys {
                 *reinterpret_cast<float2*>(to + 8 * i) = {-da[i][0] - da[i][1], -da[i][2] - da[i][3]};
     }
     __device__ static std::uint32_t ones_in(int column) { return lane_in_warp() / 4 == column ? 0x3f803f80u : 0u; }
-    // Differences of scalar r in f32, of the thread's rows and the columns of `token` and the next: visit(row, d, d of the next).
+    // Differences of scalar r in f32, of the thread's rows and the columns of `token` and the next: visit(row, d, d of
+    // the next).
     template <class Visit>
     __device__ void far_differences(const Shared& shared, int token, int r, Visit&& visit) const {
         if (r >= p.scalars) return visit(0, 0.f, 0.f), visit(1, 0.f, 0.f);

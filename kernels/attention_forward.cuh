@@ -209,7 +209,8 @@ struct Queries {
             }
         }
     }
-    // F_i - F_j - sum_r |a_i^r - b_j^r|, of 16 keys, `column` the token of the first; unbounded. R > 1: scalars are read anew.
+    // F_i - F_j - sum_r |a_i^r - b_j^r|, of 16 keys, `column` the token of the first; unbounded. R > 1: scalars are
+    // read anew.
     template <int N>
     __device__ void score(Weights (&s)[N], int from, int stage, int key, int column) const {
 #pragma unroll

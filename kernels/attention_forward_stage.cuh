@@ -13,7 +13,8 @@
 //
 // That is exact in f32 within these bounds, which a group checks before it starts, and those of F_j for each stage
 // before it is used; a group out of bounds takes the running maximum from there on:
-//   |a_i - c| <= kRange (R > 1: |a_i^r - a_first^r|), d_i <= kOwnDistance, F_i and F_j >= E - kGateRange.
+//   |a_i - c| <= kRange, d_i <= kOwnDistance, F_i and F_j >= E - kGateRange, and for R > 1, where scalars are packed
+//   (kernels/attention_packed.cuh) within the bounds and taken as they are out of them, |b_j^r - c^r| <= kPackedRange.
 // Too large: p'_ij = exp(-|a_i - b_j| + F_i - F_j - lambda_i) <= exp(kRange + kGateRange) = e^56; a million of them and
 //   values of 10^7 still fit into f32, e^88. An infinite u_j or w_j alone is harmless: u_j overflows only if
 //   b_j - c > 88 - 32; rho_i >= e^-48 keeps the product large or infinite, w_j < e^-24 is the minimum, as in exact
@@ -252,8 +253,8 @@ __device__ bool prepare(Shared<D, R>& shared, const AttentionForward<bf16>& p, c
     return bounded;
 }
 
-// Keys on their way, what a thread has read of the stage after next. R > 1: up to four scalars of a key, and F, in registers;
-// R = 1: b and F of one key, in shared memory (Shared::raw), since registers are short.
+// Keys on their way, what a thread has read of the stage after next. R > 1: up to four scalars of a key, and F, in
+// registers; R = 1: b and F of one key, in shared memory (Shared::raw), since registers are short.
 template <int R, int kKeys>
 struct Raw {
     static constexpr int kOfKey = R < 4 ? R : 4, kItems = std::max(kKeys * R / kOfKey / kGroupThreads, 1);
@@ -280,7 +281,8 @@ struct Loader {
     static __device__ int scalar() { return thread_in_group() % kFours * 4; }
     static __device__ bool has(int i) { return S::kKeys * kFours >= kGroupThreads || key_of(i) < S::kKeys; }
 
-    // Asks for keys, from global memory; the block sees [lo, hi). R > 1: others have the scalars of the nearest that it sees.
+    // Asks for keys, from global memory; the block sees [lo, hi). R > 1: others have the scalars of the nearest that it
+    // sees.
     __device__ void read(Raw& raw, int column, int head, int lo, int hi) const {
         if (!reads()) return;
         const int local = thread_in_group(), b_ld = static_cast<int>(p.b.ld), F_ld = static_cast<int>(p.F.ld);

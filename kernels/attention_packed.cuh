@@ -5,10 +5,11 @@
 // every block, forward and backward. One instruction takes the differences of two neighbouring columns; the sums of
 // two |d| are added up in f32, as products with -1 on the tensor cores, or in f16 where these are slow.
 //
-// Rounding is monotone and a difference of two f16 is zero only where they are equal: the sign of a - b is kept or, where
-// both round to one number, 0. With |x - c| <= kPackedRange, beyond which a kernel goes another way, y and d are off by
-// at most 2^-11 of themselves, or 2^-14, so a score is off by at most
-//   2^-11 sum_r (|a^r - c^r| + |b^r - c^r| + 2 |a^r - b^r|) + 2^-13 R     (sums in f16: 2^-11 log2 R sum_r |a^r - b^r| more).
+// Rounding is monotone and a difference of two f16 is zero only where they are equal: the sign of a - b is kept or,
+// where both round to one number, 0. With |x - c| <= kPackedRange, beyond which a kernel goes another way, y and d are
+// off by at most 2^-11 of themselves, or 2^-14, so a score is off by at most
+//   2^-11 sum_r (|a^r - c^r| + |b^r - c^r| + k |a^r - b^r|) + 2^-13 R
+// with k = 2, 3 for R = 16, whose sums of f16 are of four; 1 + log2 R where all of a sum is in f16.
 // Where dot products are the scores, their bf16 operands cost 2^-9 of each term.
 #pragma once
 #include <cuda_fp16.h>
@@ -112,7 +113,8 @@ __device__ inline void subtract_one(float (&d)[4], const std::uint32_t (&x)[2], 
         : "r"(x[0]), "r"(x[1]), "r"(diagonal), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
-// s = c - sum_r |d_r| for a thread's two rows and two columns: d[row][r], of both columns; c and s as in mma's C layout.
+// s = c - sum_r |d_r| for a thread's two rows and two columns: d[row][r], of both columns; c and s as in mma's C
+// layout.
 // kOnTensorCores: see above.
 template <int R, bool kOnTensorCores>
 __device__ void packed_scores(float (&s)[4], const std::uint32_t (&d)[2][R], const float (&c)[4],

@@ -26,8 +26,9 @@ constexpr AttentionForward attention_forward(int width, int scalars) {
     if (scalars == 1) return {large ? 1 : 2, 2, large ? 64 : 128, 2};
     return {large ? 1 : 2, 1, 64, 3};
 }
-// Keys of a stage with more than one scalar. On an H100 half of the time is spent beside the pairs at 64: 128 where three
-// blocks of that fit into the shared memory of a multiprocessor, and each into the 48 KiB that need not be asked for.
+// Keys of a stage with more than one scalar. On an H100 half of the time is spent beside the pairs at 64: 128 where
+// three blocks of that fit into the shared memory of a multiprocessor, and each into the 48 KiB that need not be asked
+// for.
 constexpr int attention_forward_keys(int arch, int width, int scalars) {
     const bool large = arch == 80 || arch == 90 || arch == 100;
     return large && scalars <= 8 && width <= 64 ? 128 : 64;
@@ -46,9 +47,10 @@ struct AttentionBackward {
     constexpr int keys() const { return 16 * warps * row_tiles; }  // of a block
 };
 
-// row_tiles: what is read for 16 queries (dO twice) and, with one scalar, what their sums over keys cost (exchange between
-//   threads) are shared by the rows of a warp; dv takes row_tiles D/2 registers: two tiles are too many for D = 128. With
-//   more scalars a pair costs so much that one tile, and more warps to hide each other's latency, are faster.
+// row_tiles: what is read for 16 queries (dO twice) and, with one scalar, what their sums over keys cost (exchange
+// between
+//   threads) are shared by the rows of a warp; dv takes row_tiles D/2 registers: two tiles are too many for D = 128.
+//   With more scalars a pair costs so much that one tile, and more warps to hide each other's latency, are faster.
 // warps: a tile of 64 queries costs a block some 300 instructions a warp beside the pairs, whatever its keys.
 // values: row_tiles D/4 registers against a read of row_tiles D/16 fragments for 16 queries.
 // blocks: what nothing spills at, on sm_80 to sm_120. Shared memory of a block stays below 99 KiB; with two to eight
@@ -77,8 +79,8 @@ constexpr bool sums_on_tensor_cores(int arch, int scalars) {
     return arch == 90 || arch == 100 || (arch == 80 && scalars < 8);
 }
 
-// Sums of f16 distances, of R > 1 scalars, in f32: as products with -1 on the diagonal, R / 8 more of them than P V's D / 8
-// (kernels/attention_packed.cuh), or, for the same reason, with conversions.
+// Sums of f16 distances, of R > 1 scalars, in f32: as products with -1 on the diagonal, R / 8 more of them than P V's D
+// / 8 (kernels/attention_packed.cuh), or, for the same reason, with conversions.
 constexpr bool scores_on_tensor_cores(int arch) { return arch == 80 || arch == 90 || arch == 100; }
 
 // Columns of a panel of weights of kernels/panel_sm90.cuh, for this inner dimension.

@@ -102,8 +102,8 @@ struct Outputs {
     Values o, lse, da, db, dF, dv;
 };
 
-// What a GPU makes of more than one scalar (kernels/attention_packed.cuh), as long as they are in range: f16 numbers, in base
-// 2, relative to a centre. ir, jr: where the R numbers of a query and a key begin in a and b.
+// What a GPU makes of more than one scalar (kernels/attention_packed.cuh), as long as they are in range: f16 numbers,
+// in base 2, relative to a centre. ir, jr: where the R numbers of a query and a key begin in a and b.
 class Packing {
   public:
     explicit Packing(const Inputs& in) : R(std::size_t(in.c.scalars)) {
@@ -159,8 +159,8 @@ class Packing {
     }
 };
 
-// The contract, pair by pair, in arithmetic A; weights of the two matrix products rounded to W, o and dv to S. packed: more
-// than one scalar as the GPU packs them, scores and signs, and ds rounded to W too.
+// The contract, pair by pair, in arithmetic A; weights of the two matrix products rounded to W, o and dv to S. packed:
+// more than one scalar as the GPU packs them, scores and signs, and ds rounded to W too.
 template <class A, class W, class S>
 Outputs naive(const Inputs& in, const Values& o_given = {}, const Values& lse_given = {}, bool packed = false) {
     const Packing packing(in);
@@ -168,6 +168,7 @@ Outputs naive(const Inputs& in, const Values& o_given = {}, const Values& lse_gi
     const auto n = in.tokens(), H = in.c.heads, R = in.c.scalars, D = in.c.width;
     const auto a = to<A>(in.a), b = to<A>(in.b), F = to<A>(in.F), v = to<A>(in.v), g = to<A>(in.dout);
     std::vector<A> o(v.size()), lse(std::size_t(n * H)), da(a.size()), db(a.size()), dF(F.size()), dv(v.size());
+    std::vector<A> scores(static_cast<std::size_t>(n));
     for (std::int32_t h = 0; h < H; ++h)
         for (std::int32_t i = 0; i < n; ++i) {
             const auto score = [&](std::int32_t j) {
@@ -182,10 +183,10 @@ Outputs naive(const Inputs& in, const Values& o_given = {}, const Values& lse_gi
             const auto ih = std::size_t(i * H + h);
             A top = -INFINITY, sum = 0;
             for (std::int32_t j = 0; j < n; ++j)
-                if (in.sees(i, j)) top = std::max(top, score(j));
+                if (in.sees(i, j)) top = std::max(top, scores[std::size_t(j)] = score(j));
             for (std::int32_t j = 0; j < n; ++j) {
                 if (!in.sees(i, j)) continue;
-                const A p = std::exp(score(j) - top);
+                const A p = std::exp(scores[std::size_t(j)] - top);
                 sum += p;
                 for (std::int32_t d = 0; d < D; ++d)
                     o[ih * D + d] += A(widen(narrow<W>(p))) * v[std::size_t(j * H + h) * D + d];
@@ -198,7 +199,7 @@ Outputs naive(const Inputs& in, const Values& o_given = {}, const Values& lse_gi
             for (std::int32_t j = 0; j < n; ++j) {
                 if (!in.sees(i, j)) continue;
                 const auto jh = std::size_t(j * H + h);
-                const A p = std::exp(score(j) - lse[ih]);
+                const A p = std::exp(scores[std::size_t(j)] - lse[ih]);
                 A dp = 0;
                 for (std::int32_t d = 0; d < D; ++d) {
                     dp += g[ih * D + d] * v[jh * D + d];
