@@ -88,9 +88,11 @@ constexpr bool head_fp8_takes(std::int64_t rows, std::int64_t chunk_rows, std::i
            channels % 128 == 0 && channels <= 768;
 }
 inline constexpr std::int64_t kHeadFp8Panel = 192;  // columns: tuning::panel_columns of fp8, for every C
-// w and its transpose; of a chunk, x and its transpose in turn, a sample of w, five numbers a row; three numbers.
+// w and its transpose; of a chunk, x and its transpose in turn, and a sample of w; the scales of w and of the sample, five
+// numbers a row of the chunk; three numbers.
 inline std::int64_t head_fp8_scratch_bytes(std::int64_t chunk_rows, std::int64_t vocab, std::int64_t channels) {
-    return (2 * vocab + chunk_rows + kHeadFp8Panel) * channels + 5 * chunk_rows * std::int64_t(sizeof(float)) + 48;
+    const std::int64_t numbers = vocab + kHeadFp8Panel + 5 * chunk_rows;
+    return (2 * vocab + chunk_rows + kHeadFp8Panel) * channels + numbers * std::int64_t(sizeof(float)) + 48;
 }
 
 // The least: logits are written and read, once for each gradient, only because they do not fit into a cache.

@@ -27,7 +27,7 @@ struct HeadEpilogue {
     using Element = bf16;
     using Problem = HeadProblem;
     static constexpr bool kMakesPanel = false;
-    static constexpr int kTileBytes = 0;
+    static constexpr int kTileBytes = 0, kCommonBytes = 0;
     float base[2];  // in base 2
     int target[2];  // relative to the thread's first column
 

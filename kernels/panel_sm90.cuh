@@ -12,7 +12,8 @@
 //     memory.
 // The panel comes by TMA, or is made by the warpgroups themselves, once a block (mlp.h, backward: it has to be turned).
 //
-// Operands and output are of one size of element: bf16, or bytes (x and W e4m3). What that changes is in Layout.
+// Operands and output are of one size of element: bf16, or bytes (x and W int8, with int32 sums). What that changes is in
+// Layout.
 //
 // An epilogue is a class of the number N of columns, with
 //   Element            of x and W
@@ -22,11 +23,13 @@
 //   fetch(p, place)    called before the product that its way is hidden behind
 //   store(p, place, sum)
 //   finish()           with kTileBytes: after the warpgroup's last tile
+//   kCommonBytes       of shared memory for all of them, at Place::common; a multiple of 16
+//   begin(p, share, common)   with kCommonBytes: they fill it, once a block
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/common.cuh"
-#include "kernels/fp8.h"
 #include "kernels/hopper.cuh"
 #include "kernels/tensor_map.h"
 #include "kernels/tuning.h"
@@ -47,7 +50,12 @@ struct Layout {
     static constexpr int kDepth = kSwizzleBytes / static_cast<int>(sizeof(E));  // of a chunk: one row of a stage
     static constexpr int kOwn = 16 / static_cast<int>(sizeof(E)), kRun = 4 * kOwn, kPairs = kOwn / 2;
     static constexpr bool kNeighbours = sizeof(E) == 1;
-    // The turned tiles of fp8 take the room of some stages; a row of its tiles has half as many chunks.
+    // Whole numbers begin with the bits of the float 1.5 * 2^23, whose last bit counts 1: with sums of at most 2^22 they
+    // are the bits of that float plus the sum.
+    using Sum = std::conditional_t<sizeof(E) == 1, int, float>;
+    static constexpr bool kWhole = sizeof(E) == 1;
+    static constexpr int kZero = 0x4b400000;
+    // The turned tiles of bytes take the room of some stages; a row of its tiles has half as many chunks.
     static constexpr int kStages = sizeof(E) == 1 ? 5 : kMostStages;
     static constexpr int kTeams = sizeof(E) == 1 ? 3 : 2, kConsumers = kTeams * kWarpgroup;
     static constexpr int kThreads = kConsumers + kWarpgroup;
@@ -105,8 +113,10 @@ struct Place {
     int first_row, column;  // first_row: row(0)
     const Panels& p;
     unsigned char* tile;  // the warpgroup's own shared memory
+    const unsigned char* common;
 
-    __device__ Place(const Panels& problem, const Share& share, int i, unsigned char* own) : p(problem), tile(own) {
+    __device__ Place(const Panels& problem, const Share& share, int i, unsigned char* own, const unsigned char* all)
+        : p(problem), tile(own), common(all) {
         const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, lane = thread % kWarp;
         first_row = share.first_row(p, i) + thread / kWarp * 16 + lane / 4 * (L::kNeighbours ? 2 : 1);
         column = share.column + lane % 4 * L::kOwn;
@@ -147,23 +157,31 @@ __device__ void produce(const Panels& p, const Share& share, unsigned char* pane
 
 // ---- products ----------------------------------------------------------------------------------------------------
 
-// sum = the stage's rows x the panel's chunk; a tile's product is `chunks` of these.
+// sum = [sum +] the stage's rows x the panel's chunk; a tile's product is `chunks` of these.
 template <int N, class E>
-__device__ void multiply_chunk(float (&sum)[N / 2], const unsigned char* stage, const unsigned char* chunk, bool add) {
+__device__ void multiply_chunk(typename Layout<E>::Sum (&sum)[N / 2], const unsigned char* stage,
+                               const unsigned char* chunk, bool add) {
     const std::uint64_t a = operand(stage), b = operand(chunk);
     product_begin();
 #pragma unroll
     for (int s = 0; s < kSwizzleBytes / 32; ++s)
         if constexpr (sizeof(E) == 1)
-            multiply_e4m3<N>(sum, advance(a, s), advance(b, s), add || s > 0);
+            multiply_int8<N>(sum, advance(a, s), advance(b, s), true);
         else
             multiply<N>(sum, advance(a, s), advance(b, s), add || s > 0);
     product_commit();
 }
 
+template <int n>
+__device__ void clear(int (&sum)[n]) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) sum[i] = Layout<std::int8_t>::kZero;
+    pin(sum);  // before the wait for the turn
+}
+
 template <int N, class Epilogue>
 __device__ void consume(const typename Epilogue::Problem& p, const Share& share, const unsigned char* panel,
-                        const unsigned char* stages, unsigned char* tiles, Barriers& b) {
+                        const unsigned char* stages, unsigned char* tiles, const unsigned char* common, Barriers& b) {
     using E = typename Epilogue::Element;
     const int team = static_cast<int>(threadIdx.x) / kWarpgroup;
     const bool speaks = threadIdx.x % kWarp == 0;  // for its warp
@@ -171,14 +189,15 @@ __device__ void consume(const typename Epilogue::Problem& p, const Share& share,
     // Numbers of the named barriers: kTurn + team, where the team waits and the one before it announces itself.
     constexpr int kTurn = 1, kBoth = 2 * kWarpgroup;
     const int next = team + 1 == kTeams ? 0 : team + 1;
-    float sum[N / 2];
+    typename Layout<E>::Sum sum[N / 2];
     Epilogue epilogue;
     Ring<Layout<E>::kStages> ring;
     ring.skip(team * p.chunks);
     if (next == 0) named_arrive(kTurn, kBoth);  // the first turn is team 0's
     for (int i = team; i < share.count; i += kTeams, ring.skip((kTeams - 1) * p.chunks)) {
-        const Place<E> place(p, share, i, tiles + team * Epilogue::kTileBytes);
+        const Place<E> place(p, share, i, tiles + team * Epilogue::kTileBytes, common);
         epilogue.fetch(p, place);
+        if constexpr (Layout<E>::kWhole) clear(sum);
         named_wait(kTurn + team, kBoth);
         int before = 0;  // the stage of the chunk before
         for (int k = 0; k < p.chunks; ++k, ring.next()) {
@@ -226,13 +245,19 @@ __global__ __launch_bounds__(Layout<typename Epilogue::Element>::kThreads,
         return;
     }
     take_registers<L::kManyRegisters>();
+    constexpr int kMade = 8;  // a named barrier
+    unsigned char *const tiles = stages + kStages * kStageBytes, *const common =
+                                                                     tiles + L::kTeams * Epilogue::kTileBytes;
+    if constexpr (Epilogue::kCommonBytes > 0) {
+        Epilogue::begin(p, share, common);
+        named_wait(kMade, L::kConsumers);
+    }
     if constexpr (Epilogue::kMakesPanel) {
-        constexpr int kMade = 8;  // a named barrier
         Epilogue::panel(p, share, panel);
         publish_shared();
         named_wait(kMade, L::kConsumers);
     }
-    consume<N, Epilogue>(p, share, panel, stages, stages + kStages * kStageBytes, barriers);
+    consume<N, Epilogue>(p, share, panel, stages, tiles, common, barriers);
 }
 
 // ---- launch ------------------------------------------------------------------------------------------------------
@@ -276,8 +301,8 @@ void launch_columns(const Cuda& dev, typename Epilogue::Problem& p) {
     p.panels = ceil_div(p.m, N);
     p.groups = groups_of(p.panels, ceil_div(p.n, kRows), dev.sm_count);
     using L = Layout<typename Epilogue::Element>;
-    const int bytes =
-        p.chunks * N * kSwizzleBytes + L::kStages * kStageBytes + L::kTeams * Epilogue::kTileBytes + kTileAlignment;
+    const int bytes = p.chunks * N * kSwizzleBytes + L::kStages * kStageBytes + L::kTeams * Epilogue::kTileBytes +
+                      Epilogue::kCommonBytes + kTileAlignment;
     const auto kernel = panel_kernel<N, Epilogue>;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     kernel<<<static_cast<unsigned>(p.panels * p.groups), L::kThreads, static_cast<std::size_t>(bytes),

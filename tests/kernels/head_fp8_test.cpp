@@ -1,7 +1,9 @@
-// head in fp8: on the host, that its formula with all its roundings is near the exact one; on the GPU, that it is this
+// head in 8 bits: on the host, that its formula with all its roundings is near the exact one; on the GPU, that it is this
 // formula. The order of the tile's rows and columns, factors, the target's term: a mistake in one of them is far outside.
+#include <bit>
 #include <cmath>
 
+#include "kernels/head_fp8_sm90.h"
 #include "tests/kernels/head_problem.h"
 
 namespace fiedler::test {
@@ -44,15 +46,61 @@ double largest_of(const double* v, std::int64_t n) {
     return most;
 }
 
+// A row in int8, and its scale.
+struct Whole {
+    Values q;
+    double scale;
+
+    Whole(const double* x, std::int64_t n) : q(x, x + n) {
+        const float most = std::clamp(float(largest_of(x, n)), 0x1p-100f, 0x1p100f);
+        double square = 0;
+        for (const double v : q) square += std::pow(v * (127.f / most), 2);
+        const float least = most / 127.f * std::max(1.f, float(std::sqrt(square)) / 2030);
+        const float up = std::bit_cast<float>((std::bit_cast<std::uint32_t>(least) + 0xffffu) & 0xffff0000u);
+        scale = up;
+        const double down = 1.f / up;
+        for (double& v : q) v = std::nearbyint(v * down);  // the product is exact in double
+    }
+    double dot(const Whole& other) const {
+        double sum = 0;
+        for (std::size_t k = 0; k < q.size(); ++k) sum += q[k] * other.q[k];
+        return sum;
+    }
+};
+std::vector<Whole> whole_rows(const Values& m, std::int64_t columns) {
+    std::vector<Whole> rows;
+    for (std::size_t at = 0; at < m.size(); at += std::size_t(columns)) rows.emplace_back(m.data() + at, columns);
+    return rows;
+}
+
+TEST(Head, WholeRows) {  // the emulation's own, and the bound on the sum of its products
+    const Values zeros(128, 0.0);
+    EXPECT_EQ(Whole(zeros.data(), 128).q, zeros);
+    Values peak(128, 0.0);
+    peak[5] = -3, peak[6] = 0.01, peak[7] = 0.02;
+    const Whole of_peak(peak.data(), 128);
+    EXPECT_EQ(of_peak.scale, 3.03125 / 128);  // 3 / 127 in 8 bits, upwards
+    EXPECT_EQ(of_peak.q[5], -127);
+    EXPECT_EQ(of_peak.q[6], 0);
+    EXPECT_EQ(of_peak.q[7], 1);
+    for (const std::int64_t c : {128, 256, 384, 768}) {
+        Values flat(std::size_t(c), 0.71);
+        const Whole of_flat(flat.data(), c);
+        EXPECT_LE(of_flat.dot(of_flat), 1 << 22);
+        EXPECT_GE(of_flat.dot(of_flat), 126 * 126 * std::min<std::int64_t>(c, 258));
+    }
+}
+
 // What the contract says of fp8, in double but for the roundings that it names.
 struct Emulation {
     const Problem& q;
     Answer a;
-    Values w8;
+    Values w8;                   // in e4m3
+    std::vector<Whole> w_whole;  // in int8
     double w_factor, largest_logit = 0;  // of all, in nats
 
     Emulation(const Problem& problem, std::int64_t chunk)
-        : q(problem), a{Values(std::size_t(q.n), 0.0), Values(count(q.n, q.c), 0.0), q.dw}, w8(q.w) {
+        : q(problem), a{Values(std::size_t(q.n), 0.0), Values(count(q.n, q.c), 0.0), q.dw}, w8(q.w), w_whole(whole_rows(q.w, q.c)) {
         w_factor = factor_of(largest_of(q.w.data(), q.v * q.c));
         for (double& v : w8) v = e4m3_of(v * w_factor) / w_factor;
         for (std::int64_t first = 0; first < q.n; first += chunk) add_chunk(first, std::min(chunk, q.n - first));
@@ -94,11 +142,11 @@ struct Emulation {
     // Loss and dx of a row; its exponentials, rounded, and their sum before. Returns the factor of the row.
     double add_row(std::int64_t i, const std::vector<std::int64_t>& sample, double* e, double& s) {
         const std::int32_t t = target(i);
-        Values x8(x(i), x(i) + q.c), l(std::size_t(q.v));
-        const double to = factor_of(largest_of(x(i), q.c));
-        for (double& v : x8) v = e4m3_of(v * to) / to;
+        const Whole x_whole(x(i), q.c);
+        Values l(std::size_t(q.v));
         for (std::int64_t j = 0; j < q.v; ++j) {
-            l[std::size_t(j)] = dot(x8.data(), w8.data() + j * q.c);
+            const Whole& w_row = w_whole[std::size_t(j)];
+            l[std::size_t(j)] = x_whole.dot(w_row) * w_row.scale * x_whole.scale;
             largest_logit = std::max(largest_logit, std::abs(l[std::size_t(j)]));
         }
         const double of_target = dot(x(i), w(t));
@@ -116,7 +164,7 @@ struct Emulation {
         Values sum(std::size_t(q.c), 0.0);
         for (std::int64_t j = 0; j < q.v; ++j)
             for (std::int64_t k = 0; k < q.c; ++k) sum[std::size_t(k)] += e[j] * w8[std::size_t(j * q.c + k)];
-        for (std::int64_t k = 0; k < q.c; ++k) dx[k] = bf16_of(factor * (bf16_of(sum[std::size_t(k)]) - s * w(t)[k]));
+        for (std::int64_t k = 0; k < q.c; ++k) dx[k] = bf16_of(factor * (bf16_of(sum[std::size_t(k)]) - s * w8[std::size_t(t * q.c + k)]));
         return factor;
     }
 };
