@@ -26,14 +26,18 @@ __device__ std::uint32_t magnitude(nv_bf16 x) { return (std::uint32_t(__bfloat16
 struct Scale {
     float down, up;  // to whole numbers, and back
 
+    // Without the last `bits` of its mantissa.
+    __device__ static float upwards(float x, int bits) {
+        const std::uint32_t last = (1u << bits) - 1;
+        return __uint_as_float((__float_as_uint(x) + last) & ~last);
+    }
     // largest: of the row. square(f): the sum of the squares of the row times f.
     template <class Square>
     __device__ Scale(std::uint32_t largest, Square&& square) {
         constexpr float kLeast = 0x1p-100f, kMost = 0x1p100f;  // all of what comes of it are normal numbers
         const float most = fminf(fmaxf(__uint_as_float(largest), kLeast), kMost);
-        const float length = sqrtf(square(127.f / most));
-        up = most / 127.f * fmaxf(1.f, length / kHeadInt8Length);
-        up = __uint_as_float((__float_as_uint(up) + 0xffffu) & 0xffff0000u);
+        const float length = upwards(sqrtf(square(127.f / most)) / kHeadInt8Length, 16);
+        up = upwards(most / 127.f * fmaxf(1.f, length), 2);
         down = 1.f / up;
         if (!(__uint_as_float(largest) <= kMost)) up = __int_as_float(0x7fffffff);
     }

@@ -25,7 +25,7 @@ using L = Layout<std::int8_t>;
 template <int N>
 struct Scales {
     static constexpr int kBytes = N * static_cast<int>(sizeof(float));
-    float up[4], zero[4];  // of four columns; what takes kZero away, exactly: a scale has 8 bits of mantissa
+    float up[4], zero[4];  // of four columns; what takes kZero away, exactly: a scale has 22 bits of mantissa
 
     __device__ static void begin(const float* scales, const Panels& p, const Share& share, unsigned char* common) {
         for (int i = threadIdx.x; i < N; i += L::kConsumers)
@@ -75,8 +75,7 @@ struct BaseEpilogue {
     }
     __device__ void fetch(const BaseProblem& p, const Place<Element>& place) {
 #pragma unroll
-        for (int k = 0; k < 2; ++k)
-            octaves[k] = p.octaves[place.row(k)], target[k] = p.target_logits[place.row(k)] * kHeadLog2e;
+        for (int k = 0; k < 2; ++k) octaves[k] = p.octaves[place.row(k)], target[k] = p.target_logits[place.row(k)];
     }
     __device__ void store(const BaseProblem& p, const Place<Element>& place, const int (&sum)[N / 2]) const {
         float top[2] = {-INFINITY, -INFINITY};
@@ -94,7 +93,8 @@ struct BaseEpilogue {
         for (int k = 0; k < 2; ++k) {
             top[k] = fmaxf(top[k], __shfl_xor_sync(0xffffffffu, top[k], 1));
             top[k] = fmaxf(top[k], __shfl_xor_sync(0xffffffffu, top[k], 2));
-            if (threadIdx.x % 4 == 0) p.base[place.row(k)] = larger(top[k] * octaves[k], target[k]) - kBelow;
+            if (threadIdx.x % 4 == 0)
+                p.base[place.row(k)] = larger(top[k] * octaves[k], target[k] * kHeadLog2e) - kBelow;
         }
     }
 };
@@ -118,7 +118,7 @@ struct ExponentialsEpilogue {
     static constexpr int kTileBytes = N * kRows, kCommonBytes = Scales<N>::kBytes;
     static constexpr int kRunBytes = L::kRun * kRows, kTile = 4;  // to 6: numbers of named barriers
     float octaves[2], base[2];
-    int target[2];  // relative to the thread's first column
+    int target[2];
 
     __device__ static void begin(const ExponentialsProblem& p, const Share& share, unsigned char* common) {
         Scales<N>::begin(p.scales, p, share, common);
@@ -127,17 +127,17 @@ struct ExponentialsEpilogue {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             octaves[k] = p.octaves[place.row(k)], base[k] = p.base[place.row(k)];
-            target[k] = p.targets[place.row(k)] - place.column;
+            target[k] = p.targets[place.row(k)];
         }
     }
-    // -inf in the place of the target's logit, if it is one of the thread's.
-    __device__ void hide_target(int (&sum)[N / 2], int k) const {
-        if (target[k] < 0 || target[k] >= N) return;
+    // -inf in the place of the target's logit, if it is one of the thread's: `at` is relative to its first column.
+    __device__ static void hide_target(int (&sum)[N / 2], int k, int at) {
+        if (at < 0 || at >= N) return;
 #pragma unroll
         for (int j = 0; j < N / L::kRun; ++j)
 #pragma unroll
             for (int i = 0; i < L::kOwn; ++i)
-                if (target[k] == L::kRun * j + i) sum[L::sum_at(k, j, i / 2) + i % 2] = __float_as_int(-INFINITY);
+                if (at == L::kRun * j + i) sum[L::sum_at(k, j, i / 2) + i % 2] = __float_as_int(-INFINITY);
     }
     // Four exponentials; their sum is added to `total`.
     __device__ std::uint32_t four(const int (&sum)[N / 2], const Scales<N>& scales, int k, int j, int q,
@@ -155,7 +155,8 @@ struct ExponentialsEpilogue {
     __device__ void store(const ExponentialsProblem& p, const Place<Element>& place, int (&sum)[N / 2]) const {
         const int lane = threadIdx.x % kWarp, warp = threadIdx.x % kWarpgroup / kWarp;
         unsigned char* const turned = place.tile + lane * kRows + (warp ^ (lane % 8 / 2)) * 16;
-        hide_target(sum, 0), hide_target(sum, 1);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) hide_target(sum, k, target[k] - place.column);
         if (leads()) store_wait();  // the tile before has been read
         meet();
         float total[2] = {0, 0};

@@ -14,9 +14,9 @@ inline constexpr float kHeadLog2e = 1.4426950408889634f;
 // ---- head_fp8_rows_sm90.cu: bound by memory ----------------------------------------------------------------------
 
 // To int8, a row at a time: x_i / s_i, with one rounding of 1 / s_i to float and then to the nearest whole number. With m_i
-// the largest |x_i|, but at least 2^-100, the scale s_i is the least number of 8 bits of mantissa that is at least m_i / 127
-// and |x_i|_2 / kHeadInt8Length, up to roundings of float: so a row is at most 2,048 long, and a sum of products at most
-// 2^22. NaN where m_i is above 2^100 or NaN.
+// the largest |x_i|, but at least 2^-100, the scale s_i is m_i / 127, or more where the row would be longer than
+// kHeadInt8Length otherwise: times what it is longer, rounded upwards to 8 bits of mantissa. It is rounded upwards itself,
+// to 22 bits. So a row is at most 2,048 long, and a sum of products at most 2^22. NaN where m_i is above 2^100 or NaN.
 inline constexpr float kHeadInt8Length = 2030;  // and at most sqrt(768) / 2 more by rounding
 
 // W of a call: y_i and scales_i; *largest = the largest |x|, as the bits of a float: NaN's are above all others.

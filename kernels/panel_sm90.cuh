@@ -20,7 +20,8 @@
 //   Problem            what it needs, derived from Panels
 //   kMakesPanel        whether panel() fills the panel; else TMA does, from Panels::weights
 //   kTileBytes         of shared memory for each of those warpgroups, at Place::tile; a multiple of kTileAlignment
-//   fetch(p, place)    called before the product that its way is hidden behind
+//   fetch(p, place)    loads, before the product that their way is hidden behind, and no more: to compute with what is
+//                      loaded would wait for it
 //   store(p, place, sum)
 //   finish()           with kTileBytes: after the warpgroup's last tile
 //   kCommonBytes       of shared memory for all of them, at Place::common; a multiple of 16
