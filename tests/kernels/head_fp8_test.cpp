@@ -314,6 +314,8 @@ void check_on_gpu(const Problem& q, std::int64_t chunk, std::int64_t share = 20)
     EXPECT_EQ(got.dw, again.dw);
 }
 
+#if FIEDLER_SM90A  // head_fp8_sm90.h's steps are in this build
+
 // Rows as words and as rows of a chunk: to the bit. Zeros, an element that leaves nothing of the others, all of one size
 // (where the length makes the scale), next to nothing, next to too much, and what is no number.
 TEST(Head, GpuInt8RowsAreAsStated) {
@@ -411,6 +413,9 @@ TEST(Head, GpuInt8SumsAreExactUpToTheirBound) {
             for (const e5m2 value : all) ASSERT_EQ(value.bits, 0x44);  // 4
     }
 }
+
+#endif
+
 TEST(Head, GpuFp8MatchesItsFormula) {  // panels whole and not, down to one of 16 columns
     FIEDLER_FP8_OR_SKIP();
     for (const auto& [n, c, v] :
