@@ -56,8 +56,6 @@ struct Layout {
     using Sum = std::conditional_t<sizeof(E) == 1, int, float>;
     static constexpr bool kWhole = sizeof(E) == 1;
     static constexpr int kZero = 0x4b400000;
-    // The turned tiles of bytes take the room of some stages; a row of its tiles has half as many chunks.
-    static constexpr int kStages = sizeof(E) == 1 ? 5 : kMostStages;
     static constexpr int kTeams = sizeof(E) == 1 ? 3 : 2, kConsumers = kTeams * kWarpgroup;
     static constexpr int kThreads = kConsumers + kWarpgroup;
     // Registers of a thread that multiplies and of one that loads: 65,536 in all. Every thread begins with its share.
@@ -79,20 +77,20 @@ struct Panels {
     CUtensorMap weights;  // W; unused where the epilogue makes the panel
     int n, m, chunks;     // rows, columns of the output, C / Layout::kDepth
     int panels, groups;
+    int stages;  // as many as there is room for
 };
 struct Barriers {
     Barrier full[kMostStages], empty[kMostStages], panel[kMostChunks];
 };
 
 // A place in the ring of stages.
-template <int kStages>
 struct Ring {
-    int stage = 0, parity = 0;
+    int stages, stage = 0, parity = 0;
     __device__ void next() {
-        if (++stage == kStages) stage = 0, parity ^= 1;
+        if (++stage == stages) stage = 0, parity ^= 1;
     }
     __device__ void skip(int steps) {
-        for (stage += steps; stage >= kStages; stage -= kStages) parity ^= 1;
+        for (stage += steps; stage >= stages; stage -= stages) parity ^= 1;
     }
 };
 
@@ -137,7 +135,7 @@ struct Place {
 template <int N, class Epilogue>
 __device__ void produce(const Panels& p, const Share& share, unsigned char* panel, unsigned char* stages, Barriers& b) {
     using L = Layout<typename Epilogue::Element>;
-    Ring<L::kStages> ring;
+    Ring ring{p.stages};
     for (int i = 0; i < share.count; ++i)
         for (int k = 0; k < p.chunks; ++k, ring.next()) {
             unsigned char* const stage = stages + ring.stage * kStageBytes;
@@ -192,7 +190,7 @@ __device__ void consume(const typename Epilogue::Problem& p, const Share& share,
     const int next = team + 1 == kTeams ? 0 : team + 1;
     typename Layout<E>::Sum sum[N / 2];
     Epilogue epilogue;
-    Ring<Layout<E>::kStages> ring;
+    Ring ring{p.stages};
     ring.skip(team * p.chunks);
     if (next == 0) named_arrive(kTurn, kBoth);  // the first turn is team 0's
     for (int i = team; i < share.count; i += kTeams, ring.skip((kTeams - 1) * p.chunks)) {
@@ -227,12 +225,11 @@ __global__ __launch_bounds__(Layout<typename Epilogue::Element>::kThreads,
     extern __shared__ unsigned char shared[];
     __shared__ Barriers barriers;
     const std::uint32_t past = shared_address(shared) % kTileAlignment;
-    constexpr int kStages = L::kStages;
     unsigned char* const panel = shared + (past == 0 ? 0 : kTileAlignment - past);
     unsigned char* const stages = panel + p.chunks * N * kSwizzleBytes;
     const Share share(p, N);
     if (threadIdx.x == 0) {
-        for (int s = 0; s < kStages; ++s) {
+        for (int s = 0; s < kMostStages; ++s) {
             barrier_init(&barriers.full[s], 1);
             barrier_init(&barriers.empty[s], kWarpgroup / kWarp);
         }
@@ -247,8 +244,8 @@ __global__ __launch_bounds__(Layout<typename Epilogue::Element>::kThreads,
     }
     take_registers<L::kManyRegisters>();
     constexpr int kMade = 8;  // a named barrier
-    unsigned char *const tiles = stages + kStages * kStageBytes, *const common =
-                                                                     tiles + L::kTeams * Epilogue::kTileBytes;
+    unsigned char *const tiles = stages + p.stages * kStageBytes, *const common =
+                                                                      tiles + L::kTeams * Epilogue::kTileBytes;
     if constexpr (Epilogue::kCommonBytes > 0) {
         Epilogue::begin(p, share, common);
         named_wait(kMade, L::kConsumers);
@@ -302,8 +299,11 @@ void launch_columns(const Cuda& dev, typename Epilogue::Problem& p) {
     p.panels = ceil_div(p.m, N);
     p.groups = groups_of(p.panels, ceil_div(p.n, kRows), dev.sm_count);
     using L = Layout<typename Epilogue::Element>;
-    const int bytes = p.chunks * N * kSwizzleBytes + L::kStages * kStageBytes + L::kTeams * Epilogue::kTileBytes +
-                      Epilogue::kCommonBytes + kTileAlignment;
+    constexpr int kMostShared = 227 * 1024 - static_cast<int>(sizeof(Barriers));
+    const int others =
+        p.chunks * N * kSwizzleBytes + L::kTeams * Epilogue::kTileBytes + Epilogue::kCommonBytes + kTileAlignment;
+    p.stages = std::min(kMostStages, (kMostShared - others) / kStageBytes);
+    const int bytes = others + p.stages * kStageBytes;
     const auto kernel = panel_kernel<N, Epilogue>;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     kernel<<<static_cast<unsigned>(p.panels * p.groups), L::kThreads, static_cast<std::size_t>(bytes),
