@@ -20,7 +20,9 @@
 //            within a few units of rounding, as long as their range permits. Fixed order, no atomics: bit-equal from
 //            run to run.
 //            Cuda, sm_90, D = 64, R = 1, no window, equal sequences of a multiple of 128 tokens, and scratch: the forward
-//            pass is a kernel of its own (attention_forward_sm90.cu).
+//            pass is a kernel of its own (attention_forward_sm90.cu). There weights are made in bf16: a query counts as if
+//            its scalar were up to 2^-10 off, a weight is within 2^-8 (causal: but for a query's own tile of 128 keys), and
+//            lse, the sum of these, within 2^-10 + 2^-8; typically 2^-11.
 //            Cuda, sm_90, D = 64, R = 1 or 4, no window, equal sequences of a multiple of 64 tokens: the backward pass
 //            is a kernel of its own (attention_backward_sm90.cu); R = 1: scalars that differ by a rounding of a product
 //            may count as equal there. The way depends on shapes and the device alone.
@@ -135,7 +137,7 @@ struct Sight {
 
 // Scratch of the forward pass on sm_90: what it makes of every 128 keys of a head. Of use for D = 64, R = 1 alone; without
 // it the general way is taken.
-constexpr std::int32_t kAttentionForwardKeys = 128, kAttentionForwardTile = 2 * kAttentionForwardKeys + 4;
+constexpr std::int32_t kAttentionForwardKeys = 128, kAttentionForwardTile = 3 * kAttentionForwardKeys + 4;
 inline std::int64_t attention_forward_scratch_elements(std::int64_t tokens, std::int32_t heads) {
     return tokens / kAttentionForwardKeys * heads * kAttentionForwardTile;
 }

@@ -14,7 +14,7 @@ namespace {
 
 using namespace attention_forward_sm90_tile;
 
-__global__ void __launch_bounds__(kKeys) attention_factors_kernel(AttentionForward<bf16> p, KeyTile* tiles) {
+__global__ void __launch_bounds__(kKeys) attention_factors_kernel(AttentionForward<bf16> p, StoredTile* tiles) {
     __shared__ float extremes[kKeys / kWarp][4];
     const int head = blockIdx.x;
     const std::int64_t token = std::int64_t(blockIdx.y) * kKeys + threadIdx.x;
@@ -29,41 +29,42 @@ __global__ void __launch_bounds__(kKeys) attention_factors_kernel(AttentionForwa
         most[i] = extremes[0][i];
         for (int w = 1; w < kKeys / kWarp; ++w) most[i] = fmaxf(most[i], extremes[w][i]);
     }
-    const float centre = 0.5f * (most[0] - most[1]), gate = 0.5f * (most[2] - most[3]);
+    const float centre = rintf(0.5f * (most[0] - most[1]) * kLog2e), gate = rintf(0.5f * (most[2] - most[3]) * kLog2e);
     const bool numbers = !__syncthreads_or(b != b || F != F);  // fmaxf lets NaN go
-    KeyTile& tile = tiles[std::int64_t(blockIdx.y) * gridDim.x + head];
-    const float apart = b - centre, above = gate - F, low = gate - (above + F);
-    tile.factors[threadIdx.x] = {exp_of_sum(above, apart, low), exp_of_sum(above, -apart, low)};
-    if (threadIdx.x == 0) {
-        tile.centre = centre, tile.gate = gate, tile.least = numbers ? -most[3] : NAN;
-        tile.spread = numbers ? 0.5f * (most[0] + most[1]) + 0.5f * (most[2] + most[3]) : NAN;
+    StoredTile& tile = tiles[std::int64_t(blockIdx.y) * gridDim.x + head];
+    const int key = threadIdx.x;
+    const float2 factors = {factor_of(1.f, b, centre, gate, F), factor_of(-1.f, b, centre, gate, F)};
+    tile.factors[key] = factors;
+    const float2 next = {__shfl_down_sync(0xffffffffu, factors.x, 1), __shfl_down_sync(0xffffffffu, factors.y, 1)};
+    if (key % 2 == 0)
+        reinterpret_cast<uint2*>(tile.keys.pairs)[(key / 16 * 4 + key % 8 / 2) * 2 + key % 16 / 8] = {
+            pack_bf16(factors.x, next.x), pack_bf16(factors.y, next.y)};
+    if (key == 0) {
+        const float of_b = fmaxf(beyond(most[0], centre), beyond(most[1], -centre)),
+                    of_F = fmaxf(beyond(most[2], gate), beyond(most[3], -gate));
+        tile.keys.centre = centre, tile.keys.gate = gate, tile.keys.least = numbers ? -most[3] : NAN;
+        tile.keys.spread = numbers ? of_b + of_F : NAN;
     }
 }
 
-// The tiles of keys that a block sees, in its order: number k is `last` - k of the token axis.
-struct Tiles {
-    const KeyTile* data;  // of the head and the token axis' first tile
-    const CUtensorMap* values;
-    int heads, head, last, count;
-
-    __device__ const KeyTile& operator()(int k) const { return data[std::int64_t(last - k) * heads]; }
-    __device__ int first_token(int k) const { return (last - k) * kKeys; }
-    // Thread 0: tile k is on its way; without values where nothing of it counts.
-    __device__ void load(Shared& shared, int k, bool with_values) const {
-        const int stage = k % kStages;
-        if (k >= kStages) hopper::barrier_wait(&shared.empty[stage], (k / kStages - 1) & 1);
-        hopper::Barrier* full = &shared.full[stage];
-        constexpr int kBytes = sizeof(KeyTile), kValueBytes = kKeys * kWidth * 2;
-        hopper::barrier_arrive_expecting(full, with_values ? kBytes + kValueBytes : kBytes);
-        if (with_values) hopper::load_box(shared.values[stage], values, head * kWidth, first_token(k), full);
-        hopper::load_bytes(&shared.keys[stage], &(*this)(k), kBytes, full);
-    }
-};
+// Thread 0: tile k is on its way; without values where nothing of it counts. own: with the factors in f32.
+__device__ void load(Shared& shared, int k, bool with_values, bool own = false) {
+    const Tiles& tiles = shared.tiles;
+    const int stage = k % kStages;
+    if (k >= kStages) hopper::barrier_wait(&shared.empty[stage], (k / kStages - 1) & 1);
+    hopper::Barrier* full = &shared.full[stage];
+    constexpr int kBytes = sizeof(KeyTile), kValueBytes = kKeys * kWidth * 2;
+    hopper::barrier_arrive_expecting(
+        full, kBytes + (with_values ? kValueBytes : 0) + (own ? static_cast<int>(sizeof(shared.own)) : 0));
+    if (with_values)
+        hopper::load_box(shared.values[stage], tiles.values, tiles.head * kWidth, tiles.first_token(k), full);
+    hopper::load_bytes(&shared.keys[stage], &tiles(k).keys, kBytes, full);
+    if (own) hopper::load_bytes(shared.own, tiles(k).factors, sizeof(shared.own), full);
+}
 
 __device__ void begin(Shared& shared) {
-    constexpr std::uint32_t kOnes = 0x3f803f80u;
     for (int i = threadIdx.x; i < static_cast<int>(sizeof(shared.ones) / 4); i += kThreads)
-        reinterpret_cast<std::uint32_t*>(shared.ones)[i] = kOnes;
+        reinterpret_cast<std::uint32_t*>(shared.ones)[i] = kTwoOnes;
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; ++i)
             hopper::barrier_init(&shared.full[i], 1), hopper::barrier_init(&shared.empty[i], kWarps);
@@ -75,7 +76,7 @@ __device__ void begin(Shared& shared) {
 struct Problem {
     CUtensorMap values, results;  // V and o, [tokens, heads D]
     AttentionForward<bf16> p;
-    const KeyTile* tiles;
+    const StoredTile* tiles;
     int sequences, together;  // (sequence, head) pairs whose V stays in L2 together
 };
 
@@ -91,59 +92,82 @@ __global__ void __launch_bounds__(kThreads, tuning::kAttentionForwardSm90Blocks)
     if (sequence >= problem.sequences) return;
     const int first = (sequence * of_sequence + in_sequence) * kQueries;
     const Numbers of_thread(p, head, first);
-    Tiles tiles{problem.tiles + head, &problem.values, p.heads, head, 0, p.causal ? in_sequence + 1 : of_sequence};
-    tiles.last = sequence * of_sequence + tiles.count - 1;
+    const bool loads = threadIdx.x == 0;
+    if (loads) {
+        const int count = p.causal ? in_sequence + 1 : of_sequence;
+        shared.tiles = {
+            problem.tiles + head, &problem.values, p.heads, head, sequence * of_sequence + count - 1, count, first};
+    }
     static_assert(kQueries == kKeys);
     begin(shared);
-    const bool loads = threadIdx.x == 0;
-    if (loads) tiles.load(shared, 0, true);  // causal: no query is far from itself; otherwise there is no gate
+    if (loads) load(shared, 0, true, p.causal);  // causal: no query is far from itself; otherwise there is no gate
     refer(shared, of_thread);
+    const Tiles& tiles = shared.tiles;
     const References& of = shared.references[threadIdx.x / kWarp];
     const float faded = p.skip ? kFaded : INFINITY;
     const auto counts = [&](float least) { return !(of.reach - least < -faded); };
     float least = 0.f;  // of the tile that is asked for next, thread 0
     if (loads) {
-        if (tiles.count > 1) tiles.load(shared, 1, counts(tiles(1).least));
-        if (tiles.count > 2) least = tiles(2).least;
+        if (tiles.count > 1) load(shared, 1, counts(tiles.least(1)));
+        if (tiles.count > 2) least = tiles.least(2);
     }
-    Queries queries(shared, of.centre);
-    bool careful = false;
-    int stage = 0, parity = 0;
-#pragma unroll 1
-    for (int k = 0; k < tiles.count; ++k) {
-        if (loads && k + 2 < tiles.count) {
-            const bool with_values = counts(least);
-            if (k + 3 < tiles.count) least = tiles(k + 3).least;
-            tiles.load(shared, k + 2, with_values);
-        }
+    Queries queries(shared);
+    int k = 0, stage = 0, parity = 0;  // the tile, its place in the ring
+    const auto tile = [&] {            // its numbers, when it is there
         hopper::barrier_wait(&shared.full[stage], parity);
-        const float4 of_tile = *reinterpret_cast<const float4*>(&shared.keys[stage].centre);
-        if (counts(of_tile.z)) {
-            const bool out = !of.bounded || !(of.gate - of_tile.z <= kGateRange) || !(of_tile.w <= kTileSpread);
-            const bool diagonal = p.causal && k == 0;
-            if (!careful && out) {
-                queries.begin_carefully(of, k > 0);
-                careful = true;
-            }
-            if (careful)
-                queries.add_carefully(p, head, stage, tiles.first_token(k), diagonal);
-            else if (diagonal)
-                queries.add_diagonal(stage, of.factors(of_tile));
-            else
-                queries.add(stage, of.factors(of_tile));
-        }
-        queries.wait();
+        return *reinterpret_cast<const float4*>(&shared.keys[stage].centre);
+    };
+    const auto ask = [&] {  // for the tile after the next
+        if (!loads || k + 2 >= tiles.count) return;
+        const bool with_values = counts(least);
+        if (k + 3 < tiles.count) least = tiles.least(k + 3);
+        load(shared, k + 2, with_values);
+    };
+    const auto done = [&] {
+        __syncwarp();
         if (threadIdx.x % kWarp == 0) hopper::barrier_arrive(&shared.empty[stage]);
         if (++stage == kStages) stage = 0, parity ^= 1;
+        ++k;
+    };
+    const auto bounded = [&](const float4& of_tile) {
+        return of.bounded && -beyond(of_tile.z, of.gate) <= kGateRange && of_tile.w <= kTileSpread;
+    };
+    if (p.causal) {
+        const float4 of_tile = tile();
+        if (bounded(of_tile)) {
+            ask();
+            queries.add_diagonal(stage, Powers(of, of_tile));
+            done();
+        }
     }
-    queries.finish(p, of, head, first, careful);
+    if (!p.causal || k > 0) {  // a loop of its own: products in a row want that nothing else changes their sums in it
+#pragma unroll 1
+        for (; k < tiles.count; done()) {
+            const float4 of_tile = tile();
+            const bool seen = counts(of_tile.z);
+            if (seen && !bounded(of_tile)) break;
+            ask();
+            if (seen) queries.add(stage, Powers(of, of_tile));
+        }
+    }
+    const bool careful = k < tiles.count;
+    if (careful) {
+        queries.begin_carefully(of, k > 0);
+#pragma unroll 1
+        for (; k < tiles.count; done()) {
+            ask();
+            if (counts(tile().z)) queries.add_carefully(p, tiles.head, stage, tiles.first_token(k), p.causal && k == 0);
+        }
+    }
+    queries.finish(p, of, tiles.head, tiles.first, careful);
     hopper::publish_shared();
     __syncwarp();
     if (threadIdx.x % kWarp == 0) {
 #pragma unroll
         for (int m = 0; m < kProducts; ++m) {
             const int row = Queries::row(m, 0);  // of lane 0: the warp's first of the product
-            hopper::store_box(&problem.results, head * kWidth, first + row, shared.results + row * kWidth);
+            hopper::store_box(&problem.results, tiles.head * kWidth, tiles.first + row,
+                              shared.values[0] + row * kWidth);
         }
         hopper::store_wait();
     }
@@ -158,12 +182,12 @@ bool attention_forward_sm90_takes(const Cuda& device, const AttentionForward<bf1
 }
 
 void attention_forward_sm90(const Cuda& device, const AttentionForward<bf16>& p) {
-    constexpr int kBytes = sizeof(Shared);
+    constexpr int kBytes = offsetof(Shared, empty) + sizeof(Shared::empty);  // sizeof() ends at a multiple of 1024
     static_assert(tuning::kAttentionForwardSm90Blocks * (kBytes + 1024) <= 227 * 1024);
     const auto map = [](const auto& m, cuuint32_t rows) {
         return tensor_map<2>(m.data, {cuuint64_t(m.cols), cuuint64_t(m.rows)}, {cuuint64_t(m.ld) * 2}, {kWidth, rows});
     };
-    auto* tiles = reinterpret_cast<KeyTile*>(p.scratch.data);
+    auto* tiles = reinterpret_cast<StoredTile*>(p.scratch.data);
     const dim3 grid(static_cast<unsigned>(p.heads), static_cast<unsigned>(p.seq.tokens / kKeys));
     attention_factors_kernel<<<grid, kKeys, 0, stream_of(device)>>>(p, tiles);
     LAUNCH_CHECK("attention_factors");
