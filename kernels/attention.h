@@ -137,7 +137,7 @@ struct Sight {
 
 // Scratch of the forward pass on sm_90: what it makes of every 128 keys of a head. Of use for D = 64, R = 1 alone; without
 // it the general way is taken.
-constexpr std::int32_t kAttentionForwardKeys = 128, kAttentionForwardTile = 3 * kAttentionForwardKeys + 4;
+constexpr std::int32_t kAttentionForwardKeys = 128, kAttentionForwardTile = 5 * kAttentionForwardKeys + 8;
 inline std::int64_t attention_forward_scratch_elements(std::int64_t tokens, std::int32_t heads) {
     return tokens / kAttentionForwardKeys * heads * kAttentionForwardTile;
 }

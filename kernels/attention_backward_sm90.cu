@@ -18,6 +18,7 @@ using namespace attention_backward_sm90_tile;
 
 // Tiles of queries that see the keys from `first` on; up to careful_end, queries that see some of them only.
 struct Range {
+    static constexpr int kAll = 0x7fffffff;
     int begin, end, careful_end;
     __device__ Range(const AttentionBackward<bf16>& p, int first) {
         end = p.seq.last(first) / kTile;
@@ -78,7 +79,14 @@ __device__ void add_queries(const Problem& problem, Shared<R>& shared, Keys<R>& 
         if (q > range.begin)
             multiply_turned<N>(keys.dv, advance(gradients, before * kStageBytes),
                                advance(weights, kWeightBytes - turned));
-        if (q < range.careful_end || !keys.template add<false>(of_rows, shared, ring.stage, place + turned, row, 0))
+        bool done = false;
+        const int careful_end = shared.careful_end;
+        if (q >= careful_end)
+            done = keys.template add<false>(of_rows, shared, ring.stage, place + turned, row, 0);
+        else if constexpr (N == kTile)
+            done = careful_end != Range::kAll &&
+                   keys.template add<false, true>(of_rows, shared, ring.stage, place + turned, row, 0);
+        if (!done)
             keys.template add<true>(of_rows, shared, ring.stage, place + turned, row,
                                     problem.p.causal ? q * kTile - first : kTile);
         store_sums<R>(sums_of(q), left, RowSums<R>(of_rows));
@@ -130,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, Shape<R>::kBlocks)
         load_queries(problem, shared, ring.stage, range.begin, first);
         if (range.begin + 1 < range.end) load_queries(problem, shared, ring.next().stage, range.begin + 1);
         keys.begin(p, shared, head, first);
-        if (keys.careful) range.careful_end = range.end;
+        if (threadIdx.x == 0) shared.careful_end = keys.careful ? Range::kAll : range.careful_end;
         cp_async_wait<0>();
         __syncthreads();
         add_queries(problem, shared, keys, ring, range, first, sums, written);

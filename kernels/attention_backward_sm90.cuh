@@ -80,11 +80,15 @@ struct Shared {
     nv_bf16 values[S::kKeys * kWidth];          // V
     alignas(128) float a[kStages][kScalars];    // [query][R]
     QueryNumbers numbers[kStages][kTile];
-    float b[S::kKeys * R];  // see Keys::differences
-    float gate[S::kKeys];   // what the weights of a key are relative to
-    // What would stay in registers from tile to tile without need. origin: see Keys; centre: G; faded: below this, the gate alone makes a
-    // query's weights nothing for the lane's keys; numbers_of: see QueryLoads.
-    volatile float origin, centre, faded[4];
+    float b[S::kKeys * R];                // see Keys::differences
+    float gate[S::kKeys];                 // what the weights of a key are relative to
+    float scale[S::kKeys];                // D_j
+    float scaled[R == 1 ? S::kKeys : 2];  // see Keys::b
+    float most[kThreads / kWarp];         // G - F_j of the warps' keys
+    // What would stay in registers from tile to tile without need. origin: see Keys; centre: G; faded: below this, the gate
+    // alone makes a query's weights nothing for the keys; numbers_of: see QueryLoads; careful_end: see Range.
+    volatile float origin, centre, faded;
+    volatile int careful_end;
     volatile unsigned long long numbers_of[kThreads];
     float sums[kThreads / kWarp][4][S::kColumns * (R + 1)];  // of the warps' lanes t, at the end
     hopper::Barrier full[kStages];  // dO is there, R = 4: a, and V with a tile of keys' first dO
@@ -161,44 +165,56 @@ struct Keys {
     bool careful = false;
     static constexpr float kFar = 24.f;
 
+    // Of the thread's columns of 16, as they number the warp's rows, less 2t: that its first row sees.
+    __device__ static int last_seen() {
+        const int lane = thread_anew() % kWarp;
+        return lane / 4 - lane % 4 * 2;
+    }
     __device__ static int column(int c) { return c / 2 * 8 + lane_of_row() * 2 + c % 2; }
 
-    // b and F of the keys. Ends without a barrier.
+    // b and F of the keys, a thread for each of them; then each thread has those of its columns. Ends without a barrier.
     __device__ void begin(const AttentionBackward<bf16>& p, Shared<R>& shared, int head, int first) {
         const bool gated = p.F.data != nullptr;
+        const int thread = thread_anew(), key = thread % N;
         const float* F = p.F.data + head + first * p.F.ld;
-        const float centre = gated ? F[N / 2 * p.F.ld] : 0.f;
-        float most = -INFINITY, least = INFINITY;
-#pragma unroll
-        for (int c = 0; c < C; ++c) {
-            scale[c] = gated ? centre - F[column(c) * p.F.ld] : 0.f;
-            most = fmaxf(most, scale[c]), least = fminf(least, scale[c]);
-        }
-        constexpr float kMost = 12.f;
-        const bool direct = __any_sync(0xffffffffu, !(most <= kMost) || !(least >= -kMost)) != 0;
-        careful = direct;
-        const int thread = thread_anew();
-        if (thread < 4) shared.faded[thread] = gated && p.skip ? -(kFaded + most) * kLog2e : -INFINITY;
-        if (thread == 0) shared.centre = centre;
-#pragma unroll
-        for (int c = 0; c < C; ++c) scale[c] = direct ? 1.f : exp2_fast(scale[c] * kLog2e);
-        if (thread < N) shared.gate[thread] = direct ? F[thread * p.F.ld] : centre;
         const float* from = p.b.data + first * p.b.ld + head * R;
+        float centre = 0.f, gate = 0.f, origin = 0.f, scalar = 0.f;
+        if (gated) centre = F[N / 2 * p.F.ld], gate = F[key * p.F.ld];
+        if constexpr (R == 1) origin = from[N / 2 * p.b.ld], scalar = from[key * p.b.ld];
+        constexpr float kMost = 12.f;
+        const float apart = centre - gate, most = warp_max(apart);
+        if (thread % kWarp == 0) shared.most[thread / kWarp] = most;
+        const bool direct = __syncthreads_or(!(fabsf(apart) <= kMost)) != 0;
+        careful = direct;
+        if (thread < N) {
+            shared.gate[key] = direct ? gate : centre;
+            shared.scale[key] = direct ? 1.f : exp2_fast(apart * kLog2e);
+        }
+        if (thread == 0) {
+            float of_all = shared.most[0];
+            if (N > kWarp) of_all = fmaxf(of_all, shared.most[1]);
+            shared.centre = centre;
+            shared.faded = gated && p.skip ? -(kFaded + of_all) * kLog2e : -INFINITY;
+        }
         if constexpr (R == 1) {
-            const float origin = from[N / 2 * p.b.ld];
-            bool far = false;
-#pragma unroll
-            for (int c = 0; c < C; ++c) {
-                b[c] = scaled_scalar(from[column(c) * p.b.ld], origin);
-                far |= !(fabsf(b[c]) <= kFar);
-            }
-            careful |= __any_sync(0xffffffffu, far) != 0;
+            const float scaled = scaled_scalar(scalar, origin);
             if (thread == 0) shared.origin = origin;
-            if (thread < N) shared.b[thread] = from[thread * p.b.ld];
+            if (thread < N) shared.b[key] = scalar, shared.scaled[key] = scaled;
+            careful |= __syncthreads_or(!(fabsf(scaled) <= kFar)) != 0;
         } else {
             for (int i = thread; i < N * R; i += kThreads) {
-                const int key = i / R, r = i % R;
-                shared.b[r / 2 * 2 * N + key * 2 + r % 2] = from[key * p.b.ld + r];
+                const int of = i / R, r = i % R;
+                shared.b[r / 2 * 2 * N + of * 2 + r % 2] = from[of * p.b.ld + r];
+            }
+            __syncthreads();
+        }
+#pragma unroll
+        for (int c = 0; c < C; c += 2) {
+            const float2 x = *reinterpret_cast<const float2*>(shared.scale + column(c));
+            scale[c] = x.x, scale[c + 1] = x.y;
+            if constexpr (R == 1) {
+                const float2 y = *reinterpret_cast<const float2*>(shared.scaled + column(c));
+                b[c] = y.x, b[c + 1] = y.y;
             }
         }
     }
@@ -236,12 +252,13 @@ struct Keys {
     }
 
     // dP of the thread's rows, of which `row` is the first, to weights and into all sums. to: the lane's place in the turned
-    // weights; rows: sums of - sign ds along rows, over the thread's columns. kCareful: row i sees keys up to i + shift,
-    // keys may have gates of their own, and scalars may be anything. False: nothing is done, it has to be done with care.
-    template <bool kCareful>
+    // weights; rows: sums of - sign ds along rows, over the thread's columns. kOwn: queries and keys are the same tokens, and
+    // row i sees keys up to i. kCareful: row i sees keys up to i + shift, keys may have gates of their own, and scalars may
+    // be anything. False: nothing is done, it has to be done with care.
+    template <bool kCareful, bool kOwn = false>
     __device__ bool add(float (&rows)[2][R], const Shared<R>& shared, int stage, std::uint32_t to, int row, int shift) {
         const QueryNumbers* const of = shared.numbers[stage];
-        const float centre = shared.centre, faded = shared.faded[lane_of_row()];
+        const float centre = shared.centre, faded = shared.faded;
         float a[2][R], base[2], delta[2], all[2] = {};
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
@@ -264,8 +281,15 @@ struct Keys {
             for (int n = 0; n < N / 16; ++n) store_turned(to + n * 16 * kRowBytes, 0u, 0u, 0u, 0u);
             return true;
         }
+        static_assert(!kOwn || N == kTile);
+        const int own = kOwn ? warp_number() : 0;  // 16 keys, the last of which the warp's rows see some
 #pragma unroll
         for (int n = 0; n < N / 8; n += 2) {
+            if (kOwn && n / 2 > own) {
+                store_turned(to + n * 8 * kRowBytes, 0u, 0u, 0u, 0u);
+                continue;
+            }
+            const int last = kOwn && n / 2 == own ? last_seen() : N;  // of the 16 columns, that the first row sees
             std::uint32_t packed[2][2];
 #pragma unroll
             for (int m = 0; m < 2; ++m)
@@ -277,6 +301,7 @@ struct Keys {
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
                         float of_row = base[k];
+                        if (kOwn && last + 8 * k < 8 * m + j) of_row = -INFINITY;
                         if constexpr (kCareful) {
                             const int i = row + 8 * k, key = column(c + j);
                             of_row = ((of[i].gate - shared.gate[key]) - of[i].lse) * kLog2e;
@@ -326,8 +351,7 @@ struct Keys {
 #pragma unroll
         for (int c = 0; c < C; ++c) {
 #pragma unroll
-            for (int r = 0; r < R; ++r) x[c * R + r] = fma_flushed(2.f, db[c][r], -total[c]) * scale[c];
-            total[c] *= -scale[c];
+            for (int r = 0; r < R; ++r) x[c * R + r] = db[c][r];
         }
         float* sums = shared.sums[warp][lane % 4];
         int offset = 0;
@@ -355,13 +379,15 @@ struct Keys {
             const bool gate = i >= N * R;
             const int key = gate ? i - N * R : i / R, r = i % R, c = key / 8 * 2 + key % 2, t = key % 8 / 2;
             const int at = gate ? C * R + c : c * R + r;
-            float sum = 0.f;
+            float sum = 0.f, all = 0.f;  // all: of ds, added up in the same order as its steps, so that ties cancel
 #pragma unroll
-            for (int w = 0; w < kThreads / kWarp; ++w) sum += shared.sums[w][t][at];
+            for (int w = 0; w < kThreads / kWarp; ++w)
+                sum += shared.sums[w][t][at], all += shared.sums[w][t][C * R + c];
+            const float of_key = shared.scale[key];
             if (!gate)
-                p.db.data[(first + key) * p.db.ld + head * R + r] = sum;
+                p.db.data[(first + key) * p.db.ld + head * R + r] = fma_flushed(2.f, sum, -all) * of_key;
             else if (p.dF.data != nullptr)
-                p.dF.data[(first + key) * p.dF.ld + head] = sum;
+                p.dF.data[(first + key) * p.dF.ld + head] = -sum * of_key;
         }
     }
 };

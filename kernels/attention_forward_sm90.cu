@@ -14,63 +14,66 @@ namespace {
 
 using namespace attention_forward_sm90_tile;
 
+// Makes a tile of `tiles`, of 128 tokens and a head.
 __global__ void __launch_bounds__(kKeys) attention_factors_kernel(AttentionForward<bf16> p, StoredTile* tiles) {
-    __shared__ float extremes[kKeys / kWarp][4];
-    const int head = blockIdx.x;
-    const std::int64_t token = std::int64_t(blockIdx.y) * kKeys + threadIdx.x;
-    const float b = p.b.data[token * p.b.ld + head], F = p.F.data == nullptr ? 0.f : p.F.data[token * p.F.ld + head];
-    const float of_lane[4] = {b, -b, F, -F};
+    enum { kB, kMinusB, kF, kMinusF, kA, kMinusA, kDistance, kReach, kCount };
+    __shared__ int extremes[kKeys / kWarp][kCount];
+    const int head = blockIdx.x, thread = threadIdx.x;
+    const std::int64_t token = std::int64_t(blockIdx.y) * kKeys + thread;
+    const float a = p.a.data[token * p.a.ld + head], b = p.b.data[token * p.b.ld + head],
+                F = p.F.data == nullptr ? 0.f : p.F.data[token * p.F.ld + head], own = fabsf(a - b);
+    const float of_lane[kCount] = {b, -b, F, -F, a, -a, own, F + own};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) extremes[threadIdx.x / kWarp][i] = from_ordered(largest_of_warp(of_lane[i]));
+    for (int i = 0; i < kCount; ++i) extremes[thread / kWarp][i] = largest_of_warp(of_lane[i]);
     __syncthreads();
-    float most[4];
+    float most[kCount];  // NaN, if any, in one of x and -x
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        most[i] = extremes[0][i];
-        for (int w = 1; w < kKeys / kWarp; ++w) most[i] = fmaxf(most[i], extremes[w][i]);
+    for (int i = 0; i < kCount; ++i) {
+        int x = extremes[0][i];
+#pragma unroll
+        for (int w = 1; w < kKeys / kWarp; ++w) x = max(x, extremes[w][i]);
+        most[i] = from_ordered(x);
     }
-    const float centre = rintf(0.5f * (most[0] - most[1]) * kLog2e), gate = rintf(0.5f * (most[2] - most[3]) * kLog2e);
-    const bool numbers = !__syncthreads_or(b != b || F != F);  // fmaxf lets NaN go
     StoredTile& tile = tiles[std::int64_t(blockIdx.y) * gridDim.x + head];
-    const int key = threadIdx.x;
+    const auto middle = [](float most, float minus_least) { return rintf(0.5f * (most - minus_least) * kLog2e); };
+    const float centre = middle(most[kB], most[kMinusB]), gate = middle(most[kF], most[kMinusF]);
     const float2 factors = {factor_of(1.f, b, centre, gate, F), factor_of(-1.f, b, centre, gate, F)};
-    tile.factors[key] = factors;
+    tile.own.factors[thread] = factors;
     const float2 next = {__shfl_down_sync(0xffffffffu, factors.x, 1), __shfl_down_sync(0xffffffffu, factors.y, 1)};
-    if (key % 2 == 0)
-        reinterpret_cast<uint2*>(tile.keys.pairs)[(key / 16 * 4 + key % 8 / 2) * 2 + key % 16 / 8] = {
+    if (thread % 2 == 0)
+        reinterpret_cast<uint2*>(tile.keys.pairs)[(thread / 16 * 4 + thread % 8 / 2) * 2 + thread % 16 / 8] = {
             pack_bf16(factors.x, next.x), pack_bf16(factors.y, next.y)};
-    if (key == 0) {
-        const float of_b = fmaxf(beyond(most[0], centre), beyond(most[1], -centre)),
-                    of_F = fmaxf(beyond(most[2], gate), beyond(most[3], -gate));
-        tile.keys.centre = centre, tile.keys.gate = gate, tile.keys.least = numbers ? -most[3] : NAN;
-        tile.keys.spread = numbers ? of_b + of_F : NAN;
+    const float of_centre = middle(most[kA], most[kMinusA]), of_gate = ceilf(most[kF] * kLog2e);
+    const std::uint32_t rho = twice(expf(-2.f * beyond(a, of_centre)));
+    tile.own.rho[thread] = rho;
+    tile.own.top[thread] = beyond(F, of_gate) - 0.5f * logf(first_of_two(rho));
+    if (thread == 0) {
+        const auto spread = [&](int x, int minus_x, float middle) {  // NaN stays
+            const float above = beyond(most[x], middle), below = beyond(most[minus_x], -middle);
+            return above > below || above != above ? above : below;
+        };
+        tile.keys.centre = centre, tile.keys.gate = gate;
+        tile.keys.least = most[kF] == most[kF] ? -most[kMinusF] : NAN;
+        tile.keys.spread = spread(kB, kMinusB, centre) + spread(kF, kMinusF, gate);
+        tile.own.of = {of_centre, of_gate, most[kReach],
+                       spread(kA, kMinusA, of_centre) <= kRange && most[kDistance] <= kOwnDistance &&
+                           -beyond(-most[kMinusF], of_gate) <= kGateRange};
     }
 }
 
-// Thread 0: tile k is on its way; without values where nothing of it counts. own: with the factors in f32.
-__device__ void load(Shared& shared, int k, bool with_values, bool own = false) {
+// Thread 0: tile k is on its way, and with the first one what the block has of its own; without values where nothing of it
+// counts.
+__device__ void load(Shared& shared, int k, bool with_values) {
     const Tiles& tiles = shared.tiles;
     const int stage = k % kStages;
     if (k >= kStages) hopper::barrier_wait(&shared.empty[stage], (k / kStages - 1) & 1);
     hopper::Barrier* full = &shared.full[stage];
-    constexpr int kBytes = sizeof(KeyTile), kValueBytes = kKeys * kWidth * 2;
-    hopper::barrier_arrive_expecting(
-        full, kBytes + (with_values ? kValueBytes : 0) + (own ? static_cast<int>(sizeof(shared.own)) : 0));
+    constexpr int kBytes = sizeof(KeyTile), kValueBytes = kKeys * kWidth * 2, kOwnBytes = sizeof(OwnTile);
+    hopper::barrier_arrive_expecting(full, kBytes + (with_values ? kValueBytes : 0) + (k == 0 ? kOwnBytes : 0));
     if (with_values)
         hopper::load_box(shared.values[stage], tiles.values, tiles.head * kWidth, tiles.first_token(k), full);
     hopper::load_bytes(&shared.keys[stage], &tiles(k).keys, kBytes, full);
-    if (own) hopper::load_bytes(shared.own, tiles(k).factors, sizeof(shared.own), full);
-}
-
-__device__ void begin(Shared& shared) {
-    for (int i = threadIdx.x; i < static_cast<int>(sizeof(shared.ones) / 4); i += kThreads)
-        reinterpret_cast<std::uint32_t*>(shared.ones)[i] = kTwoOnes;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < kStages; ++i)
-            hopper::barrier_init(&shared.full[i], 1), hopper::barrier_init(&shared.empty[i], kWarps);
-        hopper::barrier_init_done();
-    }
-    hopper::publish_shared();
+    if (k == 0) hopper::load_bytes(&shared.own, &tiles.own(), kOwnBytes, full);
 }
 
 struct Problem {
@@ -91,26 +94,29 @@ __global__ void __launch_bounds__(kThreads, tuning::kAttentionForwardSm90Blocks)
     const int in_sequence = of_sequence - 1 - static_cast<int>(blockIdx.y);  // in tiles
     if (sequence >= problem.sequences) return;
     const int first = (sequence * of_sequence + in_sequence) * kQueries;
-    const Numbers of_thread(p, head, first);
+    const float faded = p.skip ? kFaded : INFINITY;
+    const auto counts = [=](float reach, float least) { return !(reach - least < -faded); };
+    const Tiles& tiles = shared.tiles;
+    const References& of = shared.own.of;
     const bool loads = threadIdx.x == 0;
+    float least = 0.f;  // of the tile that is asked for next, thread 0
     if (loads) {
         const int count = p.causal ? in_sequence + 1 : of_sequence;
         shared.tiles = {
             problem.tiles + head, &problem.values, p.heads, head, sequence * of_sequence + count - 1, count, first};
+        for (int i = 0; i < kStages; ++i)
+            hopper::barrier_init(&shared.full[i], 1), hopper::barrier_init(&shared.empty[i], kWarps);
+        hopper::barrier_init_done();
+        load(shared, 0, true);  // causal: no query is far from itself; otherwise there is no gate
+        const float reach = tiles.own().of.reach, next = count > 1 ? tiles.least(1) : 0.f;
+        if (count > 2) least = tiles.least(2);
+        if (count > 1) load(shared, 1, counts(reach, next));
     }
-    static_assert(kQueries == kKeys);
-    begin(shared);
-    if (loads) load(shared, 0, true, p.causal);  // causal: no query is far from itself; otherwise there is no gate
-    refer(shared, of_thread);
-    const Tiles& tiles = shared.tiles;
-    const References& of = shared.references[threadIdx.x / kWarp];
-    const float faded = p.skip ? kFaded : INFINITY;
-    const auto counts = [&](float least) { return !(of.reach - least < -faded); };
-    float least = 0.f;  // of the tile that is asked for next, thread 0
-    if (loads) {
-        if (tiles.count > 1) load(shared, 1, counts(tiles.least(1)));
-        if (tiles.count > 2) least = tiles.least(2);
-    }
+    static_assert(sizeof(shared.ones) == kThreads * sizeof(uint4));
+    reinterpret_cast<uint4*>(shared.ones)[threadIdx.x] = {kTwoOnes, kTwoOnes, kTwoOnes, kTwoOnes};
+    shared.sum[threadIdx.x] = 0.f;
+    hopper::publish_shared();
+    __syncthreads();
     Queries queries(shared);
     int k = 0, stage = 0, parity = 0;  // the tile, its place in the ring
     const auto tile = [&] {            // its numbers, when it is there
@@ -119,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, tuning::kAttentionForwardSm90Blocks)
     };
     const auto ask = [&] {  // for the tile after the next
         if (!loads || k + 2 >= tiles.count) return;
-        const bool with_values = counts(least);
+        const bool with_values = counts(of.reach, least);
         if (k + 3 < tiles.count) least = tiles.least(k + 3);
         load(shared, k + 2, with_values);
     };
@@ -144,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, tuning::kAttentionForwardSm90Blocks)
 #pragma unroll 1
         for (; k < tiles.count; done()) {
             const float4 of_tile = tile();
-            const bool seen = counts(of_tile.z);
+            const bool seen = counts(of.reach, of_tile.z);
             if (seen && !bounded(of_tile)) break;
             ask();
             if (seen) queries.add(stage, Powers(of, of_tile));
@@ -152,14 +158,15 @@ __global__ void __launch_bounds__(kThreads, tuning::kAttentionForwardSm90Blocks)
     }
     const bool careful = k < tiles.count;
     if (careful) {
-        queries.begin_carefully(of, k > 0);
+        queries.begin_carefully(p, tiles.head, tiles.first, k > 0);
 #pragma unroll 1
         for (; k < tiles.count; done()) {
             ask();
-            if (counts(tile().z)) queries.add_carefully(p, tiles.head, stage, tiles.first_token(k), p.causal && k == 0);
+            if (counts(of.reach, tile().z))
+                queries.add_carefully(p, tiles.head, stage, tiles.first_token(k), p.causal && k == 0);
         }
     }
-    queries.finish(p, of, tiles.head, tiles.first, careful);
+    queries.finish(p, tiles.head, tiles.first, careful);
     hopper::publish_shared();
     __syncwarp();
     if (threadIdx.x % kWarp == 0) {

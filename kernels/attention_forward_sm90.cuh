@@ -23,8 +23,8 @@
 //   u_j, w_j and rho_i u_j are rounded by 2^-9 at most, each; what is summed for lse are the rounded weights.
 // So lse is within 2^-10 + 2^-8 of the true one; typically the roundings of keys average out and 2^-11 is left. o is
 // divided by the sum of the same weights.
-// The queries' own tile of keys (causal), where a query sees few, is done in f32: factors, weights, and their sum for lse. The
-// running maximum likewise, and with a_i as it is.
+// The 64 own keys of a product's queries (causal), where a query may see few, have factors and weights in f32, and are summed
+// so for lse. The running maximum likewise, with a_i as it is.
 #pragma once
 #include "kernels/attention_forward_stage.cuh"
 #include "kernels/hopper.cuh"
@@ -65,12 +65,26 @@ struct alignas(16) KeyTile {
     float least;             // F
     float spread;            // largest |b_j - c'| + |F_j - G| that there may be; NaN where a number is
 };
+// What the weights of a block are relative to, the same for all queries.
+struct alignas(16) References {
+    float centre, gate;  // c, E in ln 2
+    float reach;         // largest F_i + d_i: keys with F_j beyond that + kFaded are nothing
+    bool bounded;
+};
+// The same tokens as a block's own: keys, and queries.
+struct alignas(16) OwnTile {
+    References of;
+    std::uint32_t rho[kQueries];  // bf16, twice
+    float top[kQueries];          // lambda_i; the running maximum of a query that has one
+    float2 factors[kKeys];        // u_j and w_j in f32
+};
 // As they lie in AttentionForward::scratch, [tiles of the token axis][heads].
 struct alignas(16) StoredTile {
     KeyTile keys;
-    float2 factors[kKeys];  // u_j and w_j in f32
+    OwnTile own;
 };
-static_assert(sizeof(StoredTile) == kAttentionForwardTile * sizeof(float) && kKeys == kAttentionForwardKeys);
+static_assert(sizeof(StoredTile) == kAttentionForwardTile * sizeof(float) && kKeys == kAttentionForwardKeys &&
+              kQueries == kKeys);
 
 // Two bf16 at once. A number and NaN: the number, as fminf.
 __device__ inline std::uint32_t multiply_two(std::uint32_t x, std::uint32_t y) {
@@ -87,12 +101,6 @@ constexpr std::uint32_t kTwoOnes = 0x3f803f80u;  // bf16
 __device__ inline std::uint32_t twice(float x) { return pack_bf16(x, x); }
 __device__ inline float first_of_two(std::uint32_t x) { return __uint_as_float(x << 16); }
 
-// What the weights of a block are relative to, the same for all queries.
-struct alignas(16) References {
-    float centre, gate;  // c, E in ln 2
-    float reach;         // largest F_i + d_i: keys with F_j beyond that + kFaded are nothing
-    bool bounded;
-};
 // A tile's second factors, powers of 2, each twice.
 struct Powers {
     std::uint32_t u, w;
@@ -110,6 +118,7 @@ struct Tiles {
     int first;  // token of the block's queries
 
     __device__ const StoredTile& operator()(int k) const { return data[std::int64_t(last - k) * heads]; }
+    __device__ const OwnTile& own() const { return data[std::int64_t(first / kKeys) * heads].own; }
     __device__ float least(int k) const { return (*this)(k).keys.least; }
     __device__ int first_token(int k) const { return (last - k) * kKeys; }
 };
@@ -118,57 +127,14 @@ struct Tiles {
 struct Shared {
     alignas(hopper::kTileAlignment) nv_bf16 values[kStages][kKeys * kWidth];  // at the end the first is of results
     nv_bf16 ones[16 * kWidth];
-    float2 own[kKeys];  // factors of the queries' own keys
     KeyTile keys[kStages];
-    float a[kQueries], gate[kQueries];  // of the queries
-    std::uint32_t rho[kQueries];        // twice
-    float top[kQueries];                // the running maximum of a query that has one
-    float sum
-        [kQueries];  // for lse: what the sum of a query's rounded weights lacks of that of its weights; of one with a
-                     // running maximum, all of it
-    float extremes[kWarps][6];      // see refer()
-    References references[kWarps];  // each warp's copy
+    OwnTile own;
+    float a[kQueries], gate[kQueries];  // of queries that have a running maximum
+    // For lse: what the sum of a query's rounded weights lacks of that of its weights; with a running maximum, all of it.
+    float sum[kQueries];
     Tiles tiles;
     hopper::Barrier full[kStages], empty[kStages];
 };
-
-// The numbers of a thread's token, the block's first being `first`.
-struct Numbers {
-    float a, b, F;
-    __device__ Numbers(const AttentionForward<bf16>& p, int head, int first) {
-        const std::int64_t token = first + static_cast<int>(threadIdx.x);
-        a = p.a.data[token * p.a.ld + head], b = p.b.data[token * p.b.ld + head];
-        F = p.F.data == nullptr ? 0.f : p.F.data[token * p.F.ld + head];
-    }
-};
-// Fixes the references, and fills a and gate. All threads.
-__device__ inline void refer(Shared& shared, const Numbers& of_thread) {
-    const int thread = threadIdx.x;
-    const float a = of_thread.a, F = of_thread.F, own = fabsf(a - of_thread.b);
-    shared.a[thread] = a, shared.gate[thread] = F;
-    const float of_lane[6] = {a, -a, F, -F, own, F + own};
-#pragma unroll
-    for (int i = 0; i < 6; ++i) shared.extremes[thread / kWarp][i] = from_ordered(largest_of_warp(of_lane[i]));
-    __syncthreads();
-    float most[6];
-#pragma unroll
-    for (int i = 0; i < 6; ++i) {
-        most[i] = shared.extremes[0][i];
-#pragma unroll
-        for (int w = 1; w < kWarps; ++w) {
-            const float x = shared.extremes[w][i];
-            most[i] = x > most[i] || x != x ? x : most[i];  // NaN stays
-        }
-    }
-    const float centre = rintf(0.5f * (most[0] - most[1]) * kLog2e), gate = ceilf(most[2] * kLog2e);
-    const int lane = thread % kWarp, query = lane / 16 * 64 + thread / kWarp * 16 + lane % 16;  // of the warp's 32
-    shared.rho[query] = twice(expf(-2.f * beyond(shared.a[query], centre)));
-    if (thread % kWarp == 0)
-        shared.references[thread / kWarp] = {centre, gate, most[5],
-                                             beyond(most[0], centre) <= kRange && beyond(most[1], -centre) <= kRange &&
-                                                 most[4] <= kOwnDistance && -beyond(-most[3], gate) <= kGateRange};
-    __syncwarp();
-}
 
 // A thread's part of the block's queries.
 struct Queries {
@@ -181,9 +147,8 @@ struct Queries {
     float o[M][9][4] = {};  // [8]: sums of the rounded weights
 
     __device__ explicit Queries(Shared& s) : shared(s) {
-        Sums none = {};
 #pragma unroll
-        for (int m = 0; m < M; ++m) keep_sums(m, none);
+        for (int m = 0; m < M; ++m) hopper::pin(products(m));  // or zeros are made anew on every way from here
     }
     static __device__ int warp() { return attention_forward_tile::thread_number() / kWarp; }
     static __device__ int lane() { return attention_forward_tile::thread_number() % kWarp; }
@@ -199,52 +164,16 @@ struct Queries {
 
     // A tile within the bounds that every query sees.
     __device__ void add(int stage, const Powers& by) {
-        const std::uint32_t* rho = shared.rho + row(0, 0);
-        std::uint32_t of_rows[M][2];
-#pragma unroll
-        for (int m = 0; m < M; ++m)
-#pragma unroll
-            for (int k = 0; k < 2; ++k) of_rows[m][k] = multiply_two(rho[64 * m + 8 * k], by.u);
-        const uint4* from = shared.keys[stage].pairs + lane() % 4;
-        uint4 next = from[0];
-        wait();
-#pragma unroll
-        for (int chunk = 0; chunk < kKeys / 16; ++chunk) {
-            const std::uint32_t u[2] = {next.x, next.z},
-                                w[2] = {multiply_two(next.y, by.w), multiply_two(next.w, by.w)};
-            if (chunk + 1 < kKeys / 16) next = from[4 * (chunk + 1)];
-            if (chunk > 0) hopper::product_wait<1>();  // the operands before the last ones are free
-            Packed packed[M];
-#pragma unroll
-            for (int m = 0; m < M; ++m)
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    packed[m][i] = least_two(multiply_two(of_rows[m][i % 2], u[i / 2]), w[i / 2]);
-            multiply(packed, stage, chunk);
-        }
+        multiply_seen<0, kKeys>(stage, by);
         wait();
     }
-    // The queries' own tokens, of which each sees those up to itself. By products of the warp alone, which needs no more keys
-    // than its own queries do, and registers that are free again at once.
+    // The queries' own tokens, of which each sees those up to itself: a triangle of 64 for either product, by products of
+    // a warp alone, which need no more keys than the warp's queries do; and the first 64 keys, which the others see all.
     __device__ void add_diagonal(int stage, const Powers& by) {
-        Sums sum[M] = {};
-        const float of_u = first_of_two(by.u), of_w = first_of_two(by.w);
-        const int own = warp();  // of the first product: the last 16 keys that the warp sees
-        const auto* factors = reinterpret_cast<const float4*>(shared.own) + lane() % 4;
-#pragma unroll 1
-        for (int chunk = 0; chunk <= 4 + own; ++chunk, factors += 8) {
-            float4 f[2] = {factors[0], factors[4]};
-#pragma unroll
-            for (int n = 0; n < 2; ++n) f[n].x *= of_u, f[n].y *= of_w, f[n].z *= of_u, f[n].w *= of_w;
-            if (chunk <= own) add_own<0>(sum[0], f, stage, chunk, chunk - own);
-            add_own<1>(sum[1], f, stage, chunk, chunk - 4 - own);
-        }
-#pragma unroll
-        for (int m = 0; m < M; ++m) {
-#pragma unroll
-            for (int k = 0; k < 2; ++k) sum[m][k] = row_sum(sum[m][k]) - o[m][8][2 * k];
-            keep_sums(m, sum[m]);
-        }
+        add_triangle<1>(stage, by);
+        multiply_seen<1, 64>(stage, by);
+        add_triangle<0>(stage, by);
+        wait();
     }
 
     // Any tile, with the running maximum. first: its first token.
@@ -255,23 +184,24 @@ struct Queries {
             add_chunk_carefully<1>(p, head, stage, chunk, first, diagonal);
         }
     }
-    // From here on the maximum runs. What has been summed is relative to lambda, of which a_i - c is what rho_i came out as.
-    __device__ void begin_carefully(const References& of, bool summed) {
+    // From here on the maximum runs. What has been summed is relative to lambda.
+    __device__ void begin_carefully(const AttentionForward<bf16>& p, int head, int first, bool summed) {
         __syncwarp();
-        if (lane() % 4 == 0)
+        const int lane_ = lane(), query = lane_ / 16 * 64 + warp() * 16 + lane_ % 16;  // of the warp's 32
+        const std::int64_t token = first + query;
+        shared.a[query] = p.a.data[token * p.a.ld + head];
+        shared.gate[query] = p.F.data == nullptr ? 0.f : p.F.data[token * p.F.ld + head];
+        if (!summed) shared.own.top[query] = -INFINITY;
+        if (lane_ % 4 == 0)
 #pragma unroll
             for (int m = 0; m < M; ++m)
 #pragma unroll
-                for (int k = 0; k < 2; ++k) {
-                    const int i = row(m, k);
-                    shared.sum[i] += o[m][8][2 * k];
-                    shared.top[i] = summed ? apart(shared.rho[i]) + beyond(shared.gate[i], of.gate) : -INFINITY;
-                }
+                for (int k = 0; k < 2; ++k) shared.sum[row(m, k)] += o[m][8][2 * k];
         __syncwarp();
     }
 
     // lse, and the outputs to `results` as TMA stores them. careful: the maximum ran.
-    __device__ void finish(const AttentionForward<bf16>& p, const References& of, int head, int first, bool careful) {
+    __device__ void finish(const AttentionForward<bf16>& p, int head, int first, bool careful) {
         // Of the four rows that four lanes share, each has one.
         const int of_warp = lane(), which = of_warp % 4, i = row(which / 2, which % 2);
         float rounded = o[0][8][0];
@@ -279,14 +209,13 @@ struct Queries {
         if (which == 2) rounded = o[1][8][0];
         if (which == 3) rounded = o[1][8][2];
         const float total = careful ? shared.sum[i] : shared.sum[i] + rounded;
-        const double shift = careful ? double(shared.top[i])
-                                     : (double(shared.gate[i]) - of.gate * 0.6931471805599453) + apart(shared.rho[i]);
-        p.lse.data[std::int64_t(first + i) * p.lse.ld + head] = attention_forward_tile::lse_of(total, shift);
+        p.lse.data[std::int64_t(first + i) * p.lse.ld + head] =
+            attention_forward_tile::lse_of(total, double(shared.own.top[i]));
         __syncthreads();  // the products of all warps are over: values become results
         const int matrix = of_warp / 8, at = warp() * 16 + matrix % 2 * 8 + of_warp % 8;
 #pragma unroll
         for (int m = 0; m < M; ++m) {
-            const float scale[2] = {1.f / o[m][8][0], 1.f / o[m][8][2]};
+            const float scale[2] = {__fdividef(1.f, o[m][8][0]), __fdividef(1.f, o[m][8][2])};
 #pragma unroll
             for (int n = 0; n < 8; n += 2) {
                 const auto pack = [&](int column, int k) {
@@ -300,8 +229,6 @@ struct Queries {
     }
 
   private:
-    // a_i - c of which rho_i is the factor.
-    static __device__ float apart(std::uint32_t rho) { return -0.5f * logf(first_of_two(rho)); }
     // Sums of whole rows.
     __device__ void keep_sums(int m, const Sums& x) {
         if (lane() % 4 == 0)
@@ -309,22 +236,65 @@ struct Queries {
             for (int k = 0; k < 2; ++k) shared.sum[row(m, k)] = x[k];
         __syncwarp();
     }
-    // 16 own keys, of which f are factors. beyond: see hide().
-    template <int m>
-    __device__ void add_own(Sums& sum, const float4 (&f)[2], int stage, int chunk, int beyond) {
-        const std::uint32_t* rho = shared.rho + row(m, 0);
-        Weights w;
+    // Begins the products from `from` on of a tile's first `keys` keys, which all their queries see.
+    template <int from, int keys>
+    __device__ void multiply_seen(int stage, const Powers& by) {
+        const std::uint32_t* rho = shared.own.rho + row(0, 0);
+        std::uint32_t of_rows[M][2];
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-            const float r = first_of_two(rho[8 * k]);
+        for (int m = from; m < M; ++m)
+#pragma unroll
+            for (int k = 0; k < 2; ++k) of_rows[m][k] = multiply_two(rho[64 * m + 8 * k], by.u);
+        const uint4* pairs = shared.keys[stage].pairs + lane() % 4;
+        uint4 next = pairs[0];
+        wait();
+#pragma unroll
+        for (int chunk = 0; chunk < keys / 16; ++chunk) {
+            const std::uint32_t u[2] = {next.x, next.z},
+                                w[2] = {multiply_two(next.y, by.w), multiply_two(next.w, by.w)};
+            if (chunk + 1 < keys / 16) next = pairs[4 * (chunk + 1)];
+            if (chunk > 0) hopper::product_wait<1>();  // the operands before the last ones are free
+            Packed packed[M];
+#pragma unroll
+            for (int m = from; m < M; ++m)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    packed[m][i] = least_two(multiply_two(of_rows[m][i % 2], u[i / 2]), w[i / 2]);
+            // The upper half of an operand is the same for all: fewer instructions than adding to 64 bits.
+            const std::uint64_t first = hopper::beside(shared.values[stage], shared.ones);
+            const std::uint64_t b =
+                first >> 32 << 32 | (static_cast<std::uint32_t>(first) + chunk * hopper::kBesideStep);
+            hopper::product_begin();
+#pragma unroll
+            for (int m = from; m < M; ++m) hopper::multiply_registers(products(m), packed[m], b, true);
+            hopper::product_commit();
+        }
+    }
+    // The 64 own keys of a product's 64 queries, with weights in f32. Nothing has been summed for these yet.
+    template <int m>
+    __device__ void add_triangle(int stage, const Powers& by) {
+        const int last = warp();  // 16 keys of which the warp's queries see some
+        const float of_u = first_of_two(by.u), of_w = first_of_two(by.w);
+        const auto* factors = reinterpret_cast<const float4*>(shared.own.factors + 64 * m) + lane() % 4;
+        const std::uint32_t* rho = shared.own.rho + row(m, 0);
+        const float of_rows[2] = {first_of_two(rho[0]), first_of_two(rho[8])};
+        Sums sum = {};
+#pragma unroll 1
+        for (int chunk = 0; chunk <= last; ++chunk, factors += 8) {
+            Weights w;
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
-                w[n][2 * k] = fminf(r * f[n].x, f[n].y);
-                w[n][2 * k + 1] = fminf(r * f[n].z, f[n].w);
+                const float4 f = factors[4 * n];
+                const float u[2] = {f.x * of_u, f.z * of_u}, v[2] = {f.y * of_w, f.w * of_w};
+#pragma unroll
+                for (int e = 0; e < 4; ++e) w[n][e] = fminf(of_rows[e / 2] * u[e % 2], v[e % 2]);
             }
+            if (chunk == last) hide(w, 0, 0.f);
+            multiply_in_warp<m>(w, sum, stage, 4 * m + chunk);
         }
-        if (beyond == 0) hide(w, beyond, 0.f);
-        multiply_in_warp<m>(w, sum, stage, chunk);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) sum[k] = row_sum(sum[k]) - o[m][8][2 * k];
+        keep_sums(m, sum);
     }
     // The keys of 16 that a query does not see. beyond: by how many 16 tokens they are past the warp's 16 queries.
     __device__ static void hide(Weights& w, int beyond, float nothing) {
@@ -360,7 +330,7 @@ struct Queries {
     __device__ void soften(Sums& before, Weights& s) {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-            float& kept = shared.top[row(m, k)];
+            float& kept = shared.own.top[row(m, k)];
             float best = -INFINITY;
 #pragma unroll
             for (int e = 0; e < 4; ++e) best = fmaxf(best, s[e / 2][2 * k + e % 2]);
@@ -396,15 +366,6 @@ struct Queries {
             mma_bf16(o[m][n + 1], packed, b[2], b[3]);
         }
         mma_bf16(o[m][8], packed, kTwoOnes, kTwoOnes);
-    }
-    __device__ void multiply(const Packed (&packed)[M], int stage, int chunk) {
-        // The upper half of an operand is the same for all: fewer instructions than adding to 64 bits.
-        const std::uint64_t values = hopper::beside(shared.values[stage], shared.ones);
-        const std::uint64_t b = values >> 32 << 32 | (static_cast<std::uint32_t>(values) + chunk * hopper::kBesideStep);
-        hopper::product_begin();
-#pragma unroll
-        for (int m = 0; m < M; ++m) hopper::multiply_registers(products(m), packed[m], b, true);
-        hopper::product_commit();
     }
 };
 
