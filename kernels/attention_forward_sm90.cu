@@ -7,6 +7,7 @@
 #include "kernels/attention_forward_sm90.h"
 
 #include "kernels/attention_forward_sm90.cuh"
+#include "kernels/dependent_launch.cuh"
 #include "kernels/tensor_map.h"
 
 namespace fiedler {
@@ -16,6 +17,7 @@ using namespace attention_forward_sm90_tile;
 
 // Makes a tile of `tiles`, of 128 tokens and a head.
 __global__ void __launch_bounds__(kKeys) attention_factors_kernel(AttentionForward<bf16> p, StoredTile* tiles) {
+    dependents_may_start();
     enum { kB, kMinusB, kF, kMinusF, kA, kMinusA, kDistance, kReach, kCount };
     __shared__ int extremes[kKeys / kWarp][kCount];
     const int head = blockIdx.x, thread = threadIdx.x;
@@ -107,6 +109,7 @@ __global__ void __launch_bounds__(kThreads, tuning::kAttentionForwardSm90Blocks)
         for (int i = 0; i < kStages; ++i)
             hopper::barrier_init(&shared.full[i], 1), hopper::barrier_init(&shared.empty[i], kWarps);
         hopper::barrier_init_done();
+        wait_for_previous();  // the factors; what other threads read is older
         load(shared, 0, true);  // causal: no query is far from itself; otherwise there is no gate
         const float reach = tiles.own().of.reach, next = count > 1 ? tiles.least(1) : 0.f;
         if (count > 2) least = tiles.least(2);
@@ -207,7 +210,7 @@ void attention_forward_sm90(const Cuda& device, const AttentionForward<bf16>& p)
                       static_cast<unsigned>(ceil_div(pairs, std::int64_t(problem.together))));
     CUDA_CHECK(
         cudaFuncSetAttribute(attention_forward_sm90_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-    attention_forward_sm90_kernel<<<blocks, kThreads, kBytes, stream_of(device)>>>(problem);
+    launch_dependent(attention_forward_sm90_kernel, blocks, kThreads, kBytes, stream_of(device), problem);
     LAUNCH_CHECK("attention_forward_sm90");
 }
 
