@@ -68,8 +68,8 @@ __device__ inline unsigned first_row(unsigned thread) { return thread / kWarp * 
 __device__ inline int lane_of_row() { return static_cast<int>(static_cast<unsigned>(thread_anew()) % 4); }  // t
 
 // ---- shared memory -----------------------------------------------------------------------------------------------
-struct alignas(16) QueryNumbers {
-    float lse, delta, gate, a;  // a: of R = 1
+struct alignas(16) QueryNumbers {  // R = 1: also at the begin of AttentionBackward::partial, [heads][tokens]
+    float lse, delta, gate, a;     // a: of R = 1
 };
 template <int R>
 struct Shared {
@@ -89,7 +89,7 @@ struct Shared {
     // alone makes a query's weights nothing for the keys; numbers_of: see QueryLoads; careful_end: see Range.
     volatile float origin, centre, faded;
     volatile int careful_end;
-    volatile unsigned long long numbers_of[kThreads];
+    volatile unsigned long long numbers_of[R == 1 ? 1 : kThreads];
     float sums[kThreads / kWarp][4][S::kColumns * (R + 1)];  // of the warps' lanes t, at the end
     hopper::Barrier full[kStages];  // dO is there, R = 4: a, and V with a tile of keys' first dO
 };
@@ -103,17 +103,13 @@ struct Ring {
     }
 };
 
-// The numbers of 64 queries at a time. A warp has one of lse, delta, F, a (R = 1) for all of them; of two scalars a thread
-// has one; more are loaded by TMA. Where a thread's next ones are is kept in shared memory.
+// R = 4: the numbers of 64 queries at a time. A warp has one of lse, delta, F for all of them. Where a thread's next ones are
+// is kept in shared memory. R = 1: numbers lie together, and come by TMA as a does for R = 4.
 template <int R>
 struct QueryLoads {
     __device__ static void begin(const AttentionBackward<bf16>& p, Shared<R>& shared, int head, int first) {
         const int thread = thread_anew(), warp = thread / kWarp;
-        const float* number = warp == 0   ? p.lse.data
-                              : warp == 1 ? p.delta.data
-                              : warp == 2 ? p.F.data
-                              : R == 1    ? p.a.data
-                                          : nullptr;
+        const float* number = warp == 0 ? p.lse.data : warp == 1 ? p.delta.data : warp == 2 ? p.F.data : nullptr;
         if (number != nullptr) number += std::int64_t(first + thread % kWarp) * p.heads + head;
         shared.numbers_of[thread] = reinterpret_cast<unsigned long long>(number);
     }
@@ -220,6 +216,20 @@ struct Keys {
     }
     __device__ static float scaled_scalar(float x, float origin) { return __fmul_rn(x - origin, kLog2e); }
 
+    // What a thread's two rows need, which is there before dP is.
+    struct Base {
+        float base[2], delta[2], a[2];  // relative to G in base 2; a scaled as b is, R = 1
+        __device__ Base(const Shared<R>& shared, int stage, int row) {
+            const float centre = shared.centre, origin = shared.origin;
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const QueryNumbers x = shared.numbers[stage][row + 8 * k];
+                base[k] = ((x.gate - centre) - x.lse) * kLog2e, delta[k] = x.delta;
+                a[k] = R == 1 ? scaled_scalar(x.a, origin) : 0.f;
+            }
+        }
+    };
+
     // d = a - b for the columns c, c + 1 of a row. R = 1: of the scaled ones, unless kCareful.
     template <bool kCareful>
     __device__ void differences(float (&d)[2][R], const float (&a)[R], const Shared<R>& shared, int c) const {
@@ -256,20 +266,17 @@ struct Keys {
     // row i sees keys up to i. kCareful: row i sees keys up to i + shift, keys may have gates of their own, and scalars may
     // be anything. False: nothing is done, it has to be done with care.
     template <bool kCareful, bool kOwn = false>
-    __device__ bool add(float (&rows)[2][R], const Shared<R>& shared, int stage, std::uint32_t to, int row, int shift) {
+    __device__ bool add(float (&rows)[2][R], const Shared<R>& shared, int stage, std::uint32_t to, int row, int shift,
+                        const Base& of_rows) {
         const QueryNumbers* const of = shared.numbers[stage];
-        const float centre = shared.centre, faded = shared.faded;
+        const float faded = shared.faded;
         float a[2][R], base[2], delta[2], all[2] = {};
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-            const QueryNumbers x = of[row + 8 * k];
-            base[k] = ((x.gate - centre) - x.lse) * kLog2e;
-            delta[k] = x.delta;
+            base[k] = of_rows.base[k], delta[k] = of_rows.delta[k];
 #pragma unroll
             for (int r = 0; r < R; ++r) {
-                a[k][r] = R > 1      ? shared.a[stage][(row + 8 * k) * R + r]
-                          : kCareful ? x.a
-                                     : scaled_scalar(x.a, shared.origin);
+                a[k][r] = R > 1 ? shared.a[stage][(row + 8 * k) * R + r] : kCareful ? of[row + 8 * k].a : of_rows.a[k];
                 rows[k][r] = 0.f;
             }
         }

@@ -207,8 +207,9 @@ struct Trial {
     static std::size_t partial_elements(const Inputs& i) {
         if constexpr (std::is_same_v<Dev, Cpu>) return 0;
         const Case& c = i.c;
-        const auto slab = attention_slab_elements(i.tokens(), c.heads, c.scalars);
-        return std::size_t(c.slabs > 0 ? c.slabs * slab
+        const auto slab = attention_slab_elements(i.tokens(), c.heads, c.scalars),
+                   numbers = attention_numbers_elements(i.tokens(), c.heads, c.width, c.scalars);
+        return std::size_t(c.slabs > 0 ? c.slabs * slab + numbers
                                        : attention_partial_elements(i.packed(), longest(i), c.heads, c.width, c.scalars,
                                                                     c.window, c.causal));
     }
