@@ -123,18 +123,20 @@ __device__ void add_queries(const Problem& problem, Shared<R>& shared, Keys<R>& 
         if (!done)
             keys.template add<true>(of_rows, shared, ring.stage, place + turned, row,
                                     problem.p.causal ? q * kTile - first : kTile, base);
-        store_sums<R>(sums_of(q), left, RowSums<R>(of_rows));
-        hopper::product_wait<0>();
+        const Ring next = ring.next();
+        if (q + 1 < range.end) {  // dP of the next tile needs no other warp: it goes on behind what is left of this one
+            hopper::barrier_wait(&shared.full[next.stage], next.parity);
+            multiply_rows<N>(keys.dp, advance(gradients, next.stage * kStageBytes), values);
+            hopper::product_wait<1>();
+        } else {
+            hopper::product_wait<0>();
+        }
         hopper::pin(keys.dv);
         if (R > 1) cp_async_wait<0>();
         hopper::publish_shared();
+        store_sums<R>(sums_of(q), left, RowSums<R>(of_rows));
         __syncthreads();
-        const Ring next = ring.next();
-        if (q + 1 < range.end) {
-            if (q + 2 < range.end) load_queries(problem, shared, next.next().stage, q + 2);
-            hopper::barrier_wait(&shared.full[next.stage], next.parity);
-            multiply_rows<N>(keys.dp, advance(gradients, next.stage * kStageBytes), values);
-        }
+        if (q + 2 < range.end) load_queries(problem, shared, next.next().stage, q + 2);
         before = ring.stage, ring = next;
     }
     multiply_turned<N>(keys.dv, advance(gradients, before * kStageBytes),

@@ -58,7 +58,7 @@ __device__ inline float factor_of(float sign, float x, float count_x, float coun
     return fmaf(power * kLn2, lost, power);
 }
 
-// A warp's 128 keys of a head, ready for its products: of each 16, and of each t, the keys 2t, 2t + 1, 8 + 2t, 9 + 2t.
+// 128 keys of a head, ready for products: of each 16, and of each t, the keys 2t, 2t + 1, 8 + 2t, 9 + 2t.
 struct alignas(16) KeyTile {
     uint4 pairs[kKeys / 4];  // u_j of the first two, w_j of these, and of the other two likewise; bf16
     float centre, gate;      // c', G in ln 2
@@ -200,7 +200,7 @@ struct Queries {
         __syncwarp();
     }
 
-    // lse, and the outputs to `results` as TMA stores them. careful: the maximum ran.
+    // lse, and the outputs into shared memory as TMA stores them. careful: the maximum ran.
     __device__ void finish(const AttentionForward<bf16>& p, int head, int first, bool careful) {
         // Of the four rows that four lanes share, each has one.
         const int of_warp = lane(), which = of_warp % 4, i = row(which / 2, which % 2);
