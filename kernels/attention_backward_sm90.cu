@@ -3,10 +3,13 @@
 //
 // A round of the loop has one tile of queries and one barrier. At the barrier every warp has
 //   * written its weights of the tile, for dv,
+//   * begun the product dP of the next tile, which needs no other warp,
 //   * waited for the product dv of the tile before, whose stage and weights are free from there on,
-//   * waited for its part of the next tile's numbers.
-// After it the loads of the tile after next begin (dO by TMA, numbers by cp.async), and the product dP of the next tile;
-// dv of this tile begins once dP is there, and goes on behind the arithmetic of the next tile.
+//   * R = 4: waited for its part of the next tile's numbers.
+// After it the loads of the tile after next begin (dO by TMA; numbers with it, or by cp.async for R = 4). dv of this tile
+// begins once dP is there, and goes on behind the arithmetic of the next tile.
+//
+// R = 1: a kernel before makes delta, and puts what a query is about together (QueryNumbers).
 #include "kernels/attention_backward_sm90.cuh"
 #include "kernels/attention_backward_sm90.h"
 #include "kernels/dependent_launch.cuh"

@@ -91,7 +91,8 @@ struct Shared {
     volatile int careful_end;
     volatile unsigned long long numbers_of[R == 1 ? 1 : kThreads];
     float sums[kThreads / kWarp][4][S::kColumns * (R + 1)];  // of the warps' lanes t, at the end
-    hopper::Barrier full[kStages];  // dO is there, R = 4: a, and V with a tile of keys' first dO
+    hopper::Barrier
+        full[kStages];  // dO is there, and numbers (R = 1) or a (R = 4), and V with a tile of keys' first dO
 };
 
 // A place in the ring of stages, and the parity that its barrier is waited for with.

@@ -1,9 +1,10 @@
 // kernels/attention_forward_sm90.cu: the forward pass of scalar-distance attention for sm_90a, one scalar; what a block
 // does with its tiles is in attention_forward_sm90.cuh.
 //
-// A first kernel makes the factors of all keys. Then blocks stream tiles of keys, latest first, so that the queries' own
-// tokens come before those that the gate may have closed: a thread asks TMA for values and factors two tiles ahead, into a
-// ring of three stages; warps tell each other that a stage is free, and meet nowhere else but in their products.
+// A first kernel makes the factors of all keys, and what a block must know of its queries. Then blocks stream tiles of
+// keys, latest first, so that the queries' own tokens come before those that the gate may have closed: a thread asks TMA
+// for values and factors two tiles ahead, into a ring of three stages; warps tell each other that a stage is free, and meet
+// nowhere else but in their products and at the end.
 #include "kernels/attention_forward_sm90.h"
 
 #include "kernels/attention_forward_sm90.cuh"
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, tuning::kAttentionForwardSm90Blocks)
         for (int i = 0; i < kStages; ++i)
             hopper::barrier_init(&shared.full[i], 1), hopper::barrier_init(&shared.empty[i], kWarps);
         hopper::barrier_init_done();
-        wait_for_previous();  // the factors; what other threads read is older
+        wait_for_previous();    // the factors; what other threads read is older
         load(shared, 0, true);  // causal: no query is far from itself; otherwise there is no gate
         const float reach = tiles.own().of.reach, next = count > 1 ? tiles.least(1) : 0.f;
         if (count > 2) least = tiles.least(2);
