@@ -28,8 +28,8 @@ constexpr AttentionForward attention_forward(int width, int scalars) {
 }
 
 // Blocks of the forward pass on sm_90a, D = 64, one scalar (kernels/attention_forward_sm90.cu), that fit on a
-// multiprocessor: one warpgroup with 128 queries each, 168 registers a thread.
-constexpr int kAttentionForwardSm90Blocks = 3;
+// multiprocessor: one warpgroup with 128 queries each, 128 registers a thread.
+constexpr int kAttentionForwardSm90Blocks = 4;
 
 // Backward pass of scalar-distance attention (kernels/attention_backward.cuh). A block is four warps of `row_tiles` x 16
 // keys and streams the queries that see them.
