@@ -1,5 +1,5 @@
 # The front door. `make` builds for the GPU that is present, for the CPU alone where there is none.
-#   make setup | build | train | test | bench | gpu-check | format | cuda ARCHS="89 90" | release | clean
+#   make setup | build | train | test | bench | gpu-check | format | cuda ARCHS="89 90" | release | check-archs | clean
 #   make aarch64-check | fuzz: the CPU runtime for ARM under qemu, and the readers of files under libFuzzer
 
 SHELL := /bin/bash
@@ -24,7 +24,7 @@ PACKAGES := build-essential cmake ninja-build pkg-config clang-format python3 py
 # RDKit reads SMILES at `fiedler prepare`; its headers want Boost's. 15 MB to download, 165 MB installed.
 OPTIONAL := librdkit-dev libboost-dev
 
-.PHONY: all setup build cuda release train test bench gpu-check smoke format format-check clean aarch64-check fuzz
+.PHONY: all setup build cuda release check-archs train test bench gpu-check smoke format format-check clean aarch64-check fuzz
 all: build
 
 setup:
@@ -43,6 +43,15 @@ cuda: setup
 release: setup
 	@cmake -S . -B build/release -G "$(GENERATOR)" -DFIEDLER_CUDA=ON -DFIEDLER_ARCHS="$(call list,$(RELEASE_ARCHS))" -DCMAKE_CUDA_COMPILER=$(NVCC) $(CMAKE_FLAGS)
 	@cmake --build build/release -j $(JOBS)
+
+# Every kernel for every architecture, anew: no spills, no more shared memory than there is.
+check-archs: setup
+	@[ -n "$(NVCC)" ] || { echo "make check-archs needs nvcc (the CUDA toolkit), and there is none on the PATH"; exit 1; }
+	@rm -rf build/archs
+	@cmake -S . -B build/archs -G "$(GENERATOR)" -DFIEDLER_CUDA=ON -DFIEDLER_ARCHS="$(call list,$(RELEASE_ARCHS))" \
+	    -DFIEDLER_PTXAS_REPORT=ON -DCMAKE_CUDA_COMPILER=$(NVCC) $(CMAKE_FLAGS)
+	@cmake --build build/archs -j $(JOBS) > build/archs/build.log 2>&1 || { grep -v "^ptxas info" build/archs/build.log | tail -50; exit 1; }
+	@tools/check_ptxas build/archs/build.log $(RELEASE_ARCHS)
 
 # A model from this machine's own C and C++ headers: no download, a few minutes without a GPU. make train TRAIN_FLAGS="--steps 1000"
 TRAIN_FLAGS ?=

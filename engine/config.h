@@ -102,7 +102,7 @@ struct Config {
     std::int64_t warmup = 30;
     ScheduleKind schedule = ScheduleKind::wsd;
     double decay_fraction = 0.5;
-    double head_bf16_fraction = 0.2;
+    double head_bf16_fraction = 0;
     double beta1 = 0.9, beta2 = 0.95, adam_eps = 1e-8, weight_decay = 0.1, clip = 1;
     double skip_outliers = 0;
     bool skip_nonfinite = true;

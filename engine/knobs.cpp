@@ -351,8 +351,10 @@ std::vector<Knob> run_knobs() {
         {"head-precision",
          choice<&C::head_precision>(),
          kShape,
-         "products of the vocabulary head and its gradients in training: fp8 is the faster, with some 7 % of noise in "
-         "each term of a gradient, on GPUs of sm_90 (H100) with channels that 128 divides, up to 768, a vocabulary "
+         "products of the vocabulary head and its gradients in training: fp8 is the faster, with logits of int8 and "
+         "some "
+         "7 % of noise of 8-bit floats in each term of a gradient, on GPUs of sm_90 (H100) with channels that 128 "
+         "divides, up to 768, a vocabulary "
          "that "
          "16 divides, and micro-batches of a multiple of 64 tokens; elsewhere bf16 is used",
          {.choices = {"bf16", "fp8"}}},

@@ -26,10 +26,13 @@
 //            ds is rounded to bf16 in da, db and dF too, once for both of its sums. Tiles with a scalar further than 24
 //            from c have scores and signs in f32.
 //            Cuda, sm_90, D = 64, R = 1, no window, equal sequences of a multiple of 128 tokens, and scratch: the forward
-//            pass is a kernel of its own (attention_forward_sm90.cu).
-//            Cuda, sm_90, D = 64, R = 1 or 4, no window, equal sequences of a multiple of 64 tokens: the backward pass
-//            is a kernel of its own (attention_backward_sm90.cu), scores in f32; R = 1: scalars that differ by a
-//            rounding of a product may count as equal there. The way depends on shapes and the device alone.
+//            pass is a kernel of its own (attention_forward_sm90.cu). There weights are made in bf16: a query counts as if
+//            its scalar were up to 2^-10 off, a weight is within 2^-8 (causal: but for a query's own tile of 128 keys), and
+//            lse, the sum of these, within 2^-10 + 2^-8; typically 2^-11.
+//            Cuda, sm_90, D = 64, R = 1 or 4, no window, equal sequences of a multiple of 64 tokens, R = 1: and room for
+//            attention_numbers_elements: the backward pass is a kernel of its own (attention_backward_sm90.cu), scores in
+//            f32; R = 1: scalars that differ by a rounding of a product may count as equal there. The way depends on
+//            shapes and the device alone.
 // skip       Cuda: tiles in which the gate alone puts every weight under e^-25 (2^-36) of what its query has from itself are
 //            left out: less than the rounding of f32, a thousand of them together. false: all are computed.
 // decode     one query, `length` cached keys of one sequence (query i = length - 1), causal: o as above.
@@ -141,7 +144,7 @@ struct Sight {
 
 // Scratch of the forward pass on sm_90: what it makes of every 128 keys of a head. Of use for D = 64, R = 1 alone; without
 // it the general way is taken.
-constexpr std::int32_t kAttentionForwardKeys = 128, kAttentionForwardTile = 2 * kAttentionForwardKeys + 4;
+constexpr std::int32_t kAttentionForwardKeys = 128, kAttentionForwardTile = 5 * kAttentionForwardKeys + 8;
 inline std::int64_t attention_forward_scratch_elements(std::int64_t tokens, std::int32_t heads) {
     return tokens / kAttentionForwardKeys * heads * kAttentionForwardTile;
 }
@@ -177,14 +180,20 @@ inline AttentionSlabs attention_slabs(const Packed& seq, std::int32_t longest, s
 inline std::int64_t attention_slab_elements(std::int64_t tokens, std::int32_t heads, std::int32_t scalars) {
     return (tokens + 63) / 64 * 64 * heads * attention_padded_scalars(scalars);
 }
+// What the kernel of sm_90 for one scalar needs of `partial` beside slabs; without it the general way is taken.
+inline std::int64_t attention_numbers_elements(std::int64_t tokens, std::int32_t heads, std::int64_t width,
+                                               std::int32_t scalars) {
+    return width == 64 && scalars == 1 ? 4 * tokens * heads : 0;
+}
 // `partial` for the best speed; any size from attention_slab_elements on works. Fewer slabs make larger groups of keys.
 inline std::int64_t attention_partial_elements(const Packed& seq, std::int32_t longest, std::int32_t heads,
                                                std::int64_t width, std::int32_t scalars, std::int32_t window,
                                                bool causal) {
     const std::int32_t R = attention_padded_scalars(scalars);
-    return attention_slabs(seq, longest, window, causal, attention_backward_keys(width, R), attention_most_slabs(R))
-               .slabs *
-           attention_slab_elements(seq.tokens, heads, scalars);
+    const AttentionSlabs slabs =
+        attention_slabs(seq, longest, window, causal, attention_backward_keys(width, R), attention_most_slabs(R));
+    return slabs.slabs * attention_slab_elements(seq.tokens, heads, scalars) +
+           attention_numbers_elements(seq.tokens, heads, width, scalars);
 }
 
 // Visible (query, key) pairs of one head in uniform sequences of length n.

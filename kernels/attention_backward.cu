@@ -63,16 +63,6 @@ void launch_backward(const Cuda& device, const AttentionBackward<bf16>& p) {
     LAUNCH_CHECK("attention_backward, da");
 }
 
-#if FIEDLER_SM90A  // kernels/attention_backward_sm90.cu is in this build
-bool try_sm90(const Cuda& device, const AttentionBackward<bf16>& p) {
-    if (!attention_backward_sm90_takes(device, p)) return false;
-    attention_backward_sm90(device, p);
-    return true;
-}
-#else
-bool try_sm90(const Cuda&, const AttentionBackward<bf16>&) { return false; }
-#endif
-
 void check_all(const AttentionBackward<bf16>& p) {
     check(p);
     check_width(p.v.cols / p.heads);
@@ -86,7 +76,19 @@ void run_delta(const Cuda& device, const AttentionBackward<bf16>& p) {
         p, parts);
     LAUNCH_CHECK("attention_delta");
 }
+#if FIEDLER_SM90A  // kernels/attention_backward_sm90.cu is in this build
+bool try_sm90(const Cuda& device, const AttentionBackward<bf16>& p) {
+    if (!attention_backward_sm90_takes(device, p)) return false;
+    if (p.scalars > 1) run_delta(device, p);
+    attention_backward_sm90(device, p);
+    return true;
+}
+#else
+bool try_sm90(const Cuda&, const AttentionBackward<bf16>&) { return false; }
+#endif
+
 void general(const Cuda& device, const AttentionBackward<bf16>& p) {
+    run_delta(device, p);
     with_sizes(static_cast<int>(p.v.cols / p.heads), p.scalars,
                [&]<int D, int R>() { launch_backward<D, R>(device, p); });
 }
@@ -95,12 +97,10 @@ void general(const Cuda& device, const AttentionBackward<bf16>& p) {
 
 void attention_backward(const Cuda& device, const AttentionBackward<bf16>& p) {
     check_all(p);
-    run_delta(device, p);
     if (!try_sm90(device, p)) general(device, p);
 }
 bool attention_backward_by_path(const Cuda& device, const AttentionBackward<bf16>& p, AttentionPath path) {
     check_all(p);
-    run_delta(device, p);
     if (path == AttentionPath::sm90) return try_sm90(device, p);
     general(device, p);
     return true;

@@ -3,12 +3,16 @@
 //
 // A round of the loop has one tile of queries and one barrier. At the barrier every warp has
 //   * written its weights of the tile, for dv,
+//   * begun the product dP of the next tile, which needs no other warp,
 //   * waited for the product dv of the tile before, whose stage and weights are free from there on,
-//   * waited for its part of the next tile's numbers.
-// After it the loads of the tile after next begin (dO by TMA, numbers by cp.async), and the product dP of the next tile;
-// dv of this tile begins once dP is there, and goes on behind the arithmetic of the next tile.
+//   * R = 4: waited for its part of the next tile's numbers.
+// After it the loads of the tile after next begin (dO by TMA; numbers with it, or by cp.async for R = 4). dv of this tile
+// begins once dP is there, and goes on behind the arithmetic of the next tile.
+//
+// R = 1: a kernel before makes delta, and puts what a query is about together (QueryNumbers).
 #include "kernels/attention_backward_sm90.cuh"
 #include "kernels/attention_backward_sm90.h"
+#include "kernels/dependent_launch.cuh"
 #include "kernels/tensor_map.h"
 
 namespace fiedler {
@@ -18,6 +22,7 @@ using namespace attention_backward_sm90_tile;
 
 // Tiles of queries that see the keys from `first` on; up to careful_end, queries that see some of them only.
 struct Range {
+    static constexpr int kAll = 0x7fffffff;
     int begin, end, careful_end;
     __device__ Range(const AttentionBackward<bf16>& p, int first) {
         end = p.seq.last(first) / kTile;
@@ -30,23 +35,55 @@ struct Problem {
     CUtensorMap gradients, values, scalars;  // dO, V, [tokens, heads D]; a, [tokens, heads R], R = 4
     AttentionBackward<bf16> p;
     BackwardGroups groups;
+    const QueryNumbers* numbers;  // R = 1
 };
+
+// Of every token and head, R = 1: delta = dO . o, and what goes with it. Eight lanes share one.
+constexpr int kNumbersThreads = 256, kNumbersTokens = kNumbersThreads / 8;
+__global__ void __launch_bounds__(kNumbersThreads)
+    attention_numbers_kernel(AttentionBackward<bf16> p, QueryNumbers* numbers) {
+    dependents_may_start();
+    const int head = static_cast<int>(blockIdx.y), part = static_cast<int>(threadIdx.x) % 8;
+    const std::int64_t token = std::int64_t(blockIdx.x) * kNumbersTokens + threadIdx.x / 8;
+    const auto g = load16(nv(p.do_.data) + token * p.do_.ld + head * kWidth + part * 8);
+    const auto o = load16(nv(p.o.data) + token * p.o.ld + head * kWidth + part * 8);
+    QueryNumbers x{};
+    if (part == 0) {
+        x.lse = p.lse.data[token * p.heads + head], x.a = p.a.data[token * p.heads + head];
+        if (p.F.data != nullptr) x.gate = p.F.data[token * p.heads + head];
+    }
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum = fmaf(to_float(g.v[i]), to_float(o.v[i]), sum);
+    for (int i = 4; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
+    x.delta = sum;
+    if (part == 0)
+        *reinterpret_cast<float4*>(numbers + head * std::int64_t(p.seq.tokens) + token) = {x.lse, x.delta, x.gate, x.a};
+}
 
 // A tile of queries: dO, and V with it, asked for by one thread; numbers. query: in tiles.
 template <int R>
 __device__ void load_queries(const Problem& problem, Shared<R>& shared, int stage, int query, int key = -1) {
     const int head = static_cast<int>(blockIdx.x);
     if (threadIdx.x == 0) {
-        constexpr int kBytes = kTileElements * 2 + (R > 2 ? kTile * R * 4 : 0),
+        constexpr int kNumberBytes = sizeof(shared.numbers[0]),
+                      kBytes = kTileElements * 2 + (R == 1 ? kNumberBytes : kTile * R * 4),
                       kValueBytes = Shape<R>::kKeys * kRowBytes;
         hopper::Barrier* full = &shared.full[stage];
         hopper::barrier_arrive_expecting(full, key < 0 ? kBytes : kBytes + kValueBytes);
         hopper::load_box(shared.gradients[stage], &problem.gradients, head * kWidth, query * kTile, full);
-        if (R > 2) hopper::load_box(shared.a[stage], &problem.scalars, head * R, query * kTile, full);
+        if constexpr (R == 1)
+            hopper::load_bytes(shared.numbers[stage],
+                               problem.numbers + head * std::int64_t(problem.p.seq.tokens) + query * kTile,
+                               kNumberBytes, full);
+        else
+            hopper::load_box(shared.a[stage], &problem.scalars, head * R, query * kTile, full);
         if (key >= 0) hopper::load_box(shared.values, &problem.values, head * kWidth, key, full);
     }
-    QueryLoads<R>::start(problem.p, shared, stage, head, query * kTile);
-    cp_async_commit();
+    if constexpr (R > 1) {
+        QueryLoads<R>::start(problem.p, shared, stage, head, query * kTile);
+        cp_async_commit();
+    }
 }
 
 // The queries of one tile of keys. ring: where the first tile is; then, where the next one would be. sums: the slab of
@@ -73,26 +110,36 @@ __device__ void add_queries(const Problem& problem, Shared<R>& shared, Keys<R>& 
         float left[RowSums<R>::kCount], of_rows[2][R];
         load_sums(left, sums_of(q), q < written);
         const int turned = (q & 1) * kWeightBytes;
+        const typename Keys<R>::Base base(shared, ring.stage, row);
         hopper::product_wait<0>();
         hopper::pin(keys.dp);
         if (q > range.begin)
             multiply_turned<N>(keys.dv, advance(gradients, before * kStageBytes),
                                advance(weights, kWeightBytes - turned));
-        if (q < range.careful_end || !keys.template add<false>(of_rows, shared, ring.stage, place + turned, row, 0))
+        bool done = false;
+        const int careful_end = shared.careful_end;
+        if (q >= careful_end)
+            done = keys.template add<false>(of_rows, shared, ring.stage, place + turned, row, 0, base);
+        else if constexpr (N == kTile)
+            done = careful_end != Range::kAll &&
+                   keys.template add<false, true>(of_rows, shared, ring.stage, place + turned, row, 0, base);
+        if (!done)
             keys.template add<true>(of_rows, shared, ring.stage, place + turned, row,
-                                    problem.p.causal ? q * kTile - first : kTile);
-        store_sums<R>(sums_of(q), left, RowSums<R>(of_rows));
-        hopper::product_wait<0>();
-        hopper::pin(keys.dv);
-        cp_async_wait<0>();
-        hopper::publish_shared();
-        __syncthreads();
+                                    problem.p.causal ? q * kTile - first : kTile, base);
         const Ring next = ring.next();
-        if (q + 1 < range.end) {
-            if (q + 2 < range.end) load_queries(problem, shared, next.next().stage, q + 2);
+        if (q + 1 < range.end) {  // dP of the next tile needs no other warp: it goes on behind what is left of this one
             hopper::barrier_wait(&shared.full[next.stage], next.parity);
             multiply_rows<N>(keys.dp, advance(gradients, next.stage * kStageBytes), values);
+            hopper::product_wait<1>();
+        } else {
+            hopper::product_wait<0>();
         }
+        hopper::pin(keys.dv);
+        if (R > 1) cp_async_wait<0>();
+        hopper::publish_shared();
+        store_sums<R>(sums_of(q), left, RowSums<R>(of_rows));
+        __syncthreads();
+        if (q + 2 < range.end) load_queries(problem, shared, next.next().stage, q + 2);
         before = ring.stage, ring = next;
     }
     multiply_turned<N>(keys.dv, advance(gradients, before * kStageBytes),
@@ -113,25 +160,26 @@ __global__ void __launch_bounds__(kThreads, Shape<R>::kBlocks)
     const int head = static_cast<int>(blockIdx.x), group = static_cast<int>(blockIdx.y * gridDim.z + blockIdx.z);
     const int slab = __shfl_sync(0xffffffffu, group % groups.slabs, 0);  // known to be the same in all lanes
     float* const sums = groups.partial + slab * groups.slab_floats + std::int64_t(head) * p.seq.tokens * R;
-    if (p.F.data == nullptr)
+    if (R > 1 && p.F.data == nullptr)
         for (int i = threadIdx.x; i < kStages * kTile; i += kThreads) shared.numbers[i / kTile][i % kTile].gate = 0.f;
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; ++s) hopper::barrier_init(&shared.full[s], 1);
         hopper::barrier_init_done();
     }
     __syncthreads();
+    wait_for_previous();
     Ring ring;
     int written = 0, first = group * groups.tiles * N;
 #pragma unroll 1
     for (int k = 0; k < groups.tiles && first < p.seq.tokens; ++k, first += N) {
         Keys<R> keys;
         Range range(p, first);
-        QueryLoads<R>::begin(p, shared, head, range.begin * kTile);
+        if constexpr (R > 1) QueryLoads<R>::begin(p, shared, head, range.begin * kTile);
         load_queries(problem, shared, ring.stage, range.begin, first);
         if (range.begin + 1 < range.end) load_queries(problem, shared, ring.next().stage, range.begin + 1);
         keys.begin(p, shared, head, first);
-        if (keys.careful) range.careful_end = range.end;
-        cp_async_wait<0>();
+        if (threadIdx.x == 0) shared.careful_end = keys.careful ? Range::kAll : range.careful_end;
+        if (R > 1) cp_async_wait<0>();
         __syncthreads();
         add_queries(problem, shared, keys, ring, range, first, sums, written);
         keys.store(p, shared, head, first);
@@ -150,14 +198,16 @@ void launch(const Cuda& device, const AttentionBackward<bf16>& p) {
                                   {kWidth, kKeys}),
                     {},
                     p,
-                    {}};
-    if (R > 2)
+                    {},
+                    nullptr};
+    if (R > 1)
         problem.scalars =
             tensor_map<2>(p.a.data, {cuuint64_t(p.a.cols), cuuint64_t(p.a.rows)}, {cuuint64_t(p.a.ld) * 4}, {R, kTile});
     BackwardGroups& groups = problem.groups;
-    groups.partial = p.partial.data;
+    const std::int64_t before = attention_numbers_elements(p.seq.tokens, p.heads, kWidth, R);
+    groups.partial = p.partial.data + before;
     groups.slab_floats = attention_slab_elements(p.seq.tokens, p.heads, p.scalars);
-    const auto most = std::min<std::int64_t>(p.partial.size / groups.slab_floats, attention_most_slabs(R));
+    const auto most = std::min<std::int64_t>((p.partial.size - before) / groups.slab_floats, attention_most_slabs(R));
     const AttentionSlabs slabs = attention_slabs(p.seq, p.longest, p.window, p.causal, kKeys, most);
     const int span = slabs.tiles * kKeys;
     groups.slabs = slabs.slabs, groups.tiles = slabs.tiles;
@@ -170,7 +220,14 @@ void launch(const Cuda& device, const AttentionBackward<bf16>& p) {
     const int of_sequence = groups.per_sequence > 0 ? groups.per_sequence : groups.count;
     const dim3 blocks(static_cast<unsigned>(p.heads), static_cast<unsigned>(groups.count / of_sequence),
                       static_cast<unsigned>(of_sequence));
-    kernel<<<blocks, kThreads, bytes, stream_of(device)>>>(problem);
+    if constexpr (R == 1) {
+        auto* numbers = reinterpret_cast<QueryNumbers*>(p.partial.data);
+        problem.numbers = numbers;
+        const dim3 parts(static_cast<unsigned>(p.seq.tokens / kNumbersTokens), static_cast<unsigned>(p.heads));
+        attention_numbers_kernel<<<parts, kNumbersThreads, 0, stream_of(device)>>>(p, numbers);
+        LAUNCH_CHECK("attention_backward_sm90, numbers");
+    }
+    launch_dependent(kernel, blocks, kThreads, bytes, stream_of(device), problem);
     LAUNCH_CHECK("attention_backward_sm90");
     const dim3 grid(static_cast<unsigned>(ceil_div(std::int64_t(p.seq.tokens) * R, std::int64_t(256))),
                     static_cast<unsigned>(p.heads));
@@ -240,7 +297,10 @@ bool attention_backward_sm90_takes(const Cuda& device, const AttentionBackward<b
     return device.arch == 90 && p.v.cols == std::int64_t(p.heads) * kWidth && (R == 1 || R == 4) &&
            p.seq.tokens < 65536 * 32 &&  // groups are counted in 16 bits
            p.window == 0 && p.seq.length > 0 && p.seq.length % kTile == 0 && is_aligned16(p.a.data) &&
-           p.lse.ld == p.heads && p.delta.ld == p.heads && (!p.F || p.F.ld == p.heads);
+           p.lse.ld == p.heads && p.delta.ld == p.heads && (!p.F || p.F.ld == p.heads) &&
+           (R > 1 || (is_aligned16(p.partial.data) &&
+                      p.partial.size >= attention_numbers_elements(p.seq.tokens, p.heads, kWidth, R) +
+                                            attention_slab_elements(p.seq.tokens, p.heads, R)));
 }
 
 void attention_backward_sm90(const Cuda& device, const AttentionBackward<bf16>& p) {

@@ -68,8 +68,8 @@ __device__ inline unsigned first_row(unsigned thread) { return thread / kWarp * 
 __device__ inline int lane_of_row() { return static_cast<int>(static_cast<unsigned>(thread_anew()) % 4); }  // t
 
 // ---- shared memory -----------------------------------------------------------------------------------------------
-struct alignas(16) QueryNumbers {
-    float lse, delta, gate, a;  // a: of R = 1
+struct alignas(16) QueryNumbers {  // R = 1: also at the begin of AttentionBackward::partial, [heads][tokens]
+    float lse, delta, gate, a;     // a: of R = 1
 };
 template <int R>
 struct Shared {
@@ -80,14 +80,19 @@ struct Shared {
     nv_bf16 values[S::kKeys * kWidth];          // V
     alignas(128) float a[kStages][kScalars];    // [query][R]
     QueryNumbers numbers[kStages][kTile];
-    float b[S::kKeys * R];  // see Keys::differences
-    float gate[S::kKeys];   // what the weights of a key are relative to
-    // What would stay in registers from tile to tile without need. origin: see Keys; centre: G; faded: below this, the gate alone makes a
-    // query's weights nothing for the lane's keys; numbers_of: see QueryLoads.
-    volatile float origin, centre, faded[4];
-    volatile unsigned long long numbers_of[kThreads];
+    float b[S::kKeys * R];                // see Keys::differences
+    float gate[S::kKeys];                 // what the weights of a key are relative to
+    float scale[S::kKeys];                // D_j
+    float scaled[R == 1 ? S::kKeys : 2];  // see Keys::b
+    float most[kThreads / kWarp];         // G - F_j of the warps' keys
+    // What would stay in registers from tile to tile without need. origin: see Keys; centre: G; faded: below this, the gate
+    // alone makes a query's weights nothing for the keys; numbers_of: see QueryLoads; careful_end: see Range.
+    volatile float origin, centre, faded;
+    volatile int careful_end;
+    volatile unsigned long long numbers_of[R == 1 ? 1 : kThreads];
     float sums[kThreads / kWarp][4][S::kColumns * (R + 1)];  // of the warps' lanes t, at the end
-    hopper::Barrier full[kStages];  // dO is there, R = 4: a, and V with a tile of keys' first dO
+    hopper::Barrier
+        full[kStages];  // dO is there, and numbers (R = 1) or a (R = 4), and V with a tile of keys' first dO
 };
 
 // A place in the ring of stages, and the parity that its barrier is waited for with.
@@ -99,17 +104,13 @@ struct Ring {
     }
 };
 
-// The numbers of 64 queries at a time. A warp has one of lse, delta, F, a (R = 1) for all of them; of two scalars a thread
-// has one; more are loaded by TMA. Where a thread's next ones are is kept in shared memory.
+// R = 4: the numbers of 64 queries at a time. A warp has one of lse, delta, F for all of them. Where a thread's next ones are
+// is kept in shared memory. R = 1: numbers lie together, and come by TMA as a does for R = 4.
 template <int R>
 struct QueryLoads {
     __device__ static void begin(const AttentionBackward<bf16>& p, Shared<R>& shared, int head, int first) {
         const int thread = thread_anew(), warp = thread / kWarp;
-        const float* number = warp == 0   ? p.lse.data
-                              : warp == 1 ? p.delta.data
-                              : warp == 2 ? p.F.data
-                              : R == 1    ? p.a.data
-                                          : nullptr;
+        const float* number = warp == 0 ? p.lse.data : warp == 1 ? p.delta.data : warp == 2 ? p.F.data : nullptr;
         if (number != nullptr) number += std::int64_t(first + thread % kWarp) * p.heads + head;
         shared.numbers_of[thread] = reinterpret_cast<unsigned long long>(number);
     }
@@ -161,48 +162,74 @@ struct Keys {
     bool careful = false;
     static constexpr float kFar = 24.f;
 
+    // Of the thread's columns of 16, as they number the warp's rows, less 2t: that its first row sees.
+    __device__ static int last_seen() {
+        const int lane = thread_anew() % kWarp;
+        return lane / 4 - lane % 4 * 2;
+    }
     __device__ static int column(int c) { return c / 2 * 8 + lane_of_row() * 2 + c % 2; }
 
-    // b and F of the keys. Ends without a barrier.
+    // b and F of the keys, a thread for each of them; then each thread has those of its columns. Ends without a barrier.
     __device__ void begin(const AttentionBackward<bf16>& p, Shared<R>& shared, int head, int first) {
         const bool gated = p.F.data != nullptr;
+        const int thread = thread_anew(), key = thread % N;
         const float* F = p.F.data + head + first * p.F.ld;
-        const float centre = gated ? F[N / 2 * p.F.ld] : 0.f;
-        float most = -INFINITY, least = INFINITY;
-#pragma unroll
-        for (int c = 0; c < C; ++c) {
-            scale[c] = gated ? centre - F[column(c) * p.F.ld] : 0.f;
-            most = fmaxf(most, scale[c]), least = fminf(least, scale[c]);
-        }
-        constexpr float kMost = 12.f;
-        const bool direct = __any_sync(0xffffffffu, !(most <= kMost) || !(least >= -kMost)) != 0;
-        careful = direct;
-        const int thread = thread_anew();
-        if (thread < 4) shared.faded[thread] = gated && p.skip ? -(kFaded + most) * kLog2e : -INFINITY;
-        if (thread == 0) shared.centre = centre;
-#pragma unroll
-        for (int c = 0; c < C; ++c) scale[c] = direct ? 1.f : exp2_fast(scale[c] * kLog2e);
-        if (thread < N) shared.gate[thread] = direct ? F[thread * p.F.ld] : centre;
         const float* from = p.b.data + first * p.b.ld + head * R;
+        float centre = 0.f, gate = 0.f, origin = 0.f, scalar = 0.f;
+        if (gated) centre = F[N / 2 * p.F.ld], gate = F[key * p.F.ld];
+        if constexpr (R == 1) origin = from[N / 2 * p.b.ld], scalar = from[key * p.b.ld];
+        constexpr float kMost = 12.f;
+        const float apart = centre - gate, most = warp_max(apart);
+        if (thread % kWarp == 0) shared.most[thread / kWarp] = most;
+        const bool direct = __syncthreads_or(!(fabsf(apart) <= kMost)) != 0;
+        careful = direct;
+        if (thread < N) {
+            shared.gate[key] = direct ? gate : centre;
+            shared.scale[key] = direct ? 1.f : exp2_fast(apart * kLog2e);
+        }
+        if (thread == 0) {
+            float of_all = shared.most[0];
+            if (N > kWarp) of_all = fmaxf(of_all, shared.most[1]);
+            shared.centre = centre;
+            shared.faded = gated && p.skip ? -(kFaded + of_all) * kLog2e : -INFINITY;
+        }
         if constexpr (R == 1) {
-            const float origin = from[N / 2 * p.b.ld];
-            bool far = false;
-#pragma unroll
-            for (int c = 0; c < C; ++c) {
-                b[c] = scaled_scalar(from[column(c) * p.b.ld], origin);
-                far |= !(fabsf(b[c]) <= kFar);
-            }
-            careful |= __any_sync(0xffffffffu, far) != 0;
+            const float scaled = scaled_scalar(scalar, origin);
             if (thread == 0) shared.origin = origin;
-            if (thread < N) shared.b[thread] = from[thread * p.b.ld];
+            if (thread < N) shared.b[key] = scalar, shared.scaled[key] = scaled;
+            careful |= __syncthreads_or(!(fabsf(scaled) <= kFar)) != 0;
         } else {
             for (int i = thread; i < N * R; i += kThreads) {
-                const int key = i / R, r = i % R;
-                shared.b[r / 2 * 2 * N + key * 2 + r % 2] = from[key * p.b.ld + r];
+                const int of = i / R, r = i % R;
+                shared.b[r / 2 * 2 * N + of * 2 + r % 2] = from[of * p.b.ld + r];
+            }
+            __syncthreads();
+        }
+#pragma unroll
+        for (int c = 0; c < C; c += 2) {
+            const float2 x = *reinterpret_cast<const float2*>(shared.scale + column(c));
+            scale[c] = x.x, scale[c + 1] = x.y;
+            if constexpr (R == 1) {
+                const float2 y = *reinterpret_cast<const float2*>(shared.scaled + column(c));
+                b[c] = y.x, b[c + 1] = y.y;
             }
         }
     }
     __device__ static float scaled_scalar(float x, float origin) { return __fmul_rn(x - origin, kLog2e); }
+
+    // What a thread's two rows need, which is there before dP is.
+    struct Base {
+        float base[2], delta[2], a[2];  // relative to G in base 2; a scaled as b is, R = 1
+        __device__ Base(const Shared<R>& shared, int stage, int row) {
+            const float centre = shared.centre, origin = shared.origin;
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const QueryNumbers x = shared.numbers[stage][row + 8 * k];
+                base[k] = ((x.gate - centre) - x.lse) * kLog2e, delta[k] = x.delta;
+                a[k] = R == 1 ? scaled_scalar(x.a, origin) : 0.f;
+            }
+        }
+    };
 
     // d = a - b for the columns c, c + 1 of a row. R = 1: of the scaled ones, unless kCareful.
     template <bool kCareful>
@@ -236,23 +263,21 @@ struct Keys {
     }
 
     // dP of the thread's rows, of which `row` is the first, to weights and into all sums. to: the lane's place in the turned
-    // weights; rows: sums of - sign ds along rows, over the thread's columns. kCareful: row i sees keys up to i + shift,
-    // keys may have gates of their own, and scalars may be anything. False: nothing is done, it has to be done with care.
-    template <bool kCareful>
-    __device__ bool add(float (&rows)[2][R], const Shared<R>& shared, int stage, std::uint32_t to, int row, int shift) {
+    // weights; rows: sums of - sign ds along rows, over the thread's columns. kOwn: queries and keys are the same tokens, and
+    // row i sees keys up to i. kCareful: row i sees keys up to i + shift, keys may have gates of their own, and scalars may
+    // be anything. False: nothing is done, it has to be done with care.
+    template <bool kCareful, bool kOwn = false>
+    __device__ bool add(float (&rows)[2][R], const Shared<R>& shared, int stage, std::uint32_t to, int row, int shift,
+                        const Base& of_rows) {
         const QueryNumbers* const of = shared.numbers[stage];
-        const float centre = shared.centre, faded = shared.faded[lane_of_row()];
+        const float faded = shared.faded;
         float a[2][R], base[2], delta[2], all[2] = {};
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-            const QueryNumbers x = of[row + 8 * k];
-            base[k] = ((x.gate - centre) - x.lse) * kLog2e;
-            delta[k] = x.delta;
+            base[k] = of_rows.base[k], delta[k] = of_rows.delta[k];
 #pragma unroll
             for (int r = 0; r < R; ++r) {
-                a[k][r] = R > 1      ? shared.a[stage][(row + 8 * k) * R + r]
-                          : kCareful ? x.a
-                                     : scaled_scalar(x.a, shared.origin);
+                a[k][r] = R > 1 ? shared.a[stage][(row + 8 * k) * R + r] : kCareful ? of[row + 8 * k].a : of_rows.a[k];
                 rows[k][r] = 0.f;
             }
         }
@@ -264,8 +289,15 @@ struct Keys {
             for (int n = 0; n < N / 16; ++n) store_turned(to + n * 16 * kRowBytes, 0u, 0u, 0u, 0u);
             return true;
         }
+        static_assert(!kOwn || N == kTile);
+        const int own = kOwn ? warp_number() : 0;  // 16 keys, the last of which the warp's rows see some
 #pragma unroll
         for (int n = 0; n < N / 8; n += 2) {
+            if (kOwn && n / 2 > own) {
+                store_turned(to + n * 8 * kRowBytes, 0u, 0u, 0u, 0u);
+                continue;
+            }
+            const int last = kOwn && n / 2 == own ? last_seen() : N;  // of the 16 columns, that the first row sees
             std::uint32_t packed[2][2];
 #pragma unroll
             for (int m = 0; m < 2; ++m)
@@ -277,6 +309,7 @@ struct Keys {
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
                         float of_row = base[k];
+                        if (kOwn && last + 8 * k < 8 * m + j) of_row = -INFINITY;
                         if constexpr (kCareful) {
                             const int i = row + 8 * k, key = column(c + j);
                             of_row = ((of[i].gate - shared.gate[key]) - of[i].lse) * kLog2e;
@@ -326,8 +359,7 @@ struct Keys {
 #pragma unroll
         for (int c = 0; c < C; ++c) {
 #pragma unroll
-            for (int r = 0; r < R; ++r) x[c * R + r] = fma_flushed(2.f, db[c][r], -total[c]) * scale[c];
-            total[c] *= -scale[c];
+            for (int r = 0; r < R; ++r) x[c * R + r] = db[c][r];
         }
         float* sums = shared.sums[warp][lane % 4];
         int offset = 0;
@@ -355,13 +387,15 @@ struct Keys {
             const bool gate = i >= N * R;
             const int key = gate ? i - N * R : i / R, r = i % R, c = key / 8 * 2 + key % 2, t = key % 8 / 2;
             const int at = gate ? C * R + c : c * R + r;
-            float sum = 0.f;
+            float sum = 0.f, all = 0.f;  // all: of ds, added up in the same order as its steps, so that ties cancel
 #pragma unroll
-            for (int w = 0; w < kThreads / kWarp; ++w) sum += shared.sums[w][t][at];
+            for (int w = 0; w < kThreads / kWarp; ++w)
+                sum += shared.sums[w][t][at], all += shared.sums[w][t][C * R + c];
+            const float of_key = shared.scale[key];
             if (!gate)
-                p.db.data[(first + key) * p.db.ld + head * R + r] = sum;
+                p.db.data[(first + key) * p.db.ld + head * R + r] = fma_flushed(2.f, sum, -all) * of_key;
             else if (p.dF.data != nullptr)
-                p.dF.data[(first + key) * p.dF.ld + head] = sum;
+                p.dF.data[(first + key) * p.dF.ld + head] = -sum * of_key;
         }
     }
 };

@@ -1,12 +1,14 @@
 // kernels/attention_forward_sm90.cu: the forward pass of scalar-distance attention for sm_90a, one scalar; what a block
 // does with its tiles is in attention_forward_sm90.cuh.
 //
-// A first kernel makes the factors of all keys. Then blocks stream tiles of keys, latest first, so that the queries' own
-// tokens come before those that the gate may have closed: a thread asks TMA for values and factors two tiles ahead, into a
-// ring of three stages; warps tell each other that a stage is free, and meet nowhere else but in their products.
+// A first kernel makes the factors of all keys, and what a block must know of its queries. Then blocks stream tiles of
+// keys, latest first, so that the queries' own tokens come before those that the gate may have closed: a thread asks TMA
+// for values and factors two tiles ahead, into a ring of three stages; warps tell each other that a stage is free, and meet
+// nowhere else but in their products and at the end.
 #include "kernels/attention_forward_sm90.h"
 
 #include "kernels/attention_forward_sm90.cuh"
+#include "kernels/dependent_launch.cuh"
 #include "kernels/tensor_map.h"
 
 namespace fiedler {
@@ -14,68 +16,73 @@ namespace {
 
 using namespace attention_forward_sm90_tile;
 
-__global__ void __launch_bounds__(kKeys) attention_factors_kernel(AttentionForward<bf16> p, KeyTile* tiles) {
-    __shared__ float extremes[kKeys / kWarp][4];
-    const int head = blockIdx.x;
-    const std::int64_t token = std::int64_t(blockIdx.y) * kKeys + threadIdx.x;
-    const float b = p.b.data[token * p.b.ld + head], F = p.F.data == nullptr ? 0.f : p.F.data[token * p.F.ld + head];
-    const float of_lane[4] = {b, -b, F, -F};
+// Makes a tile of `tiles`, of 128 tokens and a head.
+__global__ void __launch_bounds__(kKeys) attention_factors_kernel(AttentionForward<bf16> p, StoredTile* tiles) {
+    dependents_may_start();
+    enum { kB, kMinusB, kF, kMinusF, kA, kMinusA, kDistance, kReach, kCount };
+    __shared__ int extremes[kKeys / kWarp][kCount];
+    const int head = blockIdx.x, thread = threadIdx.x;
+    const std::int64_t token = std::int64_t(blockIdx.y) * kKeys + thread;
+    const float a = p.a.data[token * p.a.ld + head], b = p.b.data[token * p.b.ld + head],
+                F = p.F.data == nullptr ? 0.f : p.F.data[token * p.F.ld + head], own = fabsf(a - b);
+    const float of_lane[kCount] = {b, -b, F, -F, a, -a, own, F + own};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) extremes[threadIdx.x / kWarp][i] = from_ordered(largest_of_warp(of_lane[i]));
+    for (int i = 0; i < kCount; ++i) extremes[thread / kWarp][i] = largest_of_warp(of_lane[i]);
     __syncthreads();
-    float most[4];
+    float most[kCount];  // NaN, if any, in one of x and -x
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        most[i] = extremes[0][i];
-        for (int w = 1; w < kKeys / kWarp; ++w) most[i] = fmaxf(most[i], extremes[w][i]);
+    for (int i = 0; i < kCount; ++i) {
+        int x = extremes[0][i];
+#pragma unroll
+        for (int w = 1; w < kKeys / kWarp; ++w) x = max(x, extremes[w][i]);
+        most[i] = from_ordered(x);
     }
-    const float centre = 0.5f * (most[0] - most[1]), gate = 0.5f * (most[2] - most[3]);
-    const bool numbers = !__syncthreads_or(b != b || F != F);  // fmaxf lets NaN go
-    KeyTile& tile = tiles[std::int64_t(blockIdx.y) * gridDim.x + head];
-    const float apart = b - centre, above = gate - F, low = gate - (above + F);
-    tile.factors[threadIdx.x] = {exp_of_sum(above, apart, low), exp_of_sum(above, -apart, low)};
-    if (threadIdx.x == 0) {
-        tile.centre = centre, tile.gate = gate, tile.least = numbers ? -most[3] : NAN;
-        tile.spread = numbers ? 0.5f * (most[0] + most[1]) + 0.5f * (most[2] + most[3]) : NAN;
+    StoredTile& tile = tiles[std::int64_t(blockIdx.y) * gridDim.x + head];
+    const auto middle = [](float most, float minus_least) { return rintf(0.5f * (most - minus_least) * kLog2e); };
+    const float centre = middle(most[kB], most[kMinusB]), gate = middle(most[kF], most[kMinusF]);
+    const float2 factors = {factor_of(1.f, b, centre, gate, F), factor_of(-1.f, b, centre, gate, F)};
+    tile.own.factors[thread] = factors;
+    const float2 next = {__shfl_down_sync(0xffffffffu, factors.x, 1), __shfl_down_sync(0xffffffffu, factors.y, 1)};
+    if (thread % 2 == 0)
+        reinterpret_cast<uint2*>(tile.keys.pairs)[(thread / 16 * 4 + thread % 8 / 2) * 2 + thread % 16 / 8] = {
+            pack_bf16(factors.x, next.x), pack_bf16(factors.y, next.y)};
+    const float of_centre = middle(most[kA], most[kMinusA]), of_gate = ceilf(most[kF] * kLog2e);
+    const std::uint32_t rho = twice(expf(-2.f * beyond(a, of_centre)));
+    tile.own.rho[thread] = rho;
+    tile.own.top[thread] = beyond(F, of_gate) - 0.5f * logf(first_of_two(rho));
+    if (thread == 0) {
+        const auto spread = [&](int x, int minus_x, float middle) {  // NaN stays
+            const float above = beyond(most[x], middle), below = beyond(most[minus_x], -middle);
+            return above > below || above != above ? above : below;
+        };
+        tile.keys.centre = centre, tile.keys.gate = gate;
+        tile.keys.least = most[kF] == most[kF] ? -most[kMinusF] : NAN;
+        tile.keys.spread = spread(kB, kMinusB, centre) + spread(kF, kMinusF, gate);
+        tile.own.of = {of_centre, of_gate, most[kReach],
+                       spread(kA, kMinusA, of_centre) <= kRange && most[kDistance] <= kOwnDistance &&
+                           -beyond(-most[kMinusF], of_gate) <= kGateRange};
     }
 }
 
-// The tiles of keys that a block sees, in its order: number k is `last` - k of the token axis.
-struct Tiles {
-    const KeyTile* data;  // of the head and the token axis' first tile
-    const CUtensorMap* values;
-    int heads, head, last, count;
-
-    __device__ const KeyTile& operator()(int k) const { return data[std::int64_t(last - k) * heads]; }
-    __device__ int first_token(int k) const { return (last - k) * kKeys; }
-    // Thread 0: tile k is on its way; without values where nothing of it counts.
-    __device__ void load(Shared& shared, int k, bool with_values) const {
-        const int stage = k % kStages;
-        if (k >= kStages) hopper::barrier_wait(&shared.empty[stage], (k / kStages - 1) & 1);
-        hopper::Barrier* full = &shared.full[stage];
-        constexpr int kBytes = sizeof(KeyTile), kValueBytes = kKeys * kWidth * 2;
-        hopper::barrier_arrive_expecting(full, with_values ? kBytes + kValueBytes : kBytes);
-        if (with_values) hopper::load_box(shared.values[stage], values, head * kWidth, first_token(k), full);
-        hopper::load_bytes(&shared.keys[stage], &(*this)(k), kBytes, full);
-    }
-};
-
-__device__ void begin(Shared& shared) {
-    constexpr std::uint32_t kOnes = 0x3f803f80u;
-    for (int i = threadIdx.x; i < static_cast<int>(sizeof(shared.ones) / 4); i += kThreads)
-        reinterpret_cast<std::uint32_t*>(shared.ones)[i] = kOnes;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < kStages; ++i)
-            hopper::barrier_init(&shared.full[i], 1), hopper::barrier_init(&shared.empty[i], kWarps);
-        hopper::barrier_init_done();
-    }
-    hopper::publish_shared();
+// Thread 0: tile k is on its way, and with the first one what the block has of its own; without values where nothing of it
+// counts.
+__device__ void load(Shared& shared, int k, bool with_values) {
+    const Tiles& tiles = shared.tiles;
+    const int stage = k % kStages;
+    if (k >= kStages) hopper::barrier_wait(&shared.empty[stage], (k / kStages - 1) & 1);
+    hopper::Barrier* full = &shared.full[stage];
+    constexpr int kBytes = sizeof(KeyTile), kValueBytes = kKeys * kWidth * 2, kOwnBytes = sizeof(OwnTile);
+    hopper::barrier_arrive_expecting(full, kBytes + (with_values ? kValueBytes : 0) + (k == 0 ? kOwnBytes : 0));
+    if (with_values)
+        hopper::load_box(shared.values[stage], tiles.values, tiles.head * kWidth, tiles.first_token(k), full);
+    hopper::load_bytes(&shared.keys[stage], &tiles(k).keys, kBytes, full);
+    if (k == 0) hopper::load_bytes(&shared.own, &tiles.own(), kOwnBytes, full);
 }
 
 struct Problem {
     CUtensorMap values, results;  // V and o, [tokens, heads D]
     AttentionForward<bf16> p;
-    const KeyTile* tiles;
+    const StoredTile* tiles;
     int sequences, together;  // (sequence, head) pairs whose V stays in L2 together
 };
 
@@ -90,60 +97,88 @@ __global__ void __launch_bounds__(kThreads, tuning::kAttentionForwardSm90Blocks)
     const int in_sequence = of_sequence - 1 - static_cast<int>(blockIdx.y);  // in tiles
     if (sequence >= problem.sequences) return;
     const int first = (sequence * of_sequence + in_sequence) * kQueries;
-    const Numbers of_thread(p, head, first);
-    Tiles tiles{problem.tiles + head, &problem.values, p.heads, head, 0, p.causal ? in_sequence + 1 : of_sequence};
-    tiles.last = sequence * of_sequence + tiles.count - 1;
-    static_assert(kQueries == kKeys);
-    begin(shared);
-    const bool loads = threadIdx.x == 0;
-    if (loads) tiles.load(shared, 0, true);  // causal: no query is far from itself; otherwise there is no gate
-    refer(shared, of_thread);
-    const References& of = shared.references[threadIdx.x / kWarp];
     const float faded = p.skip ? kFaded : INFINITY;
-    const auto counts = [&](float least) { return !(of.reach - least < -faded); };
+    const auto counts = [=](float reach, float least) { return !(reach - least < -faded); };
+    const Tiles& tiles = shared.tiles;
+    const References& of = shared.own.of;
+    const bool loads = threadIdx.x == 0;
     float least = 0.f;  // of the tile that is asked for next, thread 0
     if (loads) {
-        if (tiles.count > 1) tiles.load(shared, 1, counts(tiles(1).least));
-        if (tiles.count > 2) least = tiles(2).least;
+        const int count = p.causal ? in_sequence + 1 : of_sequence;
+        shared.tiles = {
+            problem.tiles + head, &problem.values, p.heads, head, sequence * of_sequence + count - 1, count, first};
+        for (int i = 0; i < kStages; ++i)
+            hopper::barrier_init(&shared.full[i], 1), hopper::barrier_init(&shared.empty[i], kWarps);
+        hopper::barrier_init_done();
+        wait_for_previous();    // the factors; what other threads read is older
+        load(shared, 0, true);  // causal: no query is far from itself; otherwise there is no gate
+        const float reach = tiles.own().of.reach, next = count > 1 ? tiles.least(1) : 0.f;
+        if (count > 2) least = tiles.least(2);
+        if (count > 1) load(shared, 1, counts(reach, next));
     }
-    Queries queries(shared, of.centre);
-    bool careful = false;
-    int stage = 0, parity = 0;
-#pragma unroll 1
-    for (int k = 0; k < tiles.count; ++k) {
-        if (loads && k + 2 < tiles.count) {
-            const bool with_values = counts(least);
-            if (k + 3 < tiles.count) least = tiles(k + 3).least;
-            tiles.load(shared, k + 2, with_values);
-        }
+    static_assert(sizeof(shared.ones) == kThreads * sizeof(uint4));
+    reinterpret_cast<uint4*>(shared.ones)[threadIdx.x] = {kTwoOnes, kTwoOnes, kTwoOnes, kTwoOnes};
+    shared.sum[threadIdx.x] = 0.f;
+    hopper::publish_shared();
+    __syncthreads();
+    Queries queries(shared);
+    int k = 0, stage = 0, parity = 0;  // the tile, its place in the ring
+    const auto tile = [&] {            // its numbers, when it is there
         hopper::barrier_wait(&shared.full[stage], parity);
-        const float4 of_tile = *reinterpret_cast<const float4*>(&shared.keys[stage].centre);
-        if (counts(of_tile.z)) {
-            const bool out = !of.bounded || !(of.gate - of_tile.z <= kGateRange) || !(of_tile.w <= kTileSpread);
-            const bool diagonal = p.causal && k == 0;
-            if (!careful && out) {
-                queries.begin_carefully(of, k > 0);
-                careful = true;
-            }
-            if (careful)
-                queries.add_carefully(p, head, stage, tiles.first_token(k), diagonal);
-            else if (diagonal)
-                queries.add_diagonal(stage, of.factors(of_tile));
-            else
-                queries.add(stage, of.factors(of_tile));
-        }
-        queries.wait();
+        return *reinterpret_cast<const float4*>(&shared.keys[stage].centre);
+    };
+    const auto ask = [&] {  // for the tile after the next
+        if (!loads || k + 2 >= tiles.count) return;
+        const bool with_values = counts(of.reach, least);
+        if (k + 3 < tiles.count) least = tiles.least(k + 3);
+        load(shared, k + 2, with_values);
+    };
+    const auto done = [&] {
+        __syncwarp();
         if (threadIdx.x % kWarp == 0) hopper::barrier_arrive(&shared.empty[stage]);
         if (++stage == kStages) stage = 0, parity ^= 1;
+        ++k;
+    };
+    const auto bounded = [&](const float4& of_tile) {
+        return of.bounded && -beyond(of_tile.z, of.gate) <= kGateRange && of_tile.w <= kTileSpread;
+    };
+    if (p.causal) {
+        const float4 of_tile = tile();
+        if (bounded(of_tile)) {
+            ask();
+            queries.add_diagonal(stage, Powers(of, of_tile));
+            done();
+        }
     }
-    queries.finish(p, of, head, first, careful);
+    if (!p.causal || k > 0) {  // a loop of its own: products in a row want that nothing else changes their sums in it
+#pragma unroll 1
+        for (; k < tiles.count; done()) {
+            const float4 of_tile = tile();
+            const bool seen = counts(of.reach, of_tile.z);
+            if (seen && !bounded(of_tile)) break;
+            ask();
+            if (seen) queries.add(stage, Powers(of, of_tile));
+        }
+    }
+    const bool careful = k < tiles.count;
+    if (careful) {
+        queries.begin_carefully(p, tiles.head, tiles.first, k > 0);
+#pragma unroll 1
+        for (; k < tiles.count; done()) {
+            ask();
+            if (counts(of.reach, tile().z))
+                queries.add_carefully(p, tiles.head, stage, tiles.first_token(k), p.causal && k == 0);
+        }
+    }
+    queries.finish(p, tiles.head, tiles.first, careful);
     hopper::publish_shared();
     __syncwarp();
     if (threadIdx.x % kWarp == 0) {
 #pragma unroll
         for (int m = 0; m < kProducts; ++m) {
             const int row = Queries::row(m, 0);  // of lane 0: the warp's first of the product
-            hopper::store_box(&problem.results, head * kWidth, first + row, shared.results + row * kWidth);
+            hopper::store_box(&problem.results, tiles.head * kWidth, tiles.first + row,
+                              shared.values[0] + row * kWidth);
         }
         hopper::store_wait();
     }
@@ -158,12 +193,12 @@ bool attention_forward_sm90_takes(const Cuda& device, const AttentionForward<bf1
 }
 
 void attention_forward_sm90(const Cuda& device, const AttentionForward<bf16>& p) {
-    constexpr int kBytes = sizeof(Shared);
+    constexpr int kBytes = offsetof(Shared, empty) + sizeof(Shared::empty);  // sizeof() ends at a multiple of 1024
     static_assert(tuning::kAttentionForwardSm90Blocks * (kBytes + 1024) <= 227 * 1024);
     const auto map = [](const auto& m, cuuint32_t rows) {
         return tensor_map<2>(m.data, {cuuint64_t(m.cols), cuuint64_t(m.rows)}, {cuuint64_t(m.ld) * 2}, {kWidth, rows});
     };
-    auto* tiles = reinterpret_cast<KeyTile*>(p.scratch.data);
+    auto* tiles = reinterpret_cast<StoredTile*>(p.scratch.data);
     const dim3 grid(static_cast<unsigned>(p.heads), static_cast<unsigned>(p.seq.tokens / kKeys));
     attention_factors_kernel<<<grid, kKeys, 0, stream_of(device)>>>(p, tiles);
     LAUNCH_CHECK("attention_factors");
@@ -176,7 +211,7 @@ void attention_forward_sm90(const Cuda& device, const AttentionForward<bf16>& p)
                       static_cast<unsigned>(ceil_div(pairs, std::int64_t(problem.together))));
     CUDA_CHECK(
         cudaFuncSetAttribute(attention_forward_sm90_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-    attention_forward_sm90_kernel<<<blocks, kThreads, kBytes, stream_of(device)>>>(problem);
+    launch_dependent(attention_forward_sm90_kernel, blocks, kThreads, kBytes, stream_of(device), problem);
     LAUNCH_CHECK("attention_forward_sm90");
 }
 

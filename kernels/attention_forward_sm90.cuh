@@ -11,9 +11,20 @@
 // factors are made once for all blocks, relative to the middles of their tile, c' of its scalars and G of its gates, and
 // made relative to the block's own c and E by two factors a tile:
 //     u_j = exp((b_j - c') + (G - F_j)) exp((c' - c) + (E - G))       w_j likewise with b and c of the other sign
+// c, c', E, G are multiples of ln 2, so that the second factors are powers of 2 and round nothing.
 // A tile's factors lie between exp(-kTileSpread) and exp(kTileSpread), or the tile is out of bounds. Neither product of
-// 0 and infinity can occur, and one that is 0 because the tile's second factor is (below e^-87.3) has s_ij - s_ii
-// < -87.3 + kTileSpread + kRange + kOwnDistance < -kFaded: nothing.
+// 0 and infinity can occur, and one that is 0 because the tile's second factor is (below e^-87.3), or that factor times
+// rho_i, has s_ij - s_ii < -87.3 + kTileSpread + kRange + kOwnDistance < -kFaded: nothing.
+//
+// Two weights at once, in bf16 (it has the range of f32): u_j, w_j and rho_i are rounded to it, and a weight is one
+// multiplication and one minimum for two neighbouring keys, which are an operand of the product as they come. What that costs:
+//   rho_i  is the factor of a scalar at most 2^-10 from a_i: the query is computed as if it stood there, with lambda_i of
+//          there, on all keys.
+//   u_j, w_j and rho_i u_j are rounded by 2^-9 at most, each; what is summed for lse are the rounded weights.
+// So lse is within 2^-10 + 2^-8 of the true one; typically the roundings of keys average out and 2^-11 is left. o is
+// divided by the sum of the same weights.
+// The 64 own keys of a product's queries (causal), where a query may see few, have factors and weights in f32, and are summed
+// so for lse. The running maximum likewise, with a_i as it is.
 #pragma once
 #include "kernels/attention_forward_stage.cuh"
 #include "kernels/hopper.cuh"
@@ -21,7 +32,6 @@
 namespace fiedler::attention_forward_sm90_tile {
 
 using namespace attention_tile;
-using attention_forward_tile::exp_of_sum;
 using attention_forward_tile::from_ordered;
 using attention_forward_tile::largest_of_warp;
 
@@ -31,289 +41,331 @@ constexpr float kRange = 16.f, kOwnDistance = 24.f, kTileSpread = 22.f;
 constexpr float kGateRange = attention_forward_tile::kGateRange<1>;
 static_assert(-87.3f + kTileSpread + kRange + kOwnDistance < -kFaded);
 
-// 128 keys of a head, as they lie in AttentionForward::scratch, [tiles of the token axis][heads].
-struct alignas(16) KeyTile {
-    float2 factors[kKeys];  // of u_j and w_j
-    float centre, gate;     // c', G
-    float least;            // F
-    float spread;           // largest |b_j - c'| + |F_j - G| that there may be; NaN where a number is
-};
-static_assert(sizeof(KeyTile) == kAttentionForwardTile * sizeof(float) && kKeys == kAttentionForwardKeys);
+// Multiples of ln 2, in f32 without loss as long as they are below 2^24 in number: x - count ln 2.
+__device__ inline float beyond(float x, float count) {
+    constexpr float kLn2Low = -1.9046543e-9f;  // ln 2 - kLn2
+    return fmaf(-count, kLn2Low, fmaf(-count, kLn2, x));
+}
+// exp(sign (x - count_x ln 2) + (count_y ln 2 - y)) to 2 ulp or so: what rounding takes from the arguments in base 2 is
+// made good.
+__device__ inline float factor_of(float sign, float x, float count_x, float count_y, float y) {
+    constexpr float kLog2eLow = 1.92596299e-8f;  // log2 e - kLog2e
+    const float x2 = x * kLog2e, y2 = y * kLog2e;
+    const float low = sign * fmaf(x, kLog2eLow, fmaf(x, kLog2e, -x2)) - fmaf(y, kLog2eLow, fmaf(y, kLog2e, -y2));
+    const float first = sign * (x2 - count_x), second = count_y - y2, sum = first + second;
+    const float of_second = sum - first, lost = (first - (sum - of_second)) + (second - of_second) + low;
+    const float power = exp2_fast(sum);
+    return fmaf(power * kLn2, lost, power);
+}
 
+// 128 keys of a head, ready for products: of each 16, and of each t, the keys 2t, 2t + 1, 8 + 2t, 9 + 2t.
+struct alignas(16) KeyTile {
+    uint4 pairs[kKeys / 4];  // u_j of the first two, w_j of these, and of the other two likewise; bf16
+    float centre, gate;      // c', G in ln 2
+    float least;             // F
+    float spread;            // largest |b_j - c'| + |F_j - G| that there may be; NaN where a number is
+};
 // What the weights of a block are relative to, the same for all queries.
 struct alignas(16) References {
-    float centre, gate;  // c, E
+    float centre, gate;  // c, E in ln 2
     float reach;         // largest F_i + d_i: keys with F_j beyond that + kFaded are nothing
     bool bounded;
+};
+// The same tokens as a block's own: keys, and queries.
+struct alignas(16) OwnTile {
+    References of;
+    std::uint32_t rho[kQueries];  // bf16, twice
+    float top[kQueries];          // lambda_i; the running maximum of a query that has one
+    float2 factors[kKeys];        // u_j and w_j in f32
+};
+// As they lie in AttentionForward::scratch, [tiles of the token axis][heads].
+struct alignas(16) StoredTile {
+    KeyTile keys;
+    OwnTile own;
+};
+static_assert(sizeof(StoredTile) == kAttentionForwardTile * sizeof(float) && kKeys == kAttentionForwardKeys &&
+              kQueries == kKeys);
 
-    // The tile's second factors.
-    __device__ float2 factors(const float4& of_tile) const {
-        const float apart = of_tile.x - centre, above = gate - of_tile.y, low = gate - (above + of_tile.y);
-        return {exp_of_sum(above, apart, low), exp_of_sum(above, -apart, low)};
+// Two bf16 at once. A number and NaN: the number, as fminf.
+__device__ inline std::uint32_t multiply_two(std::uint32_t x, std::uint32_t y) {
+    std::uint32_t z;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
+__device__ inline std::uint32_t least_two(std::uint32_t x, std::uint32_t y) {
+    std::uint32_t z;
+    asm("min.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
+constexpr std::uint32_t kTwoOnes = 0x3f803f80u;  // bf16
+__device__ inline std::uint32_t twice(float x) { return pack_bf16(x, x); }
+__device__ inline float first_of_two(std::uint32_t x) { return __uint_as_float(x << 16); }
+
+// A tile's second factors, powers of 2, each twice.
+struct Powers {
+    std::uint32_t u, w;
+    __device__ Powers(const References& of, const float4& of_tile) {
+        const float apart = of_tile.x - of.centre, above = of.gate - of_tile.y;
+        u = twice(exp2_fast(above + apart)), w = twice(exp2_fast(above - apart));
     }
 };
 
+// The tiles of keys that a block sees, in its order: number k is `last` - k of the token axis.
+struct Tiles {
+    const StoredTile* data;  // of the head and the token axis' first tile
+    const CUtensorMap* values;
+    int heads, head, last, count;
+    int first;  // token of the block's queries
+
+    __device__ const StoredTile& operator()(int k) const { return data[std::int64_t(last - k) * heads]; }
+    __device__ const OwnTile& own() const { return data[std::int64_t(first / kKeys) * heads].own; }
+    __device__ float least(int k) const { return (*this)(k).keys.least; }
+    __device__ int first_token(int k) const { return (last - k) * kKeys; }
+};
+
+// What is the same for all threads, or needed now and then, is here since registers are short.
 struct Shared {
-    alignas(hopper::kTileAlignment) nv_bf16 values[kStages][kKeys * kWidth];
-    nv_bf16 results[kQueries * kWidth];
+    alignas(hopper::kTileAlignment) nv_bf16 values[kStages][kKeys * kWidth];  // at the end the first is of results
     nv_bf16 ones[16 * kWidth];
     KeyTile keys[kStages];
-    float a[kQueries], gate[kQueries];  // of the queries
-    float top[kQueries];                // the running maximum of a query that has one
-    float extremes[kWarps][6];          // see refer()
-    References references[kWarps];      // each warp's copy; here, since registers are short
+    OwnTile own;
+    float a[kQueries], gate[kQueries];  // of queries that have a running maximum
+    // For lse: what the sum of a query's rounded weights lacks of that of its weights; with a running maximum, all of it.
+    float sum[kQueries];
+    Tiles tiles;
     hopper::Barrier full[kStages], empty[kStages];
 };
-
-// The numbers of a thread's token, the block's first being `first`.
-struct Numbers {
-    float a, b, F;
-    __device__ Numbers(const AttentionForward<bf16>& p, int head, int first) {
-        const std::int64_t token = first + static_cast<int>(threadIdx.x);
-        a = p.a.data[token * p.a.ld + head], b = p.b.data[token * p.b.ld + head];
-        F = p.F.data == nullptr ? 0.f : p.F.data[token * p.F.ld + head];
-    }
-};
-// Fixes the references, and fills a and gate. All threads.
-__device__ inline void refer(Shared& shared, const Numbers& of_thread) {
-    const int thread = threadIdx.x;
-    const float a = of_thread.a, F = of_thread.F, own = fabsf(a - of_thread.b);
-    shared.a[thread] = a, shared.gate[thread] = F;
-    const float of_lane[6] = {a, -a, F, -F, own, F + own};
-#pragma unroll
-    for (int i = 0; i < 6; ++i) shared.extremes[thread / kWarp][i] = from_ordered(largest_of_warp(of_lane[i]));
-    __syncthreads();
-    float most[6];
-#pragma unroll
-    for (int i = 0; i < 6; ++i) {
-        most[i] = shared.extremes[0][i];
-#pragma unroll
-        for (int w = 1; w < kWarps; ++w) {
-            const float x = shared.extremes[w][i];
-            most[i] = x > most[i] || x != x ? x : most[i];  // NaN stays
-        }
-    }
-    const float centre = 0.5f * (most[0] - most[1]);
-    if (thread % kWarp == 0)
-        shared.references[thread / kWarp] = {
-            centre, most[2], most[5],
-            most[0] - centre <= kRange && most[4] <= kOwnDistance && most[2] + most[3] <= kGateRange};
-    __syncwarp();
-}
 
 // A thread's part of the block's queries.
 struct Queries {
     static constexpr int M = kProducts;
-    using Weights = float[M][2][4];  // of 16 queries and 16 keys each: two C tiles
-    using Packed = std::uint32_t[M][4];
+    using Weights = float[2][4];  // of 16 queries and 16 keys: two C tiles
+    using Packed = std::uint32_t[4];
+    using Sums = float[2];  // of the thread's two rows of a product
 
     Shared& shared;
     float o[M][9][4] = {};  // [8]: sums of the rounded weights
-    float sum[M][2] = {};   // of the weights, for lse
-    float rho[M][2];
 
-    __device__ Queries(Shared& s, float centre) : shared(s) {
+    __device__ explicit Queries(Shared& s) : shared(s) {
 #pragma unroll
-        for (int m = 0; m < M; ++m)
-#pragma unroll
-            for (int k = 0; k < 2; ++k) rho[m][k] = expf(-2.f * (shared.a[row(m, k)] - centre));
+        for (int m = 0; m < M; ++m) hopper::pin(products(m));  // or zeros are made anew on every way from here
     }
-    struct Factors {  // of two neighbouring keys in each of 16 keys' halves
-        float4 of[2];
-        __device__ Factors(const Shared& shared, int stage, int chunk) {
-            const auto* from = reinterpret_cast<const float4*>(shared.keys[stage].factors) + lane() % 4 + 8 * chunk;
-            of[0] = from[0], of[1] = from[4];
-        }
-    };
-    static __device__ int warp() { return static_cast<int>(threadIdx.x) / kWarp; }
-    static __device__ int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
+    static __device__ int warp() { return attention_forward_tile::thread_number() / kWarp; }
+    static __device__ int lane() { return attention_forward_tile::thread_number() % kWarp; }
     static __device__ int row(int m, int k) { return 64 * m + 16 * warp() + 8 * k + lane() / 4; }
 
-    __device__ float (&sums(int m))[36] { return reinterpret_cast<float(&)[36]>(o[m]); }
+    __device__ float (&products(int m))[36] { return reinterpret_cast<float(&)[36]>(o[m]); }
     // Sums may be read and written.
     __device__ void wait() {
         hopper::product_wait<0>();
 #pragma unroll
-        for (int m = 0; m < M; ++m) hopper::pin(sums(m));
+        for (int m = 0; m < M; ++m) hopper::pin(products(m));
     }
 
-    // A tile within the bounds that every query sees. by: its second factors.
-    __device__ void add(int stage, float2 by) {
-        Factors next(shared, stage, 0);
-#pragma unroll 2
-        for (int chunk = 0; chunk < kKeys / 16; ++chunk) {
-            const Factors factors = next;
-            if (chunk + 1 < kKeys / 16) next = Factors(shared, stage, chunk + 1);
-            Weights w;
-            weigh<0, M>(w, factors, by);
-            hopper::product_wait<1>();  // the operands before the last ones are free
-            Packed packed;
-            fold<0, M>(packed, w);
-            multiply<0, M>(packed, stage, chunk);
-        }
+    // A tile within the bounds that every query sees.
+    __device__ void add(int stage, const Powers& by) {
+        multiply_seen<0, kKeys>(stage, by);
+        wait();
     }
-    // The queries' own tokens, of which each sees those up to itself: 64 keys of which the first 64 queries see some and the
-    // others all, then 64 of which the others see some.
-    __device__ void add_diagonal(int stage, float2 by) {
-        add_half<0>(stage, by);
-        add_half<1>(stage, by);
+    // The queries' own tokens, of which each sees those up to itself: a triangle of 64 for either product, by products of
+    // a warp alone, which need no more keys than the warp's queries do; and the first 64 keys, which the others see all.
+    __device__ void add_diagonal(int stage, const Powers& by) {
+        add_triangle<1>(stage, by);
+        multiply_seen<1, 64>(stage, by);
+        add_triangle<0>(stage, by);
+        wait();
     }
 
-    // Any tile, with the running maximum. first: its first token; own: that of the block's queries.
+    // Any tile, with the running maximum. first: its first token.
     __device__ void add_carefully(const AttentionForward<bf16>& p, int head, int stage, int first, bool diagonal) {
 #pragma unroll 1
         for (int chunk = 0; chunk < kKeys / 16; ++chunk) {
-            Weights s;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const std::int64_t token = first + 16 * chunk + i / 2 * 8 + lane() % 4 * 2 + i % 2;
-                const float b = p.b.data[token * p.b.ld + head];
-                const float F = p.F.data == nullptr ? 0.f : p.F.data[token * p.F.ld + head];
-#pragma unroll
-                for (int m = 0; m < M; ++m)
-#pragma unroll
-                    for (int k = 0; k < 2; ++k)
-                        s[m][i / 2][2 * k + i % 2] = (shared.gate[row(m, k)] - F) - fabsf(shared.a[row(m, k)] - b);
-            }
-            if (diagonal) {
-                hide(s[0], chunk - warp(), -INFINITY);
-                hide(s[1], chunk - 4 - warp(), -INFINITY);
-            }
-            wait();
-            soften(s);
-            Packed packed;
-            fold<0, M>(packed, s);
-            multiply<0, M>(packed, stage, chunk);
+            add_chunk_carefully<0>(p, head, stage, chunk, first, diagonal);
+            add_chunk_carefully<1>(p, head, stage, chunk, first, diagonal);
         }
     }
     // From here on the maximum runs. What has been summed is relative to lambda.
-    __device__ void begin_carefully(const References& of, bool summed) {
+    __device__ void begin_carefully(const AttentionForward<bf16>& p, int head, int first, bool summed) {
         __syncwarp();
-        if (lane() % 4 == 0)
+        const int lane_ = lane(), query = lane_ / 16 * 64 + warp() * 16 + lane_ % 16;  // of the warp's 32
+        const std::int64_t token = first + query;
+        shared.a[query] = p.a.data[token * p.a.ld + head];
+        shared.gate[query] = p.F.data == nullptr ? 0.f : p.F.data[token * p.F.ld + head];
+        if (!summed) shared.own.top[query] = -INFINITY;
+        if (lane_ % 4 == 0)
 #pragma unroll
             for (int m = 0; m < M; ++m)
 #pragma unroll
-                for (int k = 0; k < 2; ++k) {
-                    const int i = row(m, k);
-                    shared.top[i] = summed ? (shared.a[i] - of.centre) + (shared.gate[i] - of.gate) : -INFINITY;
-                }
+                for (int k = 0; k < 2; ++k) shared.sum[row(m, k)] += o[m][8][2 * k];
         __syncwarp();
     }
 
-    // lse, and the outputs to `results` as TMA stores them. careful: the maximum ran.
-    __device__ void finish(const AttentionForward<bf16>& p, const References& of, int head, int first, bool careful) {
-        float total[M][2];
-#pragma unroll
-        for (int m = 0; m < M; ++m)
-#pragma unroll
-            for (int k = 0; k < 2; ++k) total[m][k] = row_sum(sum[m][k]);
+    // lse, and the outputs into shared memory as TMA stores them. careful: the maximum ran.
+    __device__ void finish(const AttentionForward<bf16>& p, int head, int first, bool careful) {
         // Of the four rows that four lanes share, each has one.
-        const int which = lane() % 4, i = row(which / 2, which % 2);
-        const double shift =
-            careful ? double(shared.top[i]) : (double(shared.gate[i]) - double(of.gate)) + (shared.a[i] - of.centre);
-        float mine = total[0][0];
-        if (which == 1) mine = total[0][1];
-        if (which == 2) mine = total[1][0];
-        if (which == 3) mine = total[1][1];
-        p.lse.data[std::int64_t(first + i) * p.lse.ld + head] = attention_forward_tile::lse_of(mine, shift);
-        const int matrix = lane() / 8, at = row(0, 0) - lane() / 4 + matrix % 2 * 8 + lane() % 8;
+        const int of_warp = lane(), which = of_warp % 4, i = row(which / 2, which % 2);
+        float rounded = o[0][8][0];
+        if (which == 1) rounded = o[0][8][2];
+        if (which == 2) rounded = o[1][8][0];
+        if (which == 3) rounded = o[1][8][2];
+        const float total = careful ? shared.sum[i] : shared.sum[i] + rounded;
+        p.lse.data[std::int64_t(first + i) * p.lse.ld + head] =
+            attention_forward_tile::lse_of(total, double(shared.own.top[i]));
+        __syncthreads();  // the products of all warps are over: values become results
+        const int matrix = of_warp / 8, at = warp() * 16 + matrix % 2 * 8 + of_warp % 8;
 #pragma unroll
         for (int m = 0; m < M; ++m) {
-            const float scale[2] = {1.f / o[m][8][0], 1.f / o[m][8][2]};
+            const float scale[2] = {__fdividef(1.f, o[m][8][0]), __fdividef(1.f, o[m][8][2])};
 #pragma unroll
             for (int n = 0; n < 8; n += 2) {
                 const auto pack = [&](int column, int k) {
                     return pack_bf16(o[m][column][2 * k] * scale[k], o[m][column][2 * k + 1] * scale[k]);
                 };
                 const int to = at + 64 * m, piece = (n + matrix / 2) ^ to % 8;
-                hopper::store_matrices(shared.results + to * kWidth + piece * 8, pack(n, 0), pack(n, 1), pack(n + 1, 0),
-                                       pack(n + 1, 1));
+                hopper::store_matrices(shared.values[0] + to * kWidth + piece * 8, pack(n, 0), pack(n, 1),
+                                       pack(n + 1, 0), pack(n + 1, 1));
             }
         }
     }
 
   private:
-    template <int half>
-    __device__ void add_half(int stage, float2 by) {
-#pragma unroll 1
-        for (int c = 0; c < 4; ++c) {
-            Weights w;
-            weigh<half, M>(w, Factors(shared, stage, 4 * half + c), by);
-            if (c >= warp()) hide(w[half], c - warp(), 0.f);
-            hopper::product_wait<0>();
-            Packed packed;
-            fold<half, M>(packed, w);
-            multiply<half, M>(packed, stage, 4 * half + c);
+    // Sums of whole rows.
+    __device__ void keep_sums(int m, const Sums& x) {
+        if (lane() % 4 == 0)
+#pragma unroll
+            for (int k = 0; k < 2; ++k) shared.sum[row(m, k)] = x[k];
+        __syncwarp();
+    }
+    // Begins the products from `from` on of a tile's first `keys` keys, which all their queries see.
+    template <int from, int keys>
+    __device__ void multiply_seen(int stage, const Powers& by) {
+        const std::uint32_t* rho = shared.own.rho + row(0, 0);
+        std::uint32_t of_rows[M][2];
+#pragma unroll
+        for (int m = from; m < M; ++m)
+#pragma unroll
+            for (int k = 0; k < 2; ++k) of_rows[m][k] = multiply_two(rho[64 * m + 8 * k], by.u);
+        const uint4* pairs = shared.keys[stage].pairs + lane() % 4;
+        uint4 next = pairs[0];
+        wait();
+#pragma unroll
+        for (int chunk = 0; chunk < keys / 16; ++chunk) {
+            const std::uint32_t u[2] = {next.x, next.z},
+                                w[2] = {multiply_two(next.y, by.w), multiply_two(next.w, by.w)};
+            if (chunk + 1 < keys / 16) next = pairs[4 * (chunk + 1)];
+            if (chunk > 0) hopper::product_wait<1>();  // the operands before the last ones are free
+            Packed packed[M];
+#pragma unroll
+            for (int m = from; m < M; ++m)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    packed[m][i] = least_two(multiply_two(of_rows[m][i % 2], u[i / 2]), w[i / 2]);
+            // The upper half of an operand is the same for all: fewer instructions than adding to 64 bits.
+            const std::uint64_t first = hopper::beside(shared.values[stage], shared.ones);
+            const std::uint64_t b =
+                first >> 32 << 32 | (static_cast<std::uint32_t>(first) + chunk * hopper::kBesideStep);
+            hopper::product_begin();
+#pragma unroll
+            for (int m = from; m < M; ++m) hopper::multiply_registers(products(m), packed[m], b, true);
+            hopper::product_commit();
         }
     }
-    // Weights of the products from `from` to before `to`, likewise below.
-    template <int from, int to>
-    __device__ void weigh(Weights& w, const Factors& factors, float2 by) const {
+    // The 64 own keys of a product's 64 queries, with weights in f32. Nothing has been summed for these yet.
+    template <int m>
+    __device__ void add_triangle(int stage, const Powers& by) {
+        const int last = warp();  // 16 keys of which the warp's queries see some
+        const float of_u = first_of_two(by.u), of_w = first_of_two(by.w);
+        const auto* factors = reinterpret_cast<const float4*>(shared.own.factors + 64 * m) + lane() % 4;
+        const std::uint32_t* rho = shared.own.rho + row(m, 0);
+        const float of_rows[2] = {first_of_two(rho[0]), first_of_two(rho[8])};
+        Sums sum = {};
+#pragma unroll 1
+        for (int chunk = 0; chunk <= last; ++chunk, factors += 8) {
+            Weights w;
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
-            float4 f = factors.of[n];
-            f.x *= by.x, f.y *= by.y, f.z *= by.x, f.w *= by.y;
+            for (int n = 0; n < 2; ++n) {
+                const float4 f = factors[4 * n];
+                const float u[2] = {f.x * of_u, f.z * of_u}, v[2] = {f.y * of_w, f.w * of_w};
 #pragma unroll
-            for (int m = from; m < to; ++m)
-#pragma unroll
-                for (int k = 0; k < 2; ++k) {
-                    w[m][n][2 * k] = fminf(rho[m][k] * f.x, f.y);
-                    w[m][n][2 * k + 1] = fminf(rho[m][k] * f.z, f.w);
-                }
+                for (int e = 0; e < 4; ++e) w[n][e] = fminf(of_rows[e / 2] * u[e % 2], v[e % 2]);
+            }
+            if (chunk == last) hide(w, 0, 0.f);
+            multiply_in_warp<m>(w, sum, stage, 4 * m + chunk);
         }
+#pragma unroll
+        for (int k = 0; k < 2; ++k) sum[k] = row_sum(sum[k]) - o[m][8][2 * k];
+        keep_sums(m, sum);
     }
     // The keys of 16 that a query does not see. beyond: by how many 16 tokens they are past the warp's 16 queries.
-    __device__ static void hide(float (&w)[2][4], int beyond, float nothing) {
-        const int last = lane() / 4 - lane() % 4 * 2 - 16 * beyond;  // of the thread's columns, that its first row sees
+    __device__ static void hide(Weights& w, int beyond, float nothing) {
+        const int of = lane(),
+                  last = of / 4 - of % 4 * 2 - 16 * beyond;  // of the thread's columns, that its first row sees
 #pragma unroll
         for (int e = 0; e < 8; ++e)
             if (e / 4 * 8 + e % 2 > last + e % 4 / 2 * 8) w[e / 4][e % 4] = nothing;
     }
-    // Scores to weights relative to the running maximum; all sums follow it.
-    __device__ void soften(Weights& s) {
+    template <int m>
+    __device__ void add_chunk_carefully(const AttentionForward<bf16>& p, int head, int stage, int chunk, int first,
+                                        bool diagonal) {
+        Weights s;
 #pragma unroll
-        for (int m = 0; m < M; ++m)
+        for (int i = 0; i < 4; ++i) {
+            const std::int64_t token = first + 16 * chunk + i / 2 * 8 + lane() % 4 * 2 + i % 2;
+            const float b = p.b.data[token * p.b.ld + head];
+            const float F = p.F.data == nullptr ? 0.f : p.F.data[token * p.F.ld + head];
 #pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                float& kept = shared.top[row(m, k)];
-                float best = -INFINITY;
-#pragma unroll
-                for (int e = 0; e < 4; ++e) best = fmaxf(best, s[m][e / 2][2 * k + e % 2]);
-                const auto [shift, rescale] = raise_top(kept, best);
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    float& w = s[m][e / 2][2 * k + e % 2];
-                    w = exp2_fast((w - shift) * kLog2e);
-                }
-                sum[m][k] *= rescale;
-#pragma unroll
-                for (int n = 0; n < 9; ++n) o[m][n][2 * k] *= rescale, o[m][n][2 * k + 1] *= rescale;
-            }
-    }
-    // Weights into their sums, and rounded: A operands.
-    template <int from, int to>
-    __device__ void fold(Packed& packed, const Weights& w) {
-#pragma unroll
-        for (int m = from; m < to; ++m)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float first = w[m][i / 2][i % 2 * 2], second = w[m][i / 2][i % 2 * 2 + 1];
-                sum[m][i % 2] += first;
-                sum[m][i % 2] += second;
-                packed[m][i] = pack_bf16(first, second);
-            }
-    }
-    template <int from, int to>
-    __device__ void multiply(const Packed& packed, int stage, int chunk) {
-        // The upper half of an operand is the same for all: fewer instructions than adding to 64 bits.
-        const std::uint64_t values = hopper::beside(shared.values[stage], shared.ones);
-        const std::uint64_t b = values >> 32 << 32 | (static_cast<std::uint32_t>(values) + chunk * hopper::kBesideStep);
-        hopper::product_begin();
-#pragma unroll
-        for (int m = from; m < to; ++m) {
-            hopper::multiply_registers(sums(m), packed[m], b, true);
+            for (int k = 0; k < 2; ++k)
+                s[i / 2][2 * k + i % 2] = (shared.gate[row(m, k)] - F) - fabsf(shared.a[row(m, k)] - b);
         }
-        hopper::product_commit();
+        if (diagonal) hide(s, chunk - 4 * m - warp(), -INFINITY);
+        Sums sum = {}, before;
+        soften<m>(before, s);
+        multiply_in_warp<m>(s, sum, stage, chunk);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) sum[k] = before[k] + row_sum(sum[k]);
+        keep_sums(m, sum);
+    }
+    // Scores to weights relative to the running maximum; all sums follow it, those of weights to `before`.
+    template <int m>
+    __device__ void soften(Sums& before, Weights& s) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            float& kept = shared.own.top[row(m, k)];
+            float best = -INFINITY;
+#pragma unroll
+            for (int e = 0; e < 4; ++e) best = fmaxf(best, s[e / 2][2 * k + e % 2]);
+            const auto [shift, rescale] = raise_top(kept, best);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                float& w = s[e / 2][2 * k + e % 2];
+                w = exp2_fast((w - shift) * kLog2e);
+            }
+            before[k] = shared.sum[row(m, k)] * rescale;
+#pragma unroll
+            for (int n = 0; n < 9; ++n) o[m][n][2 * k] *= rescale, o[m][n][2 * k + 1] *= rescale;
+        }
+    }
+    // Adds weights to their sums and, rounded, times 16 keys' values, at once: no product of the warpgroup may be open.
+    template <int m>
+    __device__ void multiply_in_warp(const Weights& w, Sums& sum, int stage, int chunk) {
+        Packed packed;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float first = w[i / 2][i % 2 * 2], second = w[i / 2][i % 2 * 2 + 1];
+            sum[i % 2] += first;
+            sum[i % 2] += second;
+            packed[i] = pack_bf16(first, second);
+        }
+        const int of = lane();
+        const nv_bf16* from = shared.values[stage] + (16 * chunk + of % 16) * kWidth;
+#pragma unroll
+        for (int n = 0; n < 8; n += 2) {
+            std::uint32_t b[4];
+            ldmatrix_x4_trans(b, from + ((n + of / 16) ^ of % 8) * 8);
+            mma_bf16(o[m][n], packed, b[0], b[1]);
+            mma_bf16(o[m][n + 1], packed, b[2], b[3]);
+        }
+        mma_bf16(o[m][8], packed, kTwoOnes, kTwoOnes);
     }
 };
 

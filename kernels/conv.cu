@@ -1,15 +1,24 @@
 // kernels/conv.cu: causal depthwise convolution (see conv.h, conv_taps.cuh). A thread owns 8 neighbouring channels (16
-// bytes) and walks forward in time for y, backward for dx and dw, whose terms both look forward. The window is cleared
+// bytes). It walks forward in time for y, backward for dx and dw, whose terms both look forward. The window is cleared
 // where a sequence ends.
+//
+// All that these kernels do is wait for memory, so they ask for it early. Forward, all rows of a run are asked for at
+// once; backward, where sums fill the registers, rows wait in shared memory.
 #include "kernels/conv.h"
 #include "kernels/conv_taps.cuh"
+#include "kernels/mma.cuh"
 
 namespace fiedler {
 namespace {
 
 using namespace taps;
-constexpr int kForwardRun = 16, kForwardStep = 8;  // tokens of a run, and how many are loaded at a time
-constexpr int kBackwardRun = kConvBlockTokens / kRuns, kBackwardStep = 4;
+constexpr int kReach = kTaps - 1;
+constexpr int kForwardRun = 8;  // tokens
+constexpr int kBackwardRun = kConvBlockTokens / kRuns;
+constexpr int kDepth = 8;                               // rows on their way, and the one at hand, backward
+constexpr int kStep = 4;                                // rows of a step backward, after which the window is as before
+constexpr int kForwardBlocks = 4, kBackwardBlocks = 3;  // that fit on a multiprocessor: the bound on registers
+static_assert(kBackwardRun % kDepth == 0 && kDepth % kStep == 0 && kStep % kTaps == 0);
 
 struct Args {
     nv_bf16* out;           // y or dx
@@ -32,91 +41,164 @@ __device__ Channels own_channels() {
     return {first, first + kPackSize / 2};
 }
 
-__global__ __launch_bounds__(kThreads) void forward_kernel(Args a) {
-    const int first_channel = blockIdx.y * kBlockChannels, channel = first_channel + threadIdx.x * kPackSize;
-    const int start = (blockIdx.x * kRuns + threadIdx.y) * kForwardRun;
-    const int stop = min(start + kForwardRun, a.tokens);
-    Row w[kTaps];
-    load_weights(w, a.w, a.channels, first_channel, own_channels());
-    if (channel >= a.channels || start >= a.tokens) return;
-
-    const nv_bf16* in = a.in + channel;
-    nv_bf16* out = a.out + channel;
+// kCrosses: a sequence may begin within the run, or the run end before its last token.
+template <bool kCrosses>
+__device__ void forward_run(const uint4 (&rows)[kForwardRun + kReach], const Row (&w)[kTaps], const Args& a, int start,
+                            int boundary, nv_bf16* out) {
     Row window[kTaps];  // once shifted, window[o] is the row o tokens before the next one
-    clear(window);
-    const int first = a.seq.first(start);
 #pragma unroll
-    for (int o = 1; o < kTaps; ++o)
-        if (start - o >= first) unpack(window[o], load_raw(in + (start - o) * a.ld_in));
-    int boundary = a.seq.last(start);  // where the next sequence begins
-
-    for (int i0 = start; i0 < stop; i0 += kForwardStep) {
-        uint4 rows[kForwardStep];
+    for (int o = 1; o < kTaps; ++o) unpack(window[o], rows[kReach - o]);
 #pragma unroll
-        for (int s = 0; s < kForwardStep; ++s)
-            if (i0 + s < stop) rows[s] = load_raw(in + (i0 + s) * a.ld_in);
-#pragma unroll
-        for (int s = 0; s < kForwardStep; ++s) {
-            const int i = i0 + s;
-            if (i >= stop) break;
-            if (i == boundary) {
+    for (int s = 0; s < kForwardRun; ++s, out += a.ld_out) {
+        if (kCrosses) {
+            if (start + s >= a.tokens) return;
+            if (start + s == boundary) {
                 clear(window);
-                boundary = a.seq.last(i);
+                boundary = a.seq.last(start + s);
             }
-            unpack(window[0], rows[s]);
-            store_sum(out + i * a.ld_out, window, w);
-            shift(window);
         }
+        unpack(window[0], rows[s + kReach]);
+        store_sum(out, window, w);
+        shift(window);
     }
 }
 
-// One thread's share of backward: dx of its run, and its run's terms of dw.
-__device__ void backward_run(Row (&dw)[kTaps], const Row (&w)[kTaps], const Args& a, int channel, int start, int stop) {
-    const nv_bf16 *dy = a.in + channel, *x = a.x + channel;
-    nv_bf16* dx = a.out + channel;
+__global__ __launch_bounds__(kThreads, kForwardBlocks) void forward_kernel(const Args a) {
+    __shared__ Weights weights;
+    const Place at(a.channels);
+    weights.send(a.w, a.channels, at.first_channel);
+    const int channel = at.first_channel + threadIdx.x * kPackSize;
+    const int start = (at.token_block * kRuns + threadIdx.y) * kForwardRun;
+    const bool any = channel < a.channels && start < a.tokens;
+    uint4 rows[kForwardRun + kReach];  // from the token kReach before the run's first; 0 where it cannot be needed
+    const nv_bf16* in = a.in + channel + start * a.ld_in;
+#pragma unroll
+    for (int s = 0; s < kForwardRun; ++s)
+        rows[s + kReach] = any && start + s < a.tokens ? load_raw(in + s * a.ld_in) : uint4{0, 0, 0, 0};
+    const int first = any ? a.seq.first(start) : start;
+#pragma unroll
+    for (int o = 1; o < kTaps; ++o)
+        rows[kReach - o] = start - o >= first ? load_raw(in - o * a.ld_in) : uint4{0, 0, 0, 0};
+    asm volatile("cp.async.wait_all;\n" ::: "memory");
+    __syncthreads();
+    if (!any) return;
+    Row w[kTaps];
+    weights.read(w, own_channels());
+    const int boundary = a.seq.last(start);  // where the next sequence begins
+    nv_bf16* out = a.out + channel + start * a.ld_out;
+    if (start + kForwardRun <= min(boundary, a.tokens))
+        forward_run<false>(rows, w, a, start, boundary, out);
+    else
+        forward_run<true>(rows, w, a, start, boundary, out);
+}
+
+// The rows of dy and x of a thread's run, from its last token on, on their way from memory: 16 bytes each, to a place of
+// the thread's own. No thread reads another's, so there are no barriers.
+struct Rows {
+    uint4 dy[kDepth][kThreads], x[kDepth][kThreads];
+};
+struct Stream {
+    Rows& rows;
+    const nv_bf16 *dy, *x;  // of the next row to be sent for
+    std::int64_t ld_dy, ld_x;
+    int left;  // rows that have not been sent for
+
+    // A row into a slot, or zeros after the last one.
+    __device__ void send(int slot) {
+        const int thread = threadIdx.y * kLanes + threadIdx.x, bytes = left > 0 ? 16 : 0;
+        asm volatile(
+            "cp.async.cg.shared.global [%0], [%2], 16, %4;\n"
+            "cp.async.cg.shared.global [%1], [%3], 16, %4;\n"
+            "cp.async.commit_group;\n" ::"r"(shared_address(&rows.dy[slot][thread])),
+            "r"(shared_address(&rows.x[slot][thread])), "l"(dy), "l"(x), "r"(bytes)
+            : "memory");
+        dy -= ld_dy, x -= ld_x, --left;
+    }
+    // Until no more than kPending of the last rows are on their way.
+    template <int kPending>
+    __device__ static void wait() {
+        asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+    }
+};
+
+// One thread's share of backward: dx of its run, and its run's terms of dw. The first kDepth - 1 rows have been sent for.
+__device__ void backward_run(Row (&dw)[kTaps], const Row (&w)[kTaps], const Args& a, Stream& stream,
+                             const Row (&after)[kReach], int channel, int start, int stop) {
+    const int thread = threadIdx.y * kLanes + threadIdx.x;
+    nv_bf16* dx = a.out + channel + (stop - 1) * a.ld_out;
     Row window[kTaps];  // once shifted, window[o] is dy o tokens after the next one
-    clear(window);
-    const int last = a.seq.last(stop - 1);
 #pragma unroll
     for (int o = 1; o < kTaps; ++o)
-        if (stop - 1 + o < last) unpack(window[o], load_raw(dy + (stop - 1 + o) * a.ld_in));
+#pragma unroll
+        for (int e = 0; e < kPackSize; ++e) window[o][e] = after[o - 1][e];
     int boundary = a.seq.first(stop - 1);
-
-    for (int j0 = stop - 1; j0 >= start; j0 -= kBackwardStep) {
-        uint4 dy_rows[kBackwardStep], x_rows[kBackwardStep];
+    const auto take = [&](int slot) {
+        stream.send((slot + kDepth - 1) % kDepth);  // where the row before was: it has been used
+        Stream::wait<kDepth - 1>();
+        unpack(window[0], stream.rows.dy[slot][thread]);
+        store_sum(dx, window, w);
+        Row x;
+        unpack(x, stream.rows.x[slot][thread]);
+        add_terms(dw, x, window);
+        shift(window);
+        dx -= a.ld_out;
+    };
+    for (int j0 = stop - 1; j0 >= start; j0 -= kDepth) {
 #pragma unroll
-        for (int s = 0; s < kBackwardStep; ++s) {
-            if (j0 - s < start) continue;
-            dy_rows[s] = load_raw(dy + (j0 - s) * a.ld_in);
-            x_rows[s] = load_raw(x + (j0 - s) * a.ld_x);
-        }
+        for (int step = 0; step < kDepth; step += kStep) {
+            if (j0 - step - (kStep - 1) >= max(boundary, start)) {  // no sequence ends within the step
 #pragma unroll
-        for (int s = 0; s < kBackwardStep; ++s) {
-            const int j = j0 - s;
-            if (j < start) break;
-            if (j < boundary) {  // j is the last token of the sequence before
-                clear(window);
-                boundary = a.seq.first(j);
+                for (int s = 0; s < kStep; ++s) take(step + s);
+                continue;
             }
-            unpack(window[0], dy_rows[s]);
-            store_sum(dx + j * a.ld_out, window, w);
-            Row x_row;
-            unpack(x_row, x_rows[s]);
-            add_terms(dw, x_row, window);
-            shift(window);
+#pragma unroll
+            for (int s = 0; s < kStep; ++s) {
+                const int j = j0 - step - s;
+                if (j < start) continue;
+                if (j < boundary) {  // j is the last token of the sequence before
+                    clear(window);
+                    boundary = a.seq.first(j);
+                }
+                take(step + s);
+            }
         }
     }
 }
 
-__global__ __launch_bounds__(kThreads) void backward_kernel(Args a) {
-    __shared__ Sums sums;
-    const int first_channel = blockIdx.y * kBlockChannels, channel = first_channel + threadIdx.x * kPackSize;
-    const int start = (blockIdx.x * kRuns + threadIdx.y) * kBackwardRun;
+__global__ __launch_bounds__(kThreads, kBackwardBlocks) void backward_kernel(const Args a) {
+    __shared__ union Memory {
+        Rows rows;
+        Sums sums;
+        __device__ Memory() {}
+    } shared;
+    __shared__ Weights weights;
+    const Place at(a.channels);
+    weights.send(a.w, a.channels, at.first_channel);
+    const int channel = at.first_channel + threadIdx.x * kPackSize;
+    const int start = (at.token_block * kRuns + threadIdx.y) * kBackwardRun;
     const int stop = min(start + kBackwardRun, a.tokens);
-    Row w[kTaps], dw[kTaps] = {};
-    load_weights(w, a.w, a.channels, first_channel, own_channels());
-    if (channel < a.channels && start < stop) backward_run(dw, w, a, channel, start, stop);
-    store_partial(sums, dw, a.partial, a.channels, first_channel, own_channels());
+    const bool any = channel < a.channels && start < stop;
+    Stream stream{shared.rows,
+                  a.in + channel + (stop - 1) * a.ld_in,
+                  a.x + channel + (stop - 1) * a.ld_x,
+                  a.ld_in,
+                  a.ld_x,
+                  any ? stop - start : 0};
+    const nv_bf16* dy = stream.dy;
+#pragma unroll
+    for (int s = 0; s < kDepth - 1; ++s) stream.send(s);
+    Row after[kReach], w[kTaps], dw[kTaps] = {};
+    const int last = any ? a.seq.last(stop - 1) : stop;
+#pragma unroll
+    for (int o = 1; o < kTaps; ++o)
+        unpack(after[o - 1], stop - 1 + o < last ? load_raw(dy + o * a.ld_in) : uint4{0, 0, 0, 0});
+    Stream::wait<kDepth - 2>();  // for the first group of rows, and with it the weights
+    __syncthreads();
+    weights.read(w, own_channels());
+    if (any) backward_run(dw, w, a, stream, after, channel, start, stop);
+    Stream::wait<0>();
+    __syncthreads();  // the rows have been read
+    store_partial(shared.sums, dw, a.partial, a.channels, Place(a.channels), own_channels());
 }
 
 }  // namespace

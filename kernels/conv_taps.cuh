@@ -15,6 +15,19 @@ constexpr int kPaddedChannels = kBlockChannels + 8;  // rows of shared memory by
 using Row = float[kPackSize];
 using Sums = float[kRuns][kTaps][kPaddedChannels];
 
+// Which tokens and channels a block works on. Blocks of the same tokens follow one another: what they read and write at
+// about the same time are whole rows, and so neighbours in memory.
+struct Place {
+    int token_block, first_channel;
+    __device__ explicit Place(int channels) {
+        const int blocks = ceil_div(channels, kBlockChannels);
+        int block;  // read anew each time: a place that is kept would take registers that the walk needs
+        asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+        token_block = block / blocks;
+        first_channel = (block - token_block * blocks) * kBlockChannels;
+    }
+};
+
 // A thread's channels, counted from the block's first: four from `lower` on, four from `upper` on.
 struct Channels {
     int lower, upper;
@@ -65,31 +78,40 @@ __device__ inline void add_terms(Row (&dw)[kTaps], const Row& x, const Row (&win
         for (int o = 0; o < kTaps; ++o) dw[kTaps - 1 - o][e] += x[e] * window[o][e];
 }
 
-// The weights of this thread's channels, 0 beyond `channels`; all threads of the block take part.
-__device__ inline void load_weights(Row (&w)[kTaps], const float* weights, int channels, int first_channel,
-                                    Channels own) {
-    __shared__ float shared[kTaps][kPaddedChannels];
-    const int thread = threadIdx.y * kLanes + threadIdx.x;
-    const int count = min(kBlockChannels, channels - first_channel) * kTaps;
-    for (int t = thread; t < kBlockChannels * kTaps; t += kThreads)
-        shared[t % kTaps][t / kTaps] = t < count ? weights[std::int64_t(first_channel) * kTaps + t] : 0.f;
-    __syncthreads();
+// The weights of a block's channels, 0 beyond the last. They are asked for before anything else, by all threads of the
+// block, each with its next group of cp.async; once those have arrived, and after a barrier, threads read their own.
+struct Weights {
+    float shared[kTaps][kPaddedChannels];
+    __device__ void send(const float* weights, int channels, int first_channel) {
+        const int count = min(kBlockChannels, channels - first_channel) * kTaps;
+        weights += std::int64_t(first_channel) * kTaps;
 #pragma unroll
-    for (int k = 0; k < kTaps; ++k)
+        for (int k = 0; k < kBlockChannels * kTaps / kThreads; ++k) {
+            const int t = threadIdx.y * kLanes + threadIdx.x + k * kThreads;
+            const auto to = static_cast<unsigned>(__cvta_generic_to_shared(&shared[t % kTaps][t / kTaps]));
+            asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(to), "l"(weights + (t < count ? t : 0)),
+                         "r"(t < count ? 4 : 0)
+                         : "memory");
+        }
+    }
+    __device__ void read(Row (&w)[kTaps], Channels own) const {
 #pragma unroll
-        for (int e = 0; e < kPackSize; ++e) w[k][e] = shared[k][own.at(e)];
-}
+        for (int k = 0; k < kTaps; ++k)
+#pragma unroll
+            for (int e = 0; e < kPackSize; ++e) w[k][e] = shared[k][own.at(e)];
+    }
+};
 
 // partial[block of tokens][channels][4] = the sum of dw over the block's runs; all threads of the block take part.
-__device__ inline void store_partial(Sums& sums, const Row (&dw)[kTaps], float* partial, int channels,
-                                     int first_channel, Channels own) {
+__device__ inline void store_partial(Sums& sums, const Row (&dw)[kTaps], float* partial, int channels, Place at,
+                                     Channels own) {
 #pragma unroll
     for (int k = 0; k < kTaps; ++k)
 #pragma unroll
         for (int e = 0; e < kPackSize; ++e) sums[threadIdx.y][k][own.at(e)] = dw[k][e];
     __syncthreads();
-    const int count = min(kBlockChannels, channels - first_channel) * kTaps;
-    partial += (std::int64_t(blockIdx.x) * channels + first_channel) * kTaps;
+    const int count = min(kBlockChannels, channels - at.first_channel) * kTaps;
+    partial += (std::int64_t(at.token_block) * channels + at.first_channel) * kTaps;
     for (int t = threadIdx.y * kLanes + threadIdx.x; t < count; t += kThreads) {
         float sum = 0;
 #pragma unroll
@@ -105,16 +127,17 @@ static __global__ __launch_bounds__(kFinishColumns* kFinishRows) void finish_ker
                                                                                     std::int64_t n) {
     __shared__ float sums[kFinishRows][kFinishColumns];
     const std::int64_t column = std::int64_t(blockIdx.x) * kFinishColumns + threadIdx.x;
+    const float before = threadIdx.y == 0 && column < n ? dw[column] : 0.f;
     float sum = 0;
     if (column < n) {
-#pragma unroll 4
+#pragma unroll 8
         for (std::int64_t b = threadIdx.y; b < blocks; b += kFinishRows) sum += partial[b * n + column];
     }
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y != 0 || column >= n) return;
     for (int row = 1; row < kFinishRows; ++row) sum += sums[row][threadIdx.x];
-    dw[column] += sum;
+    dw[column] = before + sum;
 }
 inline void add_partials(cudaStream_t stream, float* dw, const float* partial, std::int64_t blocks,
                          std::int64_t channels) {
@@ -126,8 +149,8 @@ inline void add_partials(cudaStream_t stream, float* dw, const float* partial, s
 
 // Blocks of kRuns runs of `run` tokens.
 inline std::int64_t token_blocks(std::int64_t tokens, int run) { return ceil_div(tokens, std::int64_t(kRuns) * run); }
-inline dim3 grid_for(std::int64_t tokens, std::int64_t channels, int run) {
-    return dim3(unsigned(token_blocks(tokens, run)), unsigned(ceil_div(channels, std::int64_t(kBlockChannels))));
+inline unsigned grid_for(std::int64_t tokens, std::int64_t channels, int run) {
+    return unsigned(token_blocks(tokens, run) * ceil_div(channels, std::int64_t(kBlockChannels)));
 }
 
 }  // namespace fiedler::taps

@@ -6,6 +6,7 @@
 #include "kernels/dot.h"
 #include "kernels/dot_sm90.h"
 #include "kernels/dot_tile.cuh"
+#include "kernels/dynamic_shared.cuh"
 #include "kernels/head_width.cuh"
 
 namespace fiedler {
@@ -447,11 +448,6 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_kernel(const DotDecode<
 
 // ---- launchers -----------------------------------------------------------------------------------------------------
 
-template <class Kernel>
-void allow_shared(Kernel kernel, std::size_t bytes) {
-    if (bytes > 48 * 1024)
-        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
-}
 dim3 row_blocks(std::int64_t tokens, int heads) {
     return dim3(unsigned(ceil_div(tokens, std::int64_t(kRows))), unsigned(heads));
 }
@@ -461,7 +457,7 @@ void launch_backward(const Cuda& cuda, const DotBackward<bf16>& p) {
     constexpr std::size_t bytes = Cut<D, kKeyRows>::bytes;
     const Sight sight =
         kKeyRows ? Sight::of_keys(p.seq, p.window, p.causal) : Sight::of_queries(p.seq, p.window, p.causal);
-    allow_shared(backward_kernel<D, kKeyRows>, bytes);
+    allow_shared<bytes>(backward_kernel<D, kKeyRows>);
     backward_kernel<D, kKeyRows><<<row_blocks(p.v.rows, p.heads), kThreads, bytes, stream_of(cuda)>>>(p, sight);
     LAUNCH_CHECK("dot_backward");
 }

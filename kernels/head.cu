@@ -153,21 +153,26 @@ bool try_sm90(const Cuda& dev, const Head<bf16>& p) {
 
 // What lies in fp8_scratch, for chunks of so many rows at most.
 struct Fp8Memory {
-    Mat<e4m3> w, w_turned, x, x_turned, sample;  // x_turned: in the place of x, which is done with by then
+    Mat<std::int8_t> w, x, sample;
+    Mat<e4m3> w_turned, x_turned;   // x_turned: in the place of x, which is done with by then
+    float *scales, *sample_scales;  // of w
     float *largest, *octaves, *base, *factors, *pulls;
     std::uint32_t *w_largest, *x_largest;
     float* inverse;  // cuBLASLt wants it at a multiple of 16 bytes
 
     Fp8Memory(unsigned char* at, std::int64_t rows, std::int64_t vocab, std::int64_t channels) {
         const auto bytes = [&](std::int64_t count) { return std::exchange(at, at + count); };
-        const auto matrix = [&](std::int64_t n, std::int64_t c) {
-            return Mat<e4m3>(reinterpret_cast<e4m3*>(bytes(n * c)), n, c);
+        const auto whole = [&](std::int64_t n) {
+            return Mat<std::int8_t>(reinterpret_cast<std::int8_t*>(bytes(n * channels)), n, channels);
         };
-        w = matrix(vocab, channels), w_turned = matrix(channels, vocab);
-        x = matrix(rows, channels), x_turned = Mat<e4m3>(x.data, channels, rows);
-        sample = matrix(kHeadFp8Sample, channels);
-        for (float** v : {&largest, &octaves, &base, &factors, &pulls})
-            *v = reinterpret_cast<float*>(bytes(rows * std::int64_t(sizeof(float))));
+        const auto floats = [&](std::int64_t n) {
+            return reinterpret_cast<float*>(bytes(n * std::int64_t(sizeof(float))));
+        };
+        w = whole(vocab), x = whole(rows), sample = whole(kHeadFp8Sample);
+        w_turned = Mat<e4m3>(reinterpret_cast<e4m3*>(bytes(channels * vocab)), channels, vocab);
+        x_turned = Mat<e4m3>(reinterpret_cast<e4m3*>(x.data), channels, rows);
+        scales = floats(vocab), sample_scales = floats(kHeadFp8Sample);
+        for (float** v : {&largest, &octaves, &base, &factors, &pulls}) *v = floats(rows);
         w_largest = reinterpret_cast<std::uint32_t*>(bytes(16)),
         x_largest = reinterpret_cast<std::uint32_t*>(bytes(16));
         inverse = reinterpret_cast<float*>(bytes(16));
@@ -177,7 +182,8 @@ struct Fp8Memory {
 // The rows of p, which are one chunk; w is in `all`.
 void chunk_fp8(const Cuda& dev, const Head<bf16>& p, const Fp8Memory& all) {
     const std::int64_t n = p.x.rows, c = p.x.cols, v = p.w.rows;
-    const Mat<e4m3> x = all.x.slice_rows(0, n), x_turned(all.x.data, c, n);
+    const Mat<std::int8_t> x = all.x.slice_rows(0, n);
+    const Mat<e4m3> x_turned(all.x_turned.data, c, n);
     auto* const bytes = reinterpret_cast<e5m2*>(p.logits.data);
     const Mat<e5m2> e(bytes, n, v), turned(bytes + n * v, v, n);
     const Mat<float> sums(p.scratch.data, ceil_div(v, kHeadFp8Panel), n);
@@ -187,17 +193,24 @@ void chunk_fp8(const Cuda& dev, const Head<bf16>& p, const Fp8Memory& all) {
                         .target_logits = p.losses.data,
                         .x = p.x,
                         .w = p.w,
-                        .targets = p.targets.data,
-                        .w_largest = all.w_largest});
-    head_fp8_sample(dev, all.sample, all.w, p.targets);
-    head_fp8_base(
-        dev,
-        {.base = {all.base, n}, .x = x, .sample = all.sample, .octaves = all.octaves, .target_logits = p.losses.data});
+                        .targets = p.targets.data});
+    head_fp8_sample(dev, {.sample = all.sample,
+                          .sample_scales = all.sample_scales,
+                          .w = all.w,
+                          .scales = all.scales,
+                          .targets = p.targets});
+    head_fp8_base(dev, {.base = {all.base, n},
+                        .x = x,
+                        .sample = all.sample,
+                        .scales = all.sample_scales,
+                        .octaves = all.octaves,
+                        .target_logits = p.losses.data});
     head_fp8_exponentials(dev, {.e = e,
                                 .turned = turned,
                                 .sums = sums,
                                 .x = x,
                                 .w = all.w,
+                                .scales = all.scales,
                                 .octaves = all.octaves,
                                 .base = all.base,
                                 .targets = p.targets.data});
@@ -211,12 +224,9 @@ void chunk_fp8(const Cuda& dev, const Head<bf16>& p, const Fp8Memory& all) {
                           .base = all.base,
                           .targets = p.targets.data,
                           .scale = p.scale});
-    head_fp8_turn(dev, {.y = {},
-                        .turned = x_turned,
-                        .x = p.x,
-                        .largest = all.x_largest,
-                        .row_factors = all.factors,
-                        .inverse = all.inverse});
+    head_fp8_turn(
+        dev,
+        {.turned = x_turned, .x = p.x, .largest = all.x_largest, .row_factors = all.factors, .inverse = all.inverse});
     matmul_fp8(
         dev,
         MatmulFp8<float>{
@@ -238,8 +248,8 @@ bool try_fp8(const Cuda& dev, const Head<bf16>& p) {
     FIEDLER_REQUIRE("head", p.fp8_scratch && p.fp8_scratch.size >= head_fp8_scratch_bytes(rows, v, c));
     FIEDLER_REQUIRE("head", reinterpret_cast<std::uintptr_t>(p.fp8_scratch.data) % 16 == 0);
     const Fp8Memory all(p.fp8_scratch.data, rows, v, c);
-    head_fp8_largest(dev, all.w_largest, p.w);
-    head_fp8_turn(dev, {.y = all.w, .turned = all.w_turned, .x = p.w, .largest = all.w_largest});
+    head_fp8_words(dev, {.y = all.w, .scales = all.scales, .largest = all.w_largest, .x = p.w});
+    head_fp8_turn(dev, {.turned = all.w_turned, .x = p.w, .largest = all.w_largest});
     for_chunks(p, [&](const Head<bf16>& chunk) { chunk_fp8(dev, chunk, all); });
     return true;
 }

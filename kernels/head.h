@@ -22,21 +22,28 @@
 //                 the target's place, needs no other pass over the logits: the factor of the row goes to x (rounded once
 //                 more) for dw, and to dx after its product. A loss above 88 nats comes out as infinity.
 //   fp8           asked for by `precision`; taken on sm_90 where there is a gradient and head_fp8_takes the shape, with
-//                 logits without a gap between rows and strides of dx and dw that 16 divides. Else one of the others is, without a word, and so
-//                 without a gradient: evaluation stays exact. The products are of 8-bit floats, with factors that are
-//                 powers of two:
-//                   x to e4m3 with a factor for each row, w with one for all; at most 448, above 224 the largest
+//                 logits without a gap between rows and strides of dx and dw that 16 divides. Else one of the others is,
+//                 without a word, and so without a gradient: evaluation stays exact. The products are of 8 bits. For the
+//                 logits:
+//                   x and w to int8 with a scale for each row, its largest element / 127, or more where the row would be
+//                   longer than 2,030 (one of 384 is, if its root mean square is above 0.82 of the largest): sums of
+//                   products are within 2^22, and exact
+//                 For the gradients 8-bit floats, with factors that are powers of two:
+//                   w, for dx, to e4m3 with one factor; at most 448, above 224 the largest
 //                   e_ij = exp(l_ij - base_i) to e5m2, at most 57,344; base_i is log 16 below the larger of l_{i, target}
 //                     and the largest l_ij of 192 words j, the targets at equal distances in the chunk
 //                   x_i scale / (s_i + t_i), for dw, to e4m3 with one factor for the chunk
 //                 where l_ij are of the rounded x and w, l_{i, target} of x and w as they are, t_i = exp(l_{i, target} -
 //                 base_i), s_i the sum of e_ij over j != target_i before rounding. The loss is log(1 + s_i / t_i); the
-//                 target's own term of dx, -s_i w_target scale / (s_i + t_i), is computed in f32 of w as it is, that of
-//                 dw with s_i rounded to e5m2. Sums are in f32, or with what a tensor core keeps of it. So a term of a
-//                 gradient carries some 7 % of noise. In dx and dw, but not in the losses, an e_ij of a logit more than
-//                 8.2 nats above the larger one that base_i is made of saturates (rows with a loss above 8.2 nats alone
-//                 can have one), in dw s_i above 57,344 too; and words of less than 2^-21 of that larger one count as 0.
-//                 A NaN or an infinity in x shows in the row's loss, in w in every loss.
+//                 target's own term of dx, -s_i w_target scale / (s_i + t_i), is added in f32, but of w in e4m3: as the
+//                 other terms have it, so that what the rounding does to w cancels where the softmax is right. That of
+//                 dw has s_i rounded to e5m2. Sums are in f32, or with what a tensor core keeps of it. So an l_ij of
+//                 normally distributed rows is off by some 0.01 |x_i| |w_j| / sqrt(C), a quarter of what e4m3 makes of
+//                 it, and a term of a gradient carries some 7 % of noise. In dx and dw, but not in the losses, an e_ij of
+//                 a logit more than 8.2 nats above the larger one that base_i is made of saturates (rows with a loss
+//                 above 8.2 nats alone can have one), in dw s_i above 57,344 too; and words of less than 2^-21 of that
+//                 larger one count as 0.
+//                 A NaN or what is above 2^100 shows in the row's loss if it is in x, in every loss if in w.
 #pragma once
 #include <algorithm>
 
@@ -88,9 +95,11 @@ constexpr bool head_fp8_takes(std::int64_t rows, std::int64_t chunk_rows, std::i
            channels % 128 == 0 && channels <= 768;
 }
 inline constexpr std::int64_t kHeadFp8Panel = 192;  // columns: tuning::panel_columns of fp8, for every C
-// w and its transpose; of a chunk, x and its transpose in turn, a sample of w, five numbers a row; three numbers.
+// w and its transpose; of a chunk, x and its transpose in turn, and a sample of w; the scales of w and of the sample, five
+// numbers a row of the chunk; three numbers.
 inline std::int64_t head_fp8_scratch_bytes(std::int64_t chunk_rows, std::int64_t vocab, std::int64_t channels) {
-    return (2 * vocab + chunk_rows + kHeadFp8Panel) * channels + 5 * chunk_rows * std::int64_t(sizeof(float)) + 48;
+    const std::int64_t numbers = vocab + kHeadFp8Panel + 5 * chunk_rows;
+    return (2 * vocab + chunk_rows + kHeadFp8Panel) * channels + numbers * std::int64_t(sizeof(float)) + 48;
 }
 
 // The least: logits are written and read, once for each gradient, only because they do not fit into a cache.

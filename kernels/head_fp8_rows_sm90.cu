@@ -1,8 +1,9 @@
-// kernels/head_fp8_rows_sm90.cu: what the vocabulary head in 8-bit floats needs around its products: factors, rounding,
+// kernels/head_fp8_rows_sm90.cu: what the vocabulary head in 8 bits needs around its products: factors, rounding,
 // turning, the rows' losses. All of it is bound by memory.
 #include <cuda_fp8.h>
 
 #include "kernels/common.cuh"
+#include "kernels/fp8.cuh"
 #include "kernels/head_fp8_sm90.h"
 
 namespace fiedler {
@@ -21,51 +22,108 @@ __device__ float factor_of(std::uint32_t bits) {
 }
 __device__ std::uint32_t magnitude(nv_bf16 x) { return (std::uint32_t(__bfloat16_as_ushort(x)) & 0x7fffu) << 16; }
 
-__device__ std::uint32_t pack_e4m3(float a, float b, float c, float d) {  // from the lowest byte on; beyond 448 that
-    std::uint32_t y;
-    asm("{\n.reg .b16 lo, hi;\n"
-        "cvt.rn.satfinite.e4m3x2.f32 lo, %2, %1;\n"
-        "cvt.rn.satfinite.e4m3x2.f32 hi, %4, %3;\n"
-        "mov.b32 %0, {lo, hi};\n}"
-        : "=r"(y)
-        : "f"(a), "f"(b), "f"(c), "f"(d));
-    return y;
-}
-__device__ uint2 pack_e4m3(const Pack<nv_bf16>& x, float factor) {
+// Of a row in int8.
+struct Scale {
+    float down, up;  // to whole numbers, and back
+
+    // Without the last `bits` of its mantissa.
+    __device__ static float upwards(float x, int bits) {
+        const std::uint32_t last = (1u << bits) - 1;
+        return __uint_as_float((__float_as_uint(x) + last) & ~last);
+    }
+    // largest: of the row. square(f): the sum of the squares of the row times f.
+    template <class Square>
+    __device__ Scale(std::uint32_t largest, Square&& square) {
+        constexpr float kLeast = 0x1p-100f, kMost = 0x1p100f;  // all of what comes of it are normal numbers
+        const float most = fminf(fmaxf(__uint_as_float(largest), kLeast), kMost);
+        const float length = upwards(sqrtf(square(127.f / most)) / kHeadInt8Length, 16);
+        up = upwards(most / 127.f * fmaxf(1.f, length), 2);
+        down = 1.f / up;
+        if (!(__uint_as_float(largest) <= kMost)) up = __int_as_float(0x7fffffff);
+    }
+    // x times `down`, rounded once, to the nearest: the low byte of the sum with 1.5 * 2^23, whose last bit counts 1.
+    __device__ std::uint32_t whole(nv_bf16 x) const { return __float_as_uint(fmaf(to_float(x), down, 0x1.8p23f)); }
+    __device__ std::uint32_t four(const nv_bf16* x) const {
+        const std::uint32_t lo = __byte_perm(whole(x[0]), whole(x[1]), 0x0040);
+        return __byte_perm(lo, __byte_perm(whole(x[2]), whole(x[3]), 0x0040), 0x5410);
+    }
+    __device__ uint4 pack(const Pack<nv_bf16>& a, const Pack<nv_bf16>& b) const {
+        return {four(a.v), four(a.v + 4), four(b.v), four(b.v + 4)};
+    }
+};
+__device__ uint2 round_pack(const Pack<nv_bf16>& x, float factor) {
     float v[kPackSize];
 #pragma unroll
     for (int i = 0; i < kPackSize; ++i) v[i] = to_float(x.v[i]) * factor;
     return {pack_e4m3(v[0], v[1], v[2], v[3]), pack_e4m3(v[4], v[5], v[6], v[7])};
 }
-__device__ uint4 pack_e4m3(const Pack<nv_bf16>& a, const Pack<nv_bf16>& b, float factor) {
-    const uint2 lo = pack_e4m3(a, factor), hi = pack_e4m3(b, factor);
+__device__ uint4 round_pack(const Pack<nv_bf16>& a, const Pack<nv_bf16>& b, float factor) {
+    const uint2 lo = round_pack(a, factor), hi = round_pack(b, factor);
     return {lo.x, lo.y, hi.x, hi.y};
 }
 
-struct Largest {
+// ---- W in int8 ---------------------------------------------------------------------------------------------------
+
+constexpr int kMostPieces = 2;  // of 16 elements, that a thread has of a row: 768 / 16 / 32, rounded up
+
+// Of a warp's row times f, the sum of squares.
+__device__ float square(const Pack<nv_bf16> (&x)[kMostPieces][2], int lane, int pieces, float f) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kMostPieces; ++i)
+        if (lane + i * kWarp < pieces)
+#pragma unroll
+            for (int k = 0; k < 2 * kPackSize; ++k) {
+                const float v = to_float(x[i][k / kPackSize].v[k % kPackSize]) * f;
+                sum = fmaf(v, v, sum);
+            }
+    return warp_sum(sum);
+}
+
+struct Words {
+    std::int8_t* y;
+    float* scales;
     std::uint32_t* largest;
     const nv_bf16* x;
-    std::int64_t ld, items;
-    int packs;
+    std::int64_t ld_y, ld_x;
+    int rows, pieces;
 };
-__global__ void __launch_bounds__(kThreads) largest_kernel(const Largest p) {
-    std::uint32_t most = 0;
-    for (std::int64_t i = std::int64_t(blockIdx.x) * kThreads + threadIdx.x; i < p.items;
-         i += std::int64_t(gridDim.x) * kThreads) {
-        const auto x = load16(p.x + i / p.packs * p.ld + i % p.packs * kPackSize);
+// A warp takes rows one after another.
+__global__ void __launch_bounds__(kThreads) words_kernel(const Words p) {
+    constexpr int kWarps = kThreads / kWarp;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    std::uint32_t largest = 0;
+    for (int row = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarp; row < p.rows;
+         row += static_cast<int>(gridDim.x) * kWarps) {
+        Pack<nv_bf16> x[kMostPieces][2];
+        std::uint32_t most = 0;
 #pragma unroll
-        for (int k = 0; k < kPackSize; ++k) most = max(most, magnitude(x.v[k]));
+        for (int i = 0; i < kMostPieces; ++i)
+            if (const int piece = lane + i * kWarp; piece < p.pieces)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    x[i][h] = load16(p.x + row * p.ld_x + piece * 16 + h * kPackSize);
+#pragma unroll
+                    for (int k = 0; k < kPackSize; ++k) most = max(most, magnitude(x[i][h].v[k]));
+                }
+        most = __reduce_max_sync(0xffffffffu, most);
+        largest = max(largest, most);
+        const Scale scale(most, [&](float f) { return square(x, lane, p.pieces, f); });
+#pragma unroll
+        for (int i = 0; i < kMostPieces; ++i)
+            if (const int piece = lane + i * kWarp; piece < p.pieces)
+                *reinterpret_cast<uint4*>(p.y + row * p.ld_y + piece * 16) = scale.pack(x[i][0], x[i][1]);
+        if (lane == 0) p.scales[row] = scale.up;
     }
-    most = __reduce_max_sync(0xffffffffu, most);
-    if (threadIdx.x % kWarp == 0) atomicMax(p.largest, most);  // whole numbers: in any order
+    if (lane == 0) atomicMax(p.largest, largest);  // whole numbers: in any order
 }
 
 // ---- rounded and turned ------------------------------------------------------------------------------------------
 
 struct Turn {
-    e4m3 *y, *turned;
+    e4m3* turned;
     const nv_bf16* x;
-    std::int64_t ld_x, ld_y, ld_turned;
+    std::int64_t ld_x, ld_turned;
     const std::uint32_t* largest;
     const float* row_factors;
     float* inverse;
@@ -85,9 +143,8 @@ __global__ void __launch_bounds__(kThreads) turn_kernel(const Turn p) {
         uint4 value{0, 0, 0, 0};
         if (row < p.rows) {
             const nv_bf16* const from = p.x + row * p.ld_x + column + piece * 16;
-            value =
-                pack_e4m3(load16(from), load16(from + kPackSize), p.row_factors ? factor * p.row_factors[row] : factor);
-            if (p.y) *reinterpret_cast<uint4*>(p.y + row * p.ld_y + column + piece * 16) = value;
+            value = round_pack(load16(from), load16(from + kPackSize),
+                               p.row_factors ? factor * p.row_factors[row] : factor);
         }
         tile[in][(piece + in / 16) % kPieces] = value;
     }
@@ -116,27 +173,25 @@ __global__ void __launch_bounds__(kThreads) turn_kernel(const Turn p) {
 // ---- rows of a chunk ---------------------------------------------------------------------------------------------
 
 struct RowsOf {
-    e4m3* y;
+    std::int8_t* y;
     float *largest, *octaves, *target_logits;
     const nv_bf16 *x, *w;
     std::int64_t ld_y, ld_x, ld_w;
     const std::int32_t* targets;
-    const std::uint32_t* w_largest;
     int rows, pieces, vocab;
 };
 // A warp takes a row, a thread up to two pieces of 16 elements of it.
 __global__ void __launch_bounds__(kThreads) rows_kernel(const RowsOf p) {
-    constexpr int kMost = 2;  // 768 / 16 / 32, rounded up
     const int row = static_cast<int>(blockIdx.x) * (kThreads / kWarp) + static_cast<int>(threadIdx.x) / kWarp;
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     if (row >= p.rows) return;
     const int target = p.targets[row];
     const bool known = target >= 0 && target < p.vocab;
-    Pack<nv_bf16> x[kMost][2];
+    Pack<nv_bf16> x[kMostPieces][2];
     std::uint32_t most = 0;
     float sum = 0;
 #pragma unroll
-    for (int i = 0; i < kMost; ++i) {
+    for (int i = 0; i < kMostPieces; ++i) {
         const int piece = lane + i * kWarp;
         if (piece >= p.pieces) continue;
 #pragma unroll
@@ -153,20 +208,22 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const RowsOf p) {
     }
     most = __reduce_max_sync(0xffffffffu, most);
     sum = warp_sum(sum);
-    const float factor = factor_of(most);
+    const Scale scale(most, [&](float f) { return square(x, lane, p.pieces, f); });
 #pragma unroll
-    for (int i = 0; i < kMost; ++i)
+    for (int i = 0; i < kMostPieces; ++i)
         if (const int piece = lane + i * kWarp; piece < p.pieces)
-            *reinterpret_cast<uint4*>(p.y + row * p.ld_y + piece * 16) = pack_e4m3(x[i][0], x[i][1], factor);
+            *reinterpret_cast<uint4*>(p.y + row * p.ld_y + piece * 16) = scale.pack(x[i][0], x[i][1]);
     if (lane > 0) return;
     p.largest[row] = __uint_as_float(most);
-    p.octaves[row] = kHeadLog2e / factor / factor_of(*p.w_largest);
+    p.octaves[row] = scale.up * kHeadLog2e;
     p.target_logits[row] = known ? sum : target < 0 ? INFINITY : __int_as_float(0x7fffffff);
 }
 
 struct Sample {
-    e4m3* sample;
-    const e4m3* w;
+    std::int8_t* sample;
+    float* sample_scales;
+    const std::int8_t* w;
+    const float* scales;
     std::int64_t ld_w;
     const std::int32_t* targets;
     int rows, pieces, vocab;
@@ -178,6 +235,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const Sample p) {
     int word = p.targets[static_cast<int>(std::int64_t(k) * p.rows / kHeadFp8Sample)];
     if (word < 0 || word >= p.vocab) word = k % p.vocab;
     *reinterpret_cast<uint4*>(p.sample + item * 16) = *reinterpret_cast<const uint4*>(p.w + word * p.ld_w + piece * 16);
+    if (piece == 0) p.sample_scales[k] = p.scales[word];
 }
 
 struct Finish {
@@ -234,12 +292,17 @@ __global__ void __launch_bounds__(kThreads) dx_kernel(const Dx p) {
     const std::int64_t row = item / p.packs, part = item % p.packs * kPackSize;
     if (row >= p.rows) return;
     const int word = p.targets[row];
-    const float factor = p.factors[row] / factor_of(*p.w_largest), pull = p.pulls[row];
+    const float of_w = factor_of(*p.w_largest), factor = p.factors[row] / of_w, pull = p.pulls[row] / of_w;
     auto value = load16(p.dx + row * p.ld_dx + part);
-    const auto w = word >= 0 && word < p.vocab ? load16(p.w + word * p.ld_w + part) : Pack<nv_bf16>{};
+    const uint2 w = word >= 0 && word < p.vocab ? round_pack(load16(p.w + word * p.ld_w + part), of_w) : uint2{0, 0};
 #pragma unroll
-    for (int i = 0; i < kPackSize; ++i)
-        value.v[i] = from_float<nv_bf16>(fmaf(to_float(value.v[i]), factor, -pull * to_float(w.v[i])));
+    for (int h = 0; h < 2; ++h) {
+        const float4 rounded = unpack_e4m3(h ? w.y : w.x);
+        const float of_target[4] = {rounded.x, rounded.y, rounded.z, rounded.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            value.v[4 * h + i] = from_float<nv_bf16>(fmaf(to_float(value.v[4 * h + i]), factor, -pull * of_target[i]));
+    }
     store16(p.dx + row * p.ld_dx + part, value);
 }
 
@@ -247,17 +310,23 @@ unsigned blocks_of(std::int64_t items) { return static_cast<unsigned>(ceil_div(i
 
 }  // namespace
 
-void head_fp8_largest(const Cuda& dev, std::uint32_t* largest, const Mat<const bf16>& m) {
-    const int packs = static_cast<int>(m.cols / kPackSize);
-    const Largest p{largest, nv(m.data), m.ld, m.rows * packs, packs};
-    CUDA_CHECK(cudaMemsetAsync(largest, 0, sizeof *largest, stream_of(dev)));
-    largest_kernel<<<static_cast<unsigned>(8 * dev.sm_count), kThreads, 0, stream_of(dev)>>>(p);
-    LAUNCH_CHECK("head, largest");
+void head_fp8_words(const Cuda& dev, const HeadFp8Words& p) {
+    const Words words{p.y.data,
+                      p.scales,
+                      p.largest,
+                      nv(p.x.data),
+                      p.y.ld,
+                      p.x.ld,
+                      static_cast<int>(p.x.rows),
+                      static_cast<int>(p.x.cols / 16)};
+    CUDA_CHECK(cudaMemsetAsync(p.largest, 0, sizeof *p.largest, stream_of(dev)));
+    words_kernel<<<static_cast<unsigned>(8 * dev.sm_count), kThreads, 0, stream_of(dev)>>>(words);
+    LAUNCH_CHECK("head, words");
 }
 
 void head_fp8_turn(const Cuda& dev, const HeadFp8Turn& p) {
-    const Turn turn{p.y.data,    p.turned.data, nv(p.x.data),  p.x.ld,    p.y.ld,
-                    p.turned.ld, p.largest,     p.row_factors, p.inverse, static_cast<int>(p.x.rows)};
+    const Turn turn{p.turned.data, nv(p.x.data),  p.x.ld,    p.turned.ld,
+                    p.largest,     p.row_factors, p.inverse, static_cast<int>(p.x.rows)};
     const dim3 blocks(static_cast<unsigned>(ceil_div(p.x.rows, std::int64_t(kTile))),
                       static_cast<unsigned>(p.x.cols / kTile));
     turn_kernel<<<blocks, kThreads, 0, stream_of(dev)>>>(turn);
@@ -275,7 +344,6 @@ void head_fp8_rows(const Cuda& dev, const HeadFp8Rows& p) {
                       p.x.ld,
                       p.w.ld,
                       p.targets,
-                      p.w_largest,
                       static_cast<int>(p.x.rows),
                       static_cast<int>(p.x.cols / 16),
                       static_cast<int>(p.w.rows)};
@@ -283,12 +351,18 @@ void head_fp8_rows(const Cuda& dev, const HeadFp8Rows& p) {
     LAUNCH_CHECK("head, rows");
 }
 
-void head_fp8_sample(const Cuda& dev, const Mat<e4m3>& sample, const Mat<const e4m3>& w,
-                     const Vec<const std::int32_t>& targets) {
-    const int pieces = static_cast<int>(w.cols / 16);
-    const Sample p{
-        sample.data, w.data, w.ld, targets.data, static_cast<int>(targets.size), pieces, static_cast<int>(w.rows)};
-    sample_kernel<<<blocks_of(kHeadFp8Sample * pieces), kThreads, 0, stream_of(dev)>>>(p);
+void head_fp8_sample(const Cuda& dev, const HeadFp8Sample& p) {
+    const int pieces = static_cast<int>(p.w.cols / 16);
+    const Sample sample{p.sample.data,
+                        p.sample_scales,
+                        p.w.data,
+                        p.scales,
+                        p.w.ld,
+                        p.targets.data,
+                        static_cast<int>(p.targets.size),
+                        pieces,
+                        static_cast<int>(p.w.rows)};
+    sample_kernel<<<blocks_of(kHeadFp8Sample * pieces), kThreads, 0, stream_of(dev)>>>(sample);
     LAUNCH_CHECK("head, sample");
 }
 

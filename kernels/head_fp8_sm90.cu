@@ -1,9 +1,11 @@
-// kernels/head_fp8_sm90.cu: two products of e4m3 with their epilogues (panel_sm90.cuh): the base of each row's exponentials
+// kernels/head_fp8_sm90.cu: two products of int8 with their epilogues (panel_sm90.cuh): the base of each row's exponentials
 // and the exponentials themselves, which leave twice, as they are and turned, so that both gradients are products whose
 // inner dimension is the contiguous one: products of 8-bit floats take no other.
 //
-// Per tile of 64 x 192 and C = 384 the product takes 1,152 cycles, 2^x of special function units 768, and other
-// instructions of the epilogue (a warp of each scheduler) some 450. All run side by side, of two tiles.
+// Per tile of 64 x 192 and C = 384 the product takes 1,152 cycles, 2^x of special function units 768, and the other
+// instructions (a warp of each scheduler) some 970. All run side by side, of three tiles. Whole sums cost two and a half
+// instructions a logit: the beginning of the sum (Layout::kZero), its scale, half a product for what the scale makes of
+// kZero. To convert them instead, one for one, would take as many, but registers that there are not.
 //
 // The way of the turned tile: a thread's sums are those of two neighbouring rows (Layout::kNeighbours) in 16 neighbouring
 // columns of each 64. The bytes of two rows of a column are one 16-bit element of an 8 x 8 matrix, which stmatrix turns:
@@ -12,13 +14,39 @@
 // piece c of column n at c ^ (n / 2 % 4), so that the eight pieces of a matrix lie in different banks.
 #include "kernels/head_fp8_sm90.h"
 
+#include "kernels/fp8.cuh"
 #include "kernels/panel_sm90.cuh"
 
 namespace fiedler {
 namespace {
 
 using namespace panel;
-using L = Layout<e4m3>;
+using L = Layout<std::int8_t>;
+
+// The scales of the panel's columns, in shared memory.
+template <int N>
+struct Scales {
+    static constexpr int kBytes = N * static_cast<int>(sizeof(float));
+    float up[4], zero[4];  // of four columns; what takes kZero away, exactly: a scale has 22 bits of mantissa
+
+    __device__ static void begin(const float* scales, const Panels& p, const Share& share, unsigned char* common) {
+        for (int i = threadIdx.x; i < N; i += L::kConsumers)
+            reinterpret_cast<float*>(common)[i] = share.column + i < p.m ? scales[share.column + i] : 0;
+    }
+    // Of a thread's columns 4 q to 4 q + 3 of the run j.
+    __device__ Scales(const unsigned char* common, int j, int q) {
+        const float4 four = reinterpret_cast<const float4*>(common)[(threadIdx.x % 4 * L::kOwn + L::kRun * j) / 4 + q];
+        up[0] = four.x, up[1] = four.y, up[2] = four.z, up[3] = four.w;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) zero[i] = up[i] * -__int_as_float(L::kZero);
+    }
+    // The four logits of row k over the scale of the row: one rounding.
+    __device__ void apply(float (&y)[4], const int (&sum)[N / 2], int k, int j, int q) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            y[i] = fmaf(__int_as_float(sum[L::sum_at(k, j, 2 * q + i / 2) + i % 2]), up[i], zero[i]);
+    }
+};
 
 // By how much the base is put below the largest logit that is known: e5m2 spans 32 octaves, 2^-16 to 57,344. What is
 // known is at 2^4 then. Above it, 11.8 octaves (8.2 nats) are left for what the sample has missed: the target is known,
@@ -28,7 +56,7 @@ constexpr float kBelow = 4;
 
 struct BaseProblem : Panels {
     float* base;
-    const float *octaves, *target_logits;
+    const float *scales, *octaves, *target_logits;
 };
 __device__ float larger(float a, float b) {  // NaN if one is
     float y;
@@ -38,26 +66,37 @@ __device__ float larger(float a, float b) {  // NaN if one is
 
 template <int N>
 struct BaseEpilogue {
-    using Element = e4m3;
+    using Element = std::int8_t;
     using Problem = BaseProblem;
     static constexpr bool kMakesPanel = false;
-    static constexpr int kTileBytes = 0;
+    static constexpr int kTileBytes = 0, kCommonBytes = Scales<N>::kBytes;
     float octaves[2], target[2];
 
-    __device__ void fetch(const BaseProblem& p, const Place<e4m3>& place) {
-#pragma unroll
-        for (int k = 0; k < 2; ++k)
-            octaves[k] = p.octaves[place.row(k)], target[k] = p.target_logits[place.row(k)] * kHeadLog2e;
+    __device__ static void begin(const BaseProblem& p, const Share& share, unsigned char* common) {
+        Scales<N>::begin(p.scales, p, share, common);
     }
-    __device__ void store(const BaseProblem& p, const Place<e4m3>& place, const float (&sum)[N / 2]) const {
+    __device__ void fetch(const BaseProblem& p, const Place<Element>& place) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) octaves[k] = p.octaves[place.row(k)], target[k] = p.target_logits[place.row(k)];
+    }
+    __device__ void store(const BaseProblem& p, const Place<Element>& place, const int (&sum)[N / 2]) const {
+        float top[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+        for (int i = 0; i < N / 16; ++i) {
+            const Scales<N> scales(place.common, i / 4, i % 4);
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                float y[4];
+                scales.apply(y, sum, k, i / 4, i % 4);
+                top[k] = fmaxf(top[k], fmaxf(fmaxf(y[0], y[1]), fmaxf(y[2], y[3])));
+            }
+        }
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-            float top = -INFINITY;
-#pragma unroll
-            for (int i = 2 * k; i < N / 2; i += 4) top = fmaxf(top, fmaxf(sum[i], sum[i + 1]));
-            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-            if (threadIdx.x % 4 == 0) p.base[place.row(k)] = larger(top * octaves[k], target[k]) - kBelow;
+            top[k] = fmaxf(top[k], __shfl_xor_sync(0xffffffffu, top[k], 1));
+            top[k] = fmaxf(top[k], __shfl_xor_sync(0xffffffffu, top[k], 2));
+            if (threadIdx.x % 4 == 0)
+                p.base[place.row(k)] = larger(top[k] * octaves[k], target[k] * kHeadLog2e) - kBelow;
         }
     }
 };
@@ -68,65 +107,58 @@ struct ExponentialsProblem : Panels {
     std::int64_t ld_e;
     float* sums;
     std::int64_t ld_sums;
-    const float *octaves, *base;
+    const float *scales, *octaves, *base;
     const std::int32_t* targets;
 };
-
-// Bytes a, b, c, d from the lowest on; beyond 57,344 that.
-__device__ std::uint32_t pack_e5m2(float a, float b, float c, float d) {
-    std::uint32_t y;
-    asm("{\n.reg .b16 lo, hi;\n"
-        "cvt.rn.satfinite.e5m2x2.f32 lo, %2, %1;\n"
-        "cvt.rn.satfinite.e5m2x2.f32 hi, %4, %3;\n"
-        "mov.b32 %0, {lo, hi};\n}"
-        : "=r"(y)
-        : "f"(a), "f"(b), "f"(c), "f"(d));
-    return y;
-}
 
 // k: which of the two rows; j: which 64 columns; q: which four of a thread's 16.
 template <int N>
 struct ExponentialsEpilogue {
-    using Element = e4m3;
+    using Element = std::int8_t;
     using Problem = ExponentialsProblem;
     static constexpr bool kMakesPanel = false;
-    static constexpr int kTileBytes = N * kRows;
+    static constexpr int kTileBytes = N * kRows, kCommonBytes = Scales<N>::kBytes;
     static constexpr int kRunBytes = L::kRun * kRows, kTile = 4;  // to 6: numbers of named barriers
     float octaves[2], base[2];
-    int target[2];  // relative to the thread's first column
+    int target[2];
 
-    __device__ void fetch(const ExponentialsProblem& p, const Place<e4m3>& place) {
+    __device__ static void begin(const ExponentialsProblem& p, const Share& share, unsigned char* common) {
+        Scales<N>::begin(p.scales, p, share, common);
+    }
+    __device__ void fetch(const ExponentialsProblem& p, const Place<Element>& place) {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             octaves[k] = p.octaves[place.row(k)], base[k] = p.base[place.row(k)];
-            target[k] = p.targets[place.row(k)] - place.column;
+            target[k] = p.targets[place.row(k)];
         }
     }
-    // -inf in the place of the target's logit, if it is one of the thread's.
-    __device__ void hide_target(float (&sum)[N / 2], int k) const {
-        if (target[k] < 0 || target[k] >= N) return;
+    // -inf in the place of the target's logit, if it is one of the thread's: `at` is relative to its first column.
+    __device__ static void hide_target(int (&sum)[N / 2], int k, int at) {
+        if (at < 0 || at >= N) return;
 #pragma unroll
         for (int j = 0; j < N / L::kRun; ++j)
 #pragma unroll
             for (int i = 0; i < L::kOwn; ++i)
-                if (target[k] == L::kRun * j + i) sum[L::sum_at(k, j, i / 2) + i % 2] = -INFINITY;
+                if (at == L::kRun * j + i) sum[L::sum_at(k, j, i / 2) + i % 2] = __float_as_int(-INFINITY);
     }
     // Four exponentials; their sum is added to `total`.
-    __device__ std::uint32_t four(const float (&sum)[N / 2], int k, int j, int q, float& total) const {
+    __device__ std::uint32_t four(const int (&sum)[N / 2], const Scales<N>& scales, int k, int j, int q,
+                                  float& total) const {
         float e[4];
+        scales.apply(e, sum, k, j, q);
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            e[i] = exp2_fast(fmaf(sum[L::sum_at(k, j, 2 * q + i / 2) + i % 2], octaves[k], -base[k]));
+        for (int i = 0; i < 4; ++i) e[i] = exp2_fast(fmaf(e[i], octaves[k], -base[k]));
         total += (e[0] + e[1]) + (e[2] + e[3]);
         return pack_e5m2(e[0], e[1], e[2], e[3]);
     }
     __device__ static bool leads() { return threadIdx.x % kWarpgroup == 0; }  // the thread that stores by TMA
     __device__ static void meet() { named_wait(kTile + static_cast<int>(threadIdx.x) / kWarpgroup, kWarpgroup); }
 
-    __device__ void store(const ExponentialsProblem& p, const Place<e4m3>& place, float (&sum)[N / 2]) const {
+    __device__ void store(const ExponentialsProblem& p, const Place<Element>& place, int (&sum)[N / 2]) const {
         const int lane = threadIdx.x % kWarp, warp = threadIdx.x % kWarpgroup / kWarp;
         unsigned char* const turned = place.tile + lane * kRows + (warp ^ (lane % 8 / 2)) * 16;
-        hide_target(sum, 0), hide_target(sum, 1);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) hide_target(sum, k, target[k] - place.column);
         if (leads()) store_wait();  // the tile before has been read
         meet();
         float total[2] = {0, 0};
@@ -137,8 +169,9 @@ struct ExponentialsEpilogue {
             float of_run[2] = {0, 0};
 #pragma unroll
             for (int q = 0; q < 4; ++q) {
+                const Scales<N> scales(place.common, j, q);
 #pragma unroll
-                for (int k = 0; k < 2; ++k) word[j][k][q] = four(sum, k, j, q, of_run[k]);
+                for (int k = 0; k < 2; ++k) word[j][k][q] = four(sum, scales, k, j, q, of_run[k]);
                 pair[2 * q] = __byte_perm(word[j][0][q], word[j][1][q], 0x5140);
                 pair[2 * q + 1] = __byte_perm(word[j][0][q], word[j][1][q], 0x7362);
             }
@@ -185,7 +218,8 @@ CUtensorMap map_of_turned(const Mat<e5m2>& m) {
 
 void head_fp8_base(const Cuda& dev, const HeadFp8Base& p) {
     BaseProblem problem{};
-    problem.base = p.base.data, problem.octaves = p.octaves, problem.target_logits = p.target_logits;
+    problem.base = p.base.data, problem.scales = p.scales;
+    problem.octaves = p.octaves, problem.target_logits = p.target_logits;
     describe(problem, p.x, p.sample.rows, &p.sample);
     launch_columns<kHeadFp8Panel, BaseEpilogue<kHeadFp8Panel>>(dev, problem);
 }
@@ -195,7 +229,7 @@ void head_fp8_exponentials(const Cuda& dev, const HeadFp8Exponentials& p) {
     problem.turned = map_of_turned(p.turned);
     problem.e = p.e.data, problem.ld_e = p.e.ld;
     problem.sums = p.sums.data, problem.ld_sums = p.sums.ld;
-    problem.octaves = p.octaves, problem.base = p.base, problem.targets = p.targets;
+    problem.scales = p.scales, problem.octaves = p.octaves, problem.base = p.base, problem.targets = p.targets;
     describe(problem, p.x, p.w.rows, &p.w);
     launch_columns<kHeadFp8Panel, ExponentialsEpilogue<kHeadFp8Panel>>(dev, problem);
 }

@@ -27,31 +27,32 @@ struct HeadEpilogue {
     using Element = bf16;
     using Problem = HeadProblem;
     static constexpr bool kMakesPanel = false;
-    static constexpr int kTileBytes = 0;
-    float base[2];  // in base 2
-    int target[2];  // relative to the thread's first column
+    static constexpr int kTileBytes = 0, kCommonBytes = 0;
+    float base[2];
+    int target[2];
 
     __device__ void fetch(const HeadProblem& p, const Place<bf16>& place) {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             const bool inside = place.row_inside(k);
-            base[k] = inside ? p.base[place.row(k)] * kLog2e : INFINITY;
-            target[k] = (inside ? p.targets[place.row(k)] : -1) - place.column;
+            base[k] = inside ? p.base[place.row(k)] : INFINITY;
+            target[k] = inside ? p.targets[place.row(k)] : -1;
         }
     }
-    // -inf in the place of the target's logit, if it is one of the thread's.
-    __device__ void hide_target(float (&sum)[N / 2], int k) const {
-        if (target[k] < 0 || target[k] >= N) return;
+    // -inf in the place of the target's logit, if it is one of the thread's: `at` is relative to its first column.
+    __device__ static void hide_target(float (&sum)[N / 2], int k, int at) {
+        if (at < 0 || at >= N) return;
 #pragma unroll
         for (int j = 0; j < N / L::kRun; ++j)
 #pragma unroll
             for (int i = 0; i < 8; ++i)
-                if (target[k] == L::kRun * j + i) sum[L::sum_at(k, j, i / 2) + i % 2] = -INFINITY;
+                if (at == L::kRun * j + i) sum[L::sum_at(k, j, i / 2) + i % 2] = -INFINITY;
     }
     __device__ void store(const HeadProblem& p, const Place<bf16>& place, float (&sum)[N / 2]) const {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-            hide_target(sum, k);
+            hide_target(sum, k, target[k] - place.column);
+            const float shift = base[k] * kLog2e;
             nv_bf16* const to = kStores ? place.start(p.e, p.ld_e, k) : nullptr;
             float total = 0;
 #pragma unroll
@@ -60,8 +61,8 @@ struct HeadEpilogue {
                 float of_eight = 0;
 #pragma unroll
                 for (int q = 0; q < 4; ++q) {
-                    const float a = exp2_fast(fmaf(sum[L::sum_at(k, j, q)], kLog2e, -base[k]));
-                    const float b = exp2_fast(fmaf(sum[L::sum_at(k, j, q) + 1], kLog2e, -base[k]));
+                    const float a = exp2_fast(fmaf(sum[L::sum_at(k, j, q)], kLog2e, -shift));
+                    const float b = exp2_fast(fmaf(sum[L::sum_at(k, j, q) + 1], kLog2e, -shift));
                     of_eight += a + b;
                     word[q] = pack_bf16(a, b);
                 }

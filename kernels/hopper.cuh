@@ -1,7 +1,7 @@
 // kernels/hopper.cuh: the instructions that only sm_90a has: barriers that count bytes, tile loads by the tensor memory
 // accelerator (TMA), products of a warpgroup (128 threads). Names and meanings as in the PTX ISA.
 //
-// Tiles of operands lie in shared memory as TMA's 128-byte swizzle writes them: rows of 64 bf16 (128 bytes; or 128 e4m3), at an
+// Tiles of operands lie in shared memory as TMA's 128-byte swizzle writes them: rows of 64 bf16 (128 bytes; or 128 int8), at an
 // address that is a multiple of 1024; the 16-byte piece c of row r lies at place c ^ (r % 8) of its row.
 #pragma once
 #include <cuda.h>
@@ -147,6 +147,11 @@ __device__ inline void pin(float (&d)[n]) {
     for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 template <int n>
+__device__ inline void pin(int (&d)[n]) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) asm volatile("" : "+r"(d[i])::"memory");
+}
+template <int n>
 __device__ inline void pin(std::uint32_t (&a)[n]) {  // operands in registers likewise
 #pragma unroll
     for (int i = 0; i < n; ++i) asm volatile("" : "+r"(a[i])::"memory");
@@ -194,19 +199,25 @@ __device__ inline void multiply<192>(float (&d)[96], std::uint64_t a, std::uint6
                  : FIEDLER_D32(0), FIEDLER_D32(32), FIEDLER_D32(64)
                  : "l"(a), "l"(b), "r"(int(add)));
 }
-// The same of e4m3, 32 of the inner dimension: as many bytes. Sums of a product are kept with some 14 bits of mantissa.
+// The same of int8, 32 of the inner dimension: as many bytes. Exact.
 template <int N>
-__device__ void multiply_e4m3(float (&d)[N / 2], std::uint64_t a, std::uint64_t b, bool add);
+__device__ void multiply_int8(int (&d)[N / 2], std::uint64_t a, std::uint64_t b, bool add);
+#define FIEDLER_I8(i)                                                                                           \
+    "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), "+r"(d[i + 6]), \
+        "+r"(d[i + 7])
+#define FIEDLER_I32(i) FIEDLER_I8(i), FIEDLER_I8(i + 8), FIEDLER_I8(i + 16), FIEDLER_I8(i + 24)
 template <>
-__device__ inline void multiply_e4m3<192>(float (&d)[96], std::uint64_t a, std::uint64_t b, bool add) {
+__device__ inline void multiply_int8<192>(int (&d)[96], std::uint64_t a, std::uint64_t b, bool add) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n192k32.f32.e4m3.e4m3 {" FIEDLER_TEN() FIEDLER_TEN(1) FIEDLER_TEN(2)
-            FIEDLER_TEN(3) FIEDLER_TEN(4) FIEDLER_TEN(5) FIEDLER_TEN(6) FIEDLER_TEN(7)
-                FIEDLER_TEN(8) "%90,%91,%92,%93,%94,%95}, %96, %97, p, 1, 1;\n}\n"
-        : FIEDLER_D32(0), FIEDLER_D32(32), FIEDLER_D32(64)
+        "wgmma.mma_async.sync.aligned.m64n192k32.s32.s8.s8 {" FIEDLER_TEN() FIEDLER_TEN(1) FIEDLER_TEN(2) FIEDLER_TEN(3)
+            FIEDLER_TEN(4) FIEDLER_TEN(5) FIEDLER_TEN(6) FIEDLER_TEN(7)
+                FIEDLER_TEN(8) "%90,%91,%92,%93,%94,%95}, %96, %97, p;\n}\n"
+        : FIEDLER_I32(0), FIEDLER_I32(32), FIEDLER_I32(64)
         : "l"(a), "l"(b), "r"(int(add)));
 }
+#undef FIEDLER_I32
+#undef FIEDLER_I8
 // d = [d +] A B with A 64 x 16 in registers: each warp has 16 of the rows, in the layout of A in kernels/mma.cuh; they may be
 // written again once the product has been waited for. kTurned: B as it lies, 16 rows of 64 columns, the rows the inner
 // dimension ("N-major"; 16 further rows are 2048 bytes on); otherwise 64 rows of the inner dimension, as above.

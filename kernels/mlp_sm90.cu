@@ -82,7 +82,7 @@ struct MlpEpilogue {
     using Element = bf16;
     using Problem = MlpProblem;
     static constexpr bool kMakesPanel = kBackward;
-    static constexpr int kTileBytes = 0;
+    static constexpr int kTileBytes = 0, kCommonBytes = 0;
     uint4 h[kBackward ? 2 : 1][kBackward ? N / L::kRun : 1];
 
     __device__ static void panel(const MlpProblem& p, const Share& share, unsigned char* panel) {

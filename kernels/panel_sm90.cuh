@@ -12,21 +12,25 @@
 //     memory.
 // The panel comes by TMA, or is made by the warpgroups themselves, once a block (mlp.h, backward: it has to be turned).
 //
-// Operands and output are of one size of element: bf16, or bytes (x and W e4m3). What that changes is in Layout.
+// Operands and output are of one size of element: bf16, or bytes (x and W int8, with int32 sums). What that changes is in
+// Layout.
 //
 // An epilogue is a class of the number N of columns, with
 //   Element            of x and W
 //   Problem            what it needs, derived from Panels
 //   kMakesPanel        whether panel() fills the panel; else TMA does, from Panels::weights
 //   kTileBytes         of shared memory for each of those warpgroups, at Place::tile; a multiple of kTileAlignment
-//   fetch(p, place)    called before the product that its way is hidden behind
+//   fetch(p, place)    loads, before the product that their way is hidden behind, and no more: to compute with what is
+//                      loaded would wait for it
 //   store(p, place, sum)
 //   finish()           with kTileBytes: after the warpgroup's last tile
+//   kCommonBytes       of shared memory for all of them, at Place::common; a multiple of 16
+//   begin(p, share, common)   with kCommonBytes: they fill it, once a block
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/common.cuh"
-#include "kernels/fp8.h"
 #include "kernels/hopper.cuh"
 #include "kernels/tensor_map.h"
 #include "kernels/tuning.h"
@@ -47,8 +51,11 @@ struct Layout {
     static constexpr int kDepth = kSwizzleBytes / static_cast<int>(sizeof(E));  // of a chunk: one row of a stage
     static constexpr int kOwn = 16 / static_cast<int>(sizeof(E)), kRun = 4 * kOwn, kPairs = kOwn / 2;
     static constexpr bool kNeighbours = sizeof(E) == 1;
-    // The turned tiles of fp8 take the room of some stages; a row of its tiles has half as many chunks.
-    static constexpr int kStages = sizeof(E) == 1 ? 5 : kMostStages;
+    // Whole numbers begin with the bits of the float 1.5 * 2^23, whose last bit counts 1: with sums of at most 2^22 they
+    // are the bits of that float plus the sum.
+    using Sum = std::conditional_t<sizeof(E) == 1, int, float>;
+    static constexpr bool kWhole = sizeof(E) == 1;
+    static constexpr int kZero = 0x4b400000;
     static constexpr int kTeams = sizeof(E) == 1 ? 3 : 2, kConsumers = kTeams * kWarpgroup;
     static constexpr int kThreads = kConsumers + kWarpgroup;
     // Registers of a thread that multiplies and of one that loads: 65,536 in all. Every thread begins with its share.
@@ -70,20 +77,20 @@ struct Panels {
     CUtensorMap weights;  // W; unused where the epilogue makes the panel
     int n, m, chunks;     // rows, columns of the output, C / Layout::kDepth
     int panels, groups;
+    int stages;  // as many as there is room for
 };
 struct Barriers {
     Barrier full[kMostStages], empty[kMostStages], panel[kMostChunks];
 };
 
 // A place in the ring of stages.
-template <int kStages>
 struct Ring {
-    int stage = 0, parity = 0;
+    int stages, stage = 0, parity = 0;
     __device__ void next() {
-        if (++stage == kStages) stage = 0, parity ^= 1;
+        if (++stage == stages) stage = 0, parity ^= 1;
     }
     __device__ void skip(int steps) {
-        for (stage += steps; stage >= kStages; stage -= kStages) parity ^= 1;
+        for (stage += steps; stage >= stages; stage -= stages) parity ^= 1;
     }
 };
 
@@ -105,8 +112,10 @@ struct Place {
     int first_row, column;  // first_row: row(0)
     const Panels& p;
     unsigned char* tile;  // the warpgroup's own shared memory
+    const unsigned char* common;
 
-    __device__ Place(const Panels& problem, const Share& share, int i, unsigned char* own) : p(problem), tile(own) {
+    __device__ Place(const Panels& problem, const Share& share, int i, unsigned char* own, const unsigned char* all)
+        : p(problem), tile(own), common(all) {
         const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, lane = thread % kWarp;
         first_row = share.first_row(p, i) + thread / kWarp * 16 + lane / 4 * (L::kNeighbours ? 2 : 1);
         column = share.column + lane % 4 * L::kOwn;
@@ -126,7 +135,7 @@ struct Place {
 template <int N, class Epilogue>
 __device__ void produce(const Panels& p, const Share& share, unsigned char* panel, unsigned char* stages, Barriers& b) {
     using L = Layout<typename Epilogue::Element>;
-    Ring<L::kStages> ring;
+    Ring ring{p.stages};
     for (int i = 0; i < share.count; ++i)
         for (int k = 0; k < p.chunks; ++k, ring.next()) {
             unsigned char* const stage = stages + ring.stage * kStageBytes;
@@ -147,23 +156,31 @@ __device__ void produce(const Panels& p, const Share& share, unsigned char* pane
 
 // ---- products ----------------------------------------------------------------------------------------------------
 
-// sum = the stage's rows x the panel's chunk; a tile's product is `chunks` of these.
+// sum = [sum +] the stage's rows x the panel's chunk; a tile's product is `chunks` of these.
 template <int N, class E>
-__device__ void multiply_chunk(float (&sum)[N / 2], const unsigned char* stage, const unsigned char* chunk, bool add) {
+__device__ void multiply_chunk(typename Layout<E>::Sum (&sum)[N / 2], const unsigned char* stage,
+                               const unsigned char* chunk, bool add) {
     const std::uint64_t a = operand(stage), b = operand(chunk);
     product_begin();
 #pragma unroll
     for (int s = 0; s < kSwizzleBytes / 32; ++s)
         if constexpr (sizeof(E) == 1)
-            multiply_e4m3<N>(sum, advance(a, s), advance(b, s), add || s > 0);
+            multiply_int8<N>(sum, advance(a, s), advance(b, s), true);
         else
             multiply<N>(sum, advance(a, s), advance(b, s), add || s > 0);
     product_commit();
 }
 
+template <int n>
+__device__ void clear(int (&sum)[n]) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) sum[i] = Layout<std::int8_t>::kZero;
+    pin(sum);  // before the wait for the turn
+}
+
 template <int N, class Epilogue>
 __device__ void consume(const typename Epilogue::Problem& p, const Share& share, const unsigned char* panel,
-                        const unsigned char* stages, unsigned char* tiles, Barriers& b) {
+                        const unsigned char* stages, unsigned char* tiles, const unsigned char* common, Barriers& b) {
     using E = typename Epilogue::Element;
     const int team = static_cast<int>(threadIdx.x) / kWarpgroup;
     const bool speaks = threadIdx.x % kWarp == 0;  // for its warp
@@ -171,14 +188,15 @@ __device__ void consume(const typename Epilogue::Problem& p, const Share& share,
     // Numbers of the named barriers: kTurn + team, where the team waits and the one before it announces itself.
     constexpr int kTurn = 1, kBoth = 2 * kWarpgroup;
     const int next = team + 1 == kTeams ? 0 : team + 1;
-    float sum[N / 2];
+    typename Layout<E>::Sum sum[N / 2];
     Epilogue epilogue;
-    Ring<Layout<E>::kStages> ring;
+    Ring ring{p.stages};
     ring.skip(team * p.chunks);
     if (next == 0) named_arrive(kTurn, kBoth);  // the first turn is team 0's
     for (int i = team; i < share.count; i += kTeams, ring.skip((kTeams - 1) * p.chunks)) {
-        const Place<E> place(p, share, i, tiles + team * Epilogue::kTileBytes);
+        const Place<E> place(p, share, i, tiles + team * Epilogue::kTileBytes, common);
         epilogue.fetch(p, place);
+        if constexpr (Layout<E>::kWhole) clear(sum);
         named_wait(kTurn + team, kBoth);
         int before = 0;  // the stage of the chunk before
         for (int k = 0; k < p.chunks; ++k, ring.next()) {
@@ -207,12 +225,11 @@ __global__ __launch_bounds__(Layout<typename Epilogue::Element>::kThreads,
     extern __shared__ unsigned char shared[];
     __shared__ Barriers barriers;
     const std::uint32_t past = shared_address(shared) % kTileAlignment;
-    constexpr int kStages = L::kStages;
     unsigned char* const panel = shared + (past == 0 ? 0 : kTileAlignment - past);
     unsigned char* const stages = panel + p.chunks * N * kSwizzleBytes;
     const Share share(p, N);
     if (threadIdx.x == 0) {
-        for (int s = 0; s < kStages; ++s) {
+        for (int s = 0; s < kMostStages; ++s) {
             barrier_init(&barriers.full[s], 1);
             barrier_init(&barriers.empty[s], kWarpgroup / kWarp);
         }
@@ -226,13 +243,19 @@ __global__ __launch_bounds__(Layout<typename Epilogue::Element>::kThreads,
         return;
     }
     take_registers<L::kManyRegisters>();
+    constexpr int kMade = 8;  // a named barrier
+    unsigned char *const tiles = stages + p.stages * kStageBytes, *const common =
+                                                                      tiles + L::kTeams * Epilogue::kTileBytes;
+    if constexpr (Epilogue::kCommonBytes > 0) {
+        Epilogue::begin(p, share, common);
+        named_wait(kMade, L::kConsumers);
+    }
     if constexpr (Epilogue::kMakesPanel) {
-        constexpr int kMade = 8;  // a named barrier
         Epilogue::panel(p, share, panel);
         publish_shared();
         named_wait(kMade, L::kConsumers);
     }
-    consume<N, Epilogue>(p, share, panel, stages, stages + kStages * kStageBytes, barriers);
+    consume<N, Epilogue>(p, share, panel, stages, tiles, common, barriers);
 }
 
 // ---- launch ------------------------------------------------------------------------------------------------------
@@ -276,8 +299,11 @@ void launch_columns(const Cuda& dev, typename Epilogue::Problem& p) {
     p.panels = ceil_div(p.m, N);
     p.groups = groups_of(p.panels, ceil_div(p.n, kRows), dev.sm_count);
     using L = Layout<typename Epilogue::Element>;
-    const int bytes =
-        p.chunks * N * kSwizzleBytes + L::kStages * kStageBytes + L::kTeams * Epilogue::kTileBytes + kTileAlignment;
+    constexpr int kMostShared = 227 * 1024 - static_cast<int>(sizeof(Barriers));
+    const int others =
+        p.chunks * N * kSwizzleBytes + L::kTeams * Epilogue::kTileBytes + Epilogue::kCommonBytes + kTileAlignment;
+    p.stages = std::min(kMostStages, (kMostShared - others) / kStageBytes);
+    const int bytes = others + p.stages * kStageBytes;
     const auto kernel = panel_kernel<N, Epilogue>;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     kernel<<<static_cast<unsigned>(p.panels * p.groups), L::kThreads, static_cast<std::size_t>(bytes),

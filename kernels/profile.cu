@@ -45,7 +45,48 @@ __global__ void __launch_bounds__(256) read_kernel(const uint4* from, std::int64
     if (any == 0x5EEDF1EDu) *never = any;  // so that the reads are not left out
 }
 
+constexpr int kCopyThreads = 256;
+
+template <int kPieces, bool kWrite>
+__global__ void __launch_bounds__(kCopyThreads) copy_kernel(uint4* to, const uint4* from, std::int64_t n) {
+    const std::int64_t first = std::int64_t(blockIdx.x) * kPieces * kCopyThreads + threadIdx.x;
+    uint4 pieces[kPieces];
+#pragma unroll
+    for (int k = 0; k < kPieces; ++k)
+        pieces[k] = first + k * kCopyThreads < n ? from[first + k * kCopyThreads] : uint4{0, 0, 0, 0};
+    unsigned any = 0;
+#pragma unroll
+    for (int k = 0; k < kPieces; ++k) {
+        if (kWrite && first + k * kCopyThreads < n) to[first + k * kCopyThreads] = pieces[k];
+        any |= pieces[k].x | pieces[k].y | pieces[k].z | pieces[k].w;
+    }
+    if (!kWrite && any == 0x5EEDF1EDu) to[first].x = any;  // so that the reads are not left out
+}
+
+// Four pieces a thread where that makes enough blocks for every multiprocessor, else one.
+template <bool kWrite>
+void launch_copy(const Cuda& dev, void* to, const void* from, std::size_t bytes) {
+    constexpr std::int64_t kEnough = 1056;
+    const std::int64_t n = std::int64_t(bytes / 16), blocks = ceil_div(n, std::int64_t(4 * kCopyThreads));
+    auto* out = static_cast<uint4*>(to);
+    const auto* in = static_cast<const uint4*>(from);
+    if (blocks >= kEnough)
+        copy_kernel<4, kWrite><<<unsigned(blocks), kCopyThreads, 0, stream_of(dev)>>>(out, in, n);
+    else
+        copy_kernel<1, kWrite>
+            <<<unsigned(ceil_div(n, std::int64_t(kCopyThreads))), kCopyThreads, 0, stream_of(dev)>>>(out, in, n);
+    LAUNCH_CHECK("plain_copy");
+}
+
 }  // namespace
+
+void plain_copy(const Cuda& dev, void* to, const void* from, std::size_t bytes) {
+    if (bytes < 16) return;
+    if (to)
+        launch_copy<true>(dev, to, from, bytes);
+    else
+        launch_copy<false>(dev, const_cast<void*>(from), from, bytes);
+}
 
 void read_through(const Cuda& dev, const void* memory, std::size_t bytes) {
     read_kernel<<<4096, 256, 0, stream_of(dev)>>>(static_cast<const uint4*>(memory),

@@ -1,7 +1,8 @@
 // kernels/rotary.cu: per-head RMS norm and rotary position embedding (see rotary.h).
 //
-// D / 16 threads share a token: each holds 8 neighbouring angles, and the 8 + 8 values of a head that they turn. Angles
-// are computed once and serve all heads.
+// D / 16 threads share a head: each holds 8 neighbouring angles, and the 8 + 8 values of a head that they turn. Four of
+// them or more, of neighbouring heads where D is small, share a token. Angles are computed once and serve all heads that
+// a thread turns; the next head is on its way from memory while one is turned.
 #include "kernels/common.cuh"
 #include "kernels/rotary.h"
 #include "kernels/rotary_turn.cuh"
@@ -10,18 +11,25 @@ namespace fiedler {
 namespace {
 
 using namespace turning;
-constexpr int kThreads = 256, kHalf = 8;  // kHalf: values of each half of a head in a thread
+constexpr int kThreads = 128, kHalf = 8;                // kHalf: values of each half of a head in a thread
+constexpr int kForwardBlocks = 7, kBackwardBlocks = 4;  // that fit on a multiprocessor: the bound on registers
 using Share = float[2 * kHalf];
 
-__device__ inline void load_share(Share& s, const bf16* head, int part, int half) {
-    const auto* x = reinterpret_cast<const nv_bf16*>(head) + part * kHalf;
-    const auto lower = load16(x), upper = load16(x + half);
-#pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
-        s[i] = to_float(lower.v[i]);
-        s[i + kHalf] = to_float(upper.v[i]);
+// A thread's share of a head as it lies in memory.
+struct RawShare {
+    Pack<nv_bf16> lower, upper;
+    __device__ void load(const bf16* head, int part, int half) {
+        const auto* x = reinterpret_cast<const nv_bf16*>(head) + part * kHalf;
+        lower = load16(x), upper = load16(x + half);
     }
-}
+    __device__ void unpack(Share& s) const {
+#pragma unroll
+        for (int i = 0; i < kHalf; ++i) {
+            s[i] = to_float(lower.v[i]);
+            s[i + kHalf] = to_float(upper.v[i]);
+        }
+    }
+};
 __device__ inline void store_share(bf16* head, int part, int half, const Share& s) {
     auto* y = reinterpret_cast<nv_bf16*>(head) + part * kHalf;
     Pack<nv_bf16> lower, upper;
@@ -34,9 +42,9 @@ __device__ inline void store_share(bf16* head, int part, int half, const Share& 
     store16(y + half, upper);
 }
 
-// Sum over the D / 16 neighbouring threads of one token; those of other tokens may have left.
+// Sum over the D / 16 neighbouring threads of one head; those of others may have left.
 template <int D>
-__device__ float product_of_token(const Share& x, const Share& y) {
+__device__ float sum_of_head(const Share& x, const Share& y) {
     constexpr int lanes = D / 16;
     return product_of_head<lanes>(x, y, ((1u << lanes) - 1u) << (threadIdx.x % kWarp / lanes * lanes));
 }
@@ -54,32 +62,42 @@ struct Angles {
     }
 };
 
-// Which token a thread works on, and which part of its heads.
+// Heads of a token that are turned at a time.
+template <int D>
+constexpr int kTogether = D < 64 ? 64 / D : 1;
+
+// Which token a thread works on, which of its heads, `first` and every kTogether-th from there, and which part of them.
 template <int D>
 struct Place {
     std::int64_t token;
-    int part;
+    int first, part;
     __device__ Place() {
         constexpr int lanes = D / 16;
         const std::int64_t at = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
-        token = at / lanes;
+        token = at / (lanes * kTogether<D>);
+        first = int(at / lanes % kTogether<D>);
         part = int(at % lanes);
     }
 };
 
 template <int D>
-__global__ void __launch_bounds__(kThreads) forward_kernel(const RotaryForward<bf16> p, const Frequencies f) {
+__global__ void __launch_bounds__(kThreads, kForwardBlocks)
+    forward_kernel(const RotaryForward<bf16> p, const Frequencies f) {
     const Place<D> at;
-    if (at.token >= p.x.rows) return;
+    if (at.token >= p.x.rows || at.first >= p.heads) return;
+    const bf16* x = p.x.data + at.token * p.x.ld + at.first * D;
+    bf16* y = p.y.data + at.token * p.y.ld + at.first * D;
+    constexpr int kNext = kTogether<D> * D;
+    RawShare next;
+    next.load(x, at.part, D / 2);
     const int token = int(at.token);
     const Angles angles(f, at.part, token - p.seq.first(token) + p.position_offset, p.rotate);
-    const bf16* x = p.x.data + at.token * p.x.ld;
-    bf16* y = p.y.data + at.token * p.y.ld;
-    for (int head = 0; head < p.heads; ++head, x += D, y += D) {
+    for (int head = at.first; head < p.heads; head += kTogether<D>, x += kNext, y += kNext) {
         Share s;
-        load_share(s, x, at.part, D / 2);
+        next.unpack(s);
+        if (head + kTogether<D> < p.heads) next.load(x + kNext, at.part, D / 2);
         if (p.normalise) {
-            const float r = inverse_rms_of_head<D>(product_of_token<D>(s, s), p.eps);
+            const float r = inverse_rms_of_head<D>(sum_of_head<D>(s, s), p.eps);
 #pragma unroll
             for (int i = 0; i < 2 * kHalf; ++i) s[i] *= r;
         }
@@ -89,30 +107,39 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const RotaryForward<b
 }
 
 template <int D>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const RotaryBackward<bf16> p, const Frequencies f) {
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks)
+    backward_kernel(const RotaryBackward<bf16> p, const Frequencies f) {
     const Place<D> at;
-    if (at.token >= p.x.rows) return;
+    if (at.token >= p.x.rows || at.first >= p.heads) return;
+    const bf16* x = p.x.data + at.token * p.x.ld + at.first * D;
+    const bf16* dy = p.dy.data + at.token * p.dy.ld + at.first * D;
+    bf16* dx = p.dx.data + at.token * p.dx.ld + at.first * D;
+    constexpr int kNext = kTogether<D> * D;
+    RawShare next_dy, next_x{};
+    next_dy.load(dy, at.part, D / 2);
+    if (p.normalise) next_x.load(x, at.part, D / 2);
     const int token = int(at.token);
     const Angles angles(f, at.part, token - p.seq.first(token) + p.position_offset, p.rotate);
-    const bf16 *x = p.x.data + at.token * p.x.ld, *dy = p.dy.data + at.token * p.dy.ld;
-    bf16* dx = p.dx.data + at.token * p.dx.ld;
-    for (int head = 0; head < p.heads; ++head, x += D, dy += D, dx += D) {
-        Share g;
-        load_share(g, dy, at.part, D / 2);
+    for (int head = at.first; head < p.heads; head += kTogether<D>, x += kNext, dy += kNext, dx += kNext) {
+        Share g, s;
+        next_dy.unpack(g);
+        next_x.unpack(s);
+        if (head + kTogether<D> < p.heads) {
+            next_dy.load(dy + kNext, at.part, D / 2);
+            if (p.normalise) next_x.load(x + kNext, at.part, D / 2);
+        }
         turn_back(g, angles.cosine, angles.sine);
         if (p.normalise) {
-            Share s;
-            load_share(s, x, at.part, D / 2);
-            const float r = inverse_rms_of_head<D>(product_of_token<D>(s, s), p.eps);
-            normalise_back<D>(g, s, r, product_of_token<D>(g, s));
+            const float r = inverse_rms_of_head<D>(sum_of_head<D>(s, s), p.eps);
+            normalise_back<D>(g, s, r, sum_of_head<D>(g, s));
         }
         store_share(dx, at.part, D / 2, g);
     }
 }
 
 template <class P>
-unsigned blocks_for(const P& p, int width) {
-    return unsigned(ceil_div(p.x.rows * (width / 16), std::int64_t(kThreads)));
+unsigned blocks_for(const P& p, int threads_of_token) {
+    return unsigned(ceil_div(p.x.rows * threads_of_token, std::int64_t(kThreads)));
 }
 
 }  // namespace
@@ -124,7 +151,7 @@ void rotary_forward(const Cuda& cuda, const RotaryForward<bf16>& p) {
     const Frequencies f = frequencies(width, p.theta);
     for_width("rotary", width, [&](auto d) {
         constexpr int D = decltype(d)::value;
-        forward_kernel<D><<<blocks_for(p, D), kThreads, 0, stream_of(cuda)>>>(p, f);
+        forward_kernel<D><<<blocks_for(p, D / 16 * kTogether<D>), kThreads, 0, stream_of(cuda)>>>(p, f);
         LAUNCH_CHECK("rotary_forward");
     });
 }
@@ -136,7 +163,7 @@ void rotary_backward(const Cuda& cuda, const RotaryBackward<bf16>& p) {
     const Frequencies f = frequencies(width, p.theta);
     for_width("rotary", width, [&](auto d) {
         constexpr int D = decltype(d)::value;
-        backward_kernel<D><<<blocks_for(p, D), kThreads, 0, stream_of(cuda)>>>(p, f);
+        backward_kernel<D><<<blocks_for(p, D / 16 * kTogether<D>), kThreads, 0, stream_of(cuda)>>>(p, f);
         LAUNCH_CHECK("rotary_backward");
     });
 }

@@ -5,6 +5,7 @@
 // are the eigenvectors, and what has to be kept and moved is one matrix, not two.
 //
 // B is scaled by a power of two to norm one; c makes its spectrum lie within [1/4, 5/4] of Gershgorin's interval.
+#include "kernels/dynamic_shared.cuh"
 #include "kernels/small_spectra_warp.cuh"
 
 namespace fiedler {
@@ -328,7 +329,7 @@ template <int K>
 void launch_blocks(const Cuda& d, const Problem& p, std::int64_t first, std::int64_t last) {
     const auto kernel = small_spectra_block_kernel<K>;
     constexpr int bytes = sizeof(Shared<K>);
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    allow_shared<bytes>(kernel);
     const std::int64_t slots = small_spectra_slots(128 * K), count = last - first;
     kernel<<<static_cast<unsigned>(count < slots ? count : slots), kBlockThreads, bytes, stream_of(d)>>>(p, first,
                                                                                                          last);

@@ -1,10 +1,11 @@
 // kernels/tensor_map.h: what TMA knows about a matrix in global memory: sizes, strides, and the box that one load brings
-// into shared memory: float as it is; bf16 and 8-bit floats with a swizzle, of 128 bytes (kernels/hopper.cuh) unless said.
+// into shared memory: float as it is; bf16 and bytes with a swizzle, of 128 bytes (kernels/hopper.cuh) unless said.
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <string>
 #include <type_traits>
 
@@ -36,7 +37,8 @@ CUtensorMap tensor_map(const T* data, const cuuint64_t (&size)[rank], const cuui
     std::fill_n(every, rank, 1u);
     CUtensorMap map;
     using U = std::remove_const_t<T>;
-    constexpr bool kFloat = std::is_same_v<U, float>, kBytes = std::is_same_v<U, e4m3> || std::is_same_v<U, e5m2>;
+    constexpr bool kFloat = std::is_same_v<U, float>,
+                   kBytes = std::is_same_v<U, std::int8_t> || std::is_same_v<U, e5m2>;
     static_assert(kFloat || kBytes || std::is_same_v<U, bf16>);
     constexpr CUtensorMapDataType kType = kFloat   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                           : kBytes ? CU_TENSOR_MAP_DATA_TYPE_UINT8

@@ -112,14 +112,16 @@ class Report(Folder):
 
     def test_searches_models_and_pairs_have_their_columns(self):
         row = {"family": "matmul", "case": "dw 1x2x3", "time_us": 10.0, "noise": 0.01, "gb_s": 1000.0, "tflop_s": 1.0,
-               "share_of_peak": 0.5, "model_4090_us": 42.0, "search": {"tried": 20, "ours_over_best": 1.25}}
+               "share_of_peak": 0.5, "share_of_copy": 0.875, "model_4090_us": 42.0,
+               "search": {"tried": 20, "ours_over_best": 1.25}}
         pair = {"family": "attention", "case": "forward+backward 2x8 R1", "time_us": 10.0, "peer": "cuDNN SDPA",
                 "peer_time_us": 20.0, "ratio": 2.0, "peers": {"cuDNN SDPA": 20.0, "FlashAttention SDPA": "cannot run it"}}
         self.write("bench-1.json", piece("bench", peak={"copy_gb_s": 2000.0, "gemm_tflop_s": 700.0}, bench=[row],
                                          pairs=[pair], failed={}, runs_per_sample={}))
         path, _ = gpu_report.write_report(self.folder, self.folder, "s" * 64)
         text = path.with_suffix(".md").read_text()
-        self.assertIn("| 1.25 of 20 |", text)
+        self.assertIn("| 50.0 | 87.5 | 1.25 of 20 |", text)
+        self.assertIn("| % of limit | % of same-size copy |", text)
         self.assertIn("| 42.00 |", text)
         self.assertIn("a model, not a measurement", text)
         self.assertIn("| attention | forward+backward 2x8 R1 | 10.00 | - | - | 20.00 | 2.00 x |", text)

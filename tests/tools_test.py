@@ -24,6 +24,7 @@ import train_peers  # noqa: E402
 edge_report = load("edge_report")
 planted_graph = load("planted_graph")
 check_results = load("check_results")
+check_ptxas = load("check_ptxas")
 
 
 class SourcesHash(Folder):
@@ -64,6 +65,42 @@ class CheckResults(Folder):
         self.assertIn("STALE", check_results.verdict(good, "b" * 64)[1])
         self.assertFalse(check_results.verdict(bad, "a" * 64)[0])
         self.assertFalse(check_results.verdict(self.folder / "missing.json", "a" * 64)[0])
+
+
+class CheckPtxas(unittest.TestCase):
+    @staticmethod
+    def kernel(name, arch, spilled=0, shared=1024):
+        return [f"ptxas info    : Compiling entry function '{name}' for 'sm_{arch}'",
+                f"ptxas info    : Function properties for {name}",
+                f"    64 bytes stack frame, {spilled} bytes spill stores, {spilled} bytes spill loads",
+                f"ptxas info    : Used 40 registers, used 1 barriers, {shared} bytes smem, 440 bytes cmem[0]"]
+
+    def said(self, *kernels):
+        lines, well = check_ptxas.verdict([line for k in kernels for line in k], ["80", "89"])
+        return "\n".join(lines), well
+
+    def test_a_clean_build(self):
+        lines, well = self.said(self.kernel("f", "80"), self.kernel("f", "89"), self.kernel("g", "90a", shared=49152))
+        self.assertTrue(well, lines)
+        for part in ("sm_80: 1 kernels", "sm_90a: 1 kernels", "no register spills"):
+            self.assertIn(part, lines)
+
+    def test_what_is_amiss_is_said(self):
+        one = self.kernel("f", "80")
+        for kernels, part in (((one, self.kernel("f", "89", spilled=8)), "f spills: 64 bytes stack frame, 8 bytes"),
+                              ((one, self.kernel("f", "89", shared=49168)), "f: 49168 bytes of static shared memory"),
+                              ((one,), "sm_89: no kernel was built"),
+                              ((one, self.kernel("f", "89"), self.kernel("g", "89")), "only one of them has g"),
+                              ((["ninja: no work to do."],), "sm_80: no kernel was built")):
+            lines, well = self.said(*kernels)
+            self.assertFalse(well)
+            self.assertIn(part, lines)
+            self.assertNotIn("no register spills", lines)
+
+    def test_a_log_that_is_not_there(self):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            self.assertEqual(check_ptxas.main(["/nowhere/log", "80"]), 2)
+        self.assertIn("/nowhere/log", out.getvalue())
 
 
 class BenchPeers(unittest.TestCase):

@@ -177,7 +177,7 @@ def stage_resume(options):
 # ---- the fast way and the plain one ---------------------------------------------------------------------------------------------
 
 # fast is the default; plain takes neither kernels of the GPU's own architecture nor a CUDA graph; fp8 has the head's products
-# by 8-bit floats; split differs from fast in nothing but the order of sums: how far rounding alone drives two runs apart.
+# in 8 bits; split differs from fast in nothing but the order of sums: how far rounding alone drives two runs apart.
 WAYS = {"fast": (), "again": (), "plain": ("--kernels", "general", "--cuda-graph", "off"), "fp8": ("--head-precision", "fp8"),
         "split": ("--micro-batch", "16")}
 EQUAL_RUNS = [Run(f"{preset}-equal", preset, "novels", 200, (*SAME_SHAPE, "--log-every", "1", "--val-every", "0",

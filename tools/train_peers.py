@@ -118,9 +118,10 @@ def make_models(torch, device="cuda"):
         def attend(a, b, gate, v):
             # A tensor for each scalar: FlexAttention's indices are tensors only.
             scalars = [(a[..., r].contiguous(), b[..., r].contiguous()) for r in range(a.shape[3])]
+            closed = -gate  # a tensor that wants a gradient may be indexed once
 
             def score(_, batch, head, i, j):
-                value = gate[batch, head, i] - gate[batch, head, j]
+                value = gate[batch, head, i] + closed[batch, head, j]
                 for ours, theirs in scalars:
                     value = value - (ours[batch, head, i] - theirs[batch, head, j]).abs()
                 return value

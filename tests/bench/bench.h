@@ -4,6 +4,10 @@
 // Every row has the time of one run (median of the samples; noise = (p90 - p10) / median) and its share of the limit
 // that this machine was measured to have: the larger of bytes / copy rate and, for products on tensor cores, flops /
 // GEMM rate, over the time. bytes and flops are the family's declared least work (kernels/traffic.h).
+//
+// A copy of few bytes does not reach the rate of a large one: its first and last microseconds count. So a row without
+// tensor cores is also held against a plain copy of as many bytes as it moves, timed in the same way: half of them read
+// and half written, or all of them read where the case does little else.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -39,9 +43,14 @@ struct Row {
     int batch = 1;  // runs per sample
     double gb_s = 0, tflop_s = 0;
     double share = 0;          // of the nearest limit; 0: no peak to hold it against
+    double copy_seconds = 0;   // of the plain copy of as many bytes; 0: not measured
     double model_seconds = 0;  // what the model below says of an RTX 4090; 0: no model (CPU)
     Search search;
+    double share_of_copy() const { return seconds > 0 ? copy_seconds / seconds : 0; }
 };
+inline constexpr const char* kCopyText =
+    "% copy: the time of a plain copy of the same bytes (half read, half written; all read for cases that only read), "
+    "measured in the same way, over the row's; % peak holds it against a copy of 1 GiB";
 
 // An RTX 4090 by its data sheet, as fast as this row is here: the larger of bytes / 1008 GB/s and flops / 165 TFLOP/s
 // (bf16 products, f32 sums), over the share of the limit that the row reached on this machine. A model, not a

@@ -47,6 +47,7 @@ void add_energy(Suite& s, std::int64_t n, int heads, int dim, int scalars, bool 
     const std::string name = std::to_string(n) + "x" + std::to_string(heads) + "x" + std::to_string(dim) + " R" +
                              std::to_string(scalars) + (dense ? " dense" : "");
     s.add("forward " + name, traffic(f), [f, &s] { energy_forward(s.device, f); });
+    s.cases.back().only_reads = scalars == 1;
 
     EnergyBackward<Storage> b;
     b.dx = {s.zeros<Storage>(n * heads * dim), n, heads * dim};

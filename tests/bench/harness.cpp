@@ -5,7 +5,9 @@
 #include <chrono>
 #include <exception>
 #include <map>
+#include <numeric>
 #include <random>
+#include <tuple>
 #include <type_traits>
 
 #include "kernels/profile.h"
@@ -133,6 +135,11 @@ class Timer {
         if (single.seconds >= 10e-6) return single;
         return measure(run, 20, samples);
     }
+    // As many runs a sample as another row has.
+    Timing in_batches(const std::function<void()>& run, int batch) {
+        for (int i = 0; i < 3; ++i) run();
+        return measure(run, batch, samples_);
+    }
 
   private:
     Timing measure(const std::function<void()>& run, int batch, int count) {
@@ -161,7 +168,15 @@ class Timer {
         if (samples == 0) samples = samples_;
         run();
         const double once = std::max(seconds(run, 1), 1e-9);
-        const int batch = once < 1e-4 ? int(1e-3 / once) : 1;
+        return measure(run, once < 1e-4 ? int(1e-3 / once) : 1, samples);
+    }
+    Timing in_batches(const std::function<void()>& run, int batch) {
+        run();
+        return measure(run, batch, samples_);
+    }
+
+  private:
+    static Timing measure(const std::function<void()>& run, int batch, int samples) {
         std::vector<double> found;
         double spent = 0;
         for (int i = 0; i < samples && (i < 3 || spent < 2); ++i) {
@@ -170,8 +185,6 @@ class Timer {
         }
         return summary(std::move(found), batch);
     }
-
-  private:
     static double seconds(const std::function<void()>& run, int batch) {
         const auto start = std::chrono::steady_clock::now();
         for (int k = 0; k < batch; ++k) run();
@@ -199,6 +212,58 @@ Search search_best(const std::function<bool(int)>& algorithm, Timer& timer) {
     return found;
 }
 
+// ---- copies of the same bytes ----------------------------------------------------------------------------------------
+
+// Times plain copies of as many bytes as a case moves, each size once. What is larger than kMost takes as long by the byte
+// as kMost does.
+class Copies {
+  public:
+    Copies(const Device& device, Timer& timer) : device_(device), timer_(timer) {}
+    ~Copies() {
+        for (char* p : {from_, to_})
+            if (p) device_free(device_, p);
+    }
+    Copies(const Copies&) = delete;
+    Copies& operator=(const Copies&) = delete;
+
+    double seconds(double bytes, bool only_reads, int batch) {
+        if (bytes < 16) return 0;
+        const double moved = std::min(bytes, double(kMost));
+        const auto once = static_cast<std::size_t>(only_reads ? moved : moved / 2) / 16 * 16;
+        if (once == 0) return 0;
+        const auto [found, is_new] = known_.try_emplace({once, only_reads, batch}, 0.0);
+        if (is_new) found->second = time(once, only_reads, batch);
+        return found->second * bytes / (double(once) * (only_reads ? 1 : 2));
+    }
+
+  private:
+    static constexpr std::size_t kMost = std::size_t(std::is_same_v<Device, Cpu> ? 64 : 1024) << 20;
+
+    double time(std::size_t bytes, bool only_reads, int batch) {
+        if (!from_) {
+            from_ = static_cast<char*>(device_alloc(device_, kMost));
+            to_ = static_cast<char*>(device_alloc(device_, kMost / 2));
+            fill_bytes(device_, from_, 0, kMost);
+            fill_bytes(device_, to_, 0, kMost / 2);
+        }
+        return timer_.in_batches([&] { copy(only_reads ? nullptr : to_, bytes); }, batch).seconds;
+    }
+    void copy(char* to, std::size_t bytes) {
+#if FIEDLER_BENCH_CUDA
+        plain_copy(device_, to, from_, bytes);
+#else
+        if (to) return copy_on_device(device_, to, from_, bytes);
+        const auto* words = reinterpret_cast<const std::uint64_t*>(from_);
+        read_ = std::accumulate(words, words + bytes / sizeof(*words), std::uint64_t(0));
+#endif
+    }
+    const Device& device_;
+    Timer& timer_;
+    char *from_ = nullptr, *to_ = nullptr;
+    std::map<std::tuple<std::size_t, bool, int>, double> known_;  // by bytes read, kind and runs of a sample
+    [[maybe_unused]] volatile std::uint64_t read_ = 0;
+};
+
 // ---- peaks and rows ------------------------------------------------------------------------------------------------
 
 // What the machine can do, measured here and now: a plain copy (bytes read + written), and the case of the matmul
@@ -223,7 +288,7 @@ Peak measure_peak(Suite& suite, Timer& timer) {
     return peak;
 }
 
-Row time_case(const Case& c, Timer& timer, const Peak& peak) {
+Row time_case(const Case& c, Timer& timer, Copies& copies, const Peak& peak) {
     Row r;
     r.family = c.family, r.name = c.name, r.traffic = c.traffic;
     try {
@@ -235,6 +300,7 @@ Row time_case(const Case& c, Timer& timer, const Peak& peak) {
         if (c.tensor_cores && peak.gemm_tflop_s > 0) r.share = std::max(r.share, r.tflop_s / peak.gemm_tflop_s);
         const double limit = std::max(c.traffic.bytes / kModelBytesPerSecond, c.traffic.flops / kModelFlopsPerSecond);
         if (std::is_same_v<Device, Cuda> && r.share > 0) r.model_seconds = limit / std::min(r.share, 1.0);
+        if (!c.tensor_cores) r.copy_seconds = copies.seconds(c.traffic.bytes, c.only_reads, r.batch);
         if (c.algorithm) r.search = search_best(c.algorithm, timer);
     } catch (const std::exception& e) {
         r.failure = e.what();
@@ -244,6 +310,7 @@ Row time_case(const Case& c, Timer& timer, const Peak& peak) {
 
 Result run_suite(const Options& o, const Machine& machine, const Device& device, const Listener& listener) {
     Timer timer(device, o.samples);
+    Copies copies(device, timer);
     Suite suite(device, o.small);
     Result result;
     result.machine = machine;
@@ -256,7 +323,7 @@ Result run_suite(const Options& o, const Machine& machine, const Device& device,
         try {
             bench(suite);
             for (const Case& c : suite.cases) {
-                result.rows.push_back(time_case(c, timer, result.peak));
+                result.rows.push_back(time_case(c, timer, copies, result.peak));
                 listener.row(result.rows.back());
             }
         } catch (const std::exception& e) {

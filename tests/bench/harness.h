@@ -50,6 +50,7 @@ struct Case {
     Traffic traffic;
     std::function<void()> run;
     bool tensor_cores = false;  // the measured GEMM rate is a limit of it, beside the measured copy rate
+    bool only_reads = false;    // what it writes is nothing beside what it reads
     // Optional: runs the same problem by algorithm k = 0, 1, ... of a library; false: there is none, or it cannot run.
     std::function<bool(int)> algorithm = {};
 };

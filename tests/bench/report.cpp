@@ -53,8 +53,9 @@ void print_header(const Machine& m, const Peak& peak) {
     std::printf("\nmeasured peak: copy %.1f GB/s (read + written)", peak.copy_gb_s);
     if (peak.gemm_tflop_s > 0) std::printf(", matrix product %.2f TFLOP/s", peak.gemm_tflop_s);
     if (model) std::printf("\n%s", kModelText);
-    std::printf("\n\n%-13s %-44s %12s %7s %10s %10s %7s %12s  %s\n", "family", "case", "time us", "noise", "GB/s",
-                "TFLOP/s", "% peak", "4090 model", "");
+    std::printf("\n%s", kCopyText);
+    std::printf("\n\n%-13s %-44s %12s %7s %10s %10s %7s %7s %12s  %s\n", "family", "case", "time us", "noise", "GB/s",
+                "TFLOP/s", "% peak", "% copy", "4090 model", "");
 }
 
 void print_row(const Row& r) {
@@ -71,9 +72,9 @@ void print_row(const Row& r) {
         notes += (notes.empty() ? "" : "; ") + std::string(text);
     }
     if (r.model_seconds > 0) std::snprintf(text, sizeof text, "%.2f", r.model_seconds * 1e6), model = text;
-    std::printf("%-13s %-44s %12.2f %6.1f%% %10.1f %10.3f %7s %12s  %s\n", r.family.c_str(), r.name.c_str(),
-                r.seconds * 1e6, r.noise * 100, r.gb_s, r.tflop_s, percent(r.share).c_str(), model.c_str(),
-                notes.c_str());
+    std::printf("%-13s %-44s %12.2f %6.1f%% %10.1f %10.3f %7s %7s %12s  %s\n", r.family.c_str(), r.name.c_str(),
+                r.seconds * 1e6, r.noise * 100, r.gb_s, r.tflop_s, percent(r.share).c_str(),
+                percent(r.share_of_copy()).c_str(), model.c_str(), notes.c_str());
     std::fflush(stdout);
 }
 
@@ -140,6 +141,8 @@ Json json_of(const Row& r) {
            {"gb_s", number(r.gb_s)},
            {"tflop_s", number(r.tflop_s)},
            {"share_of_peak", positive(r.share)},
+           {"share_of_copy", positive(r.share_of_copy())},
+           {"copy_us", positive(r.copy_seconds * 1e6)},
            {"model_4090_us", positive(r.model_seconds * 1e6)}};
     if (r.search.tried > 0)
         j["search"] = {{"tried", r.search.tried},
@@ -214,6 +217,7 @@ Json to_json(const Result& result) {
             {"peak",
              {{"copy_gb_s", positive(result.peak.copy_gb_s)}, {"gemm_tflop_s", positive(result.peak.gemm_tflop_s)}}},
             {"model", kModelText},
+            {"copy", kCopyText},
             {"bench", bench},
             {"steps", steps},
             {"runs_per_sample", batched},

@@ -125,7 +125,8 @@ class BenchCommand : public CommandTest {
 TEST_F(BenchCommand, MeasuresAFamilyAndComparesIt) {
     const Outcome o = bench_run({"gradnorm", "--samples", "3", "--json", "a.json"});
     ASSERT_EQ(o.code, 0) << o.err;
-    for (const char* part : {"gradnorm", "% peak", "4090 model"}) EXPECT_HAS(o.out, part);
+    for (const char* part : {"gradnorm", "% peak", "% copy", "a plain copy of the same bytes", "4090 model"})
+        EXPECT_HAS(o.out, part);
     Json a = json_of("a.json");
     ASSERT_GE(a.at("bench").size(), 1u);
     for (const Json& row : a.at("bench")) {
@@ -133,6 +134,9 @@ TEST_F(BenchCommand, MeasuresAFamilyAndComparesIt) {
         EXPECT_GT(row.at("bytes").get<double>(), 0);
         EXPECT_NEAR(row.at("gb_s").get<double>() * row.at("time_us").get<double>() * 1e3, row.at("bytes").get<double>(),
                     1e-4 * row.at("bytes").get<double>());
+        EXPECT_GT(row.at("copy_us").get<double>(), 0);
+        EXPECT_NEAR(row.at("share_of_copy").get<double>() * row.at("time_us").get<double>(),
+                    row.at("copy_us").get<double>(), 1e-4 * row.at("copy_us").get<double>());
         EXPECT_TRUE(row.at("model_4090_us").is_null());  // says nothing on a CPU
     }
     for (Json& row : a.at("bench")) row["time_us"] = 1e-6;  // a card that nobody has

@@ -102,11 +102,29 @@ struct Outputs {
     Values o, lse, da, db, dF, dv;
 };
 
+// Does sm_90's own kernel take the forward pass, on such a device and in a build that has it?
+inline bool is_sm90_forward(const Case& c) {
+    return c.width == 64 && c.scalars == 1 && c.window == 0 && c.uniform() && c.lengths[0] % 128 == 0;
+}
+// Its lse: of a scalar up to 2^-10 from a_i, and of weights of which each may be off by 2^-8 (attention_forward_sm90.cuh). Its root
+// mean square: of the first 0.4 x 2^-10 where all keys lie on one side; of the second, with the weight of a query on 4 keys
+// or more, less than that. But not of ties, whose weights are all off by the same.
+inline testing::AssertionResult close_to_rounded_lse(const Case& c, const Values& got, const Values& want) {
+    constexpr double kMost = 0x1p-10 + 0x1p-8;
+    const Error e = measure(got, want);
+    if (got.size() == want.size() && e.count > 0 && e.nonfinite == 0 && e.max <= kMost &&
+        e.rms <= (c.points == Points::kTied ? kMost : 0x1p-10))
+        return testing::AssertionSuccess();
+    return testing::AssertionFailure() << "largest error " << e.max << ", rms " << e.rms << ", of " << e.count << ", "
+                                       << e.nonfinite << " not finite";
+}
+
 // What a GPU makes of more than one scalar (kernels/attention_packed.cuh), as long as they are in range: f16 numbers,
 // in base 2, relative to a centre. ir, jr: where the R numbers of a query and a key begin in a and b.
 class Packing {
   public:
-    explicit Packing(const Inputs& in) : R(std::size_t(in.c.scalars)) {
+    // of_part: scalars whose distances are added up in f16, first by twos.
+    Packing(const Inputs& in, std::size_t of_part) : R(std::size_t(in.c.scalars)), part_(of_part / 2) {
         const auto n = std::size_t(in.tokens()), hr = std::size_t(in.c.heads) * R;
         std::vector<float> centres(hr);
         for (std::size_t k = 0; k < hr; ++k) {
@@ -123,25 +141,24 @@ class Packing {
     }
     int sign(std::size_t ir, std::size_t jr) const { return a_[ir] > b_[jr] ? 1 : a_[ir] < b_[jr] ? -1 : 0; }
     // sum |a - b| in natural units.
-    double distance(std::size_t ir, std::size_t jr) const {
-        const std::size_t of_part = R > 8 ? 4 : 2;  // added up in f16, first by twos
+    double distance(std::size_t ir, std::size_t jr) {
         double sum = 0;
-        for (std::size_t from = 0; from < R; from += of_part) {
-            double part = 0;
-            for (std::size_t r = from; r < from + of_part; r += 2) {
-                double two = 0;
-                for (std::size_t i = r; i < std::min(r + 2, R); ++i)
-                    two = half(two + std::abs(half(a_[ir + i] - b_[jr + i])));
-                part = half(part + two);
+        for (std::size_t from = 0; from < R; from += 2 * part_.size()) {
+            for (std::size_t i = 0; i < part_.size(); ++i) {
+                part_[i] = 0;
+                for (std::size_t r = from + 2 * i; r < std::min(from + 2 * i + 2, R); ++r)
+                    part_[i] = half(part_[i] + std::abs(half(a_[ir + r] - b_[jr + r])));
             }
-            sum += part;
+            for (std::size_t n = part_.size() / 2; n > 0; n /= 2)
+                for (std::size_t i = 0; i < n; ++i) part_[i] = half(part_[i] + part_[i + n]);
+            sum += part_[0];
         }
         return sum * std::log(2.0);
     }
 
   private:
     std::size_t R;
-    Values a_, b_;  // NaN: out of range
+    Values part_, a_, b_;  // NaN: out of range
 
     static Values numbers(const Values& x, const std::vector<float>& centres) {
         Values y(x.size(), NAN);
@@ -159,12 +176,20 @@ class Packing {
     }
 };
 
+inline std::size_t scalars_added_in_f16(std::int32_t scalars) {
+    const std::int32_t R = attention_padded_scalars(scalars);
+#if FIEDLER_CUDA
+    if (!tuning::scores_on_tensor_cores(gpu().arch)) return std::size_t(R);
+#endif
+    return R == 16 ? 4 : 2;
+}
+
 // The contract, pair by pair, in arithmetic A; weights of the two matrix products rounded to W, o and dv to S. packed:
 // more than one scalar as the GPU packs them, scores and signs, and ds rounded to W too.
 template <class A, class W, class S>
 Outputs naive(const Inputs& in, const Values& o_given = {}, const Values& lse_given = {}, bool packed = false) {
-    const Packing packing(in);
     packed &= in.c.scalars > 1;
+    Packing packing(in, packed ? scalars_added_in_f16(in.c.scalars) : 2);
     const auto n = in.tokens(), H = in.c.heads, R = in.c.scalars, D = in.c.width;
     const auto a = to<A>(in.a), b = to<A>(in.b), F = to<A>(in.F), v = to<A>(in.v), g = to<A>(in.dout);
     std::vector<A> o(v.size()), lse(std::size_t(n * H)), da(a.size()), db(a.size()), dF(F.size()), dv(v.size());
@@ -257,8 +282,9 @@ struct Trial {
     static std::size_t partial_elements(const Inputs& i) {
         if constexpr (std::is_same_v<Dev, Cpu>) return 0;
         const Case& c = i.c;
-        const auto slab = attention_slab_elements(i.tokens(), c.heads, c.scalars);
-        return std::size_t(c.slabs > 0 ? c.slabs * slab
+        const auto slab = attention_slab_elements(i.tokens(), c.heads, c.scalars),
+                   numbers = attention_numbers_elements(i.tokens(), c.heads, c.width, c.scalars);
+        return std::size_t(c.slabs > 0 ? c.slabs * slab + numbers
                                        : attention_partial_elements(i.packed(), longest(i), c.heads, c.width, c.scalars,
                                                                     c.window, c.causal));
     }

@@ -1,0 +1,40 @@
+// kernels/dependent_launch.cuh: a kernel of sm_90 that starts while the one before it in the stream ends (programmatic
+// dependent launch).
+//
+// The first kernel calls dependents_may_start(): once all its blocks have, the second one's may take what room is left. They
+// may do what does not depend on the first; before the rest every thread that reads or writes what the first, or
+// anything before it, has to do with calls wait_for_previous(), which returns when the first is over and its writes are seen.
+// All blocks of the second do so in some thread: then whatever comes after the second comes after the first too.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "kernels/common.cuh"
+
+namespace fiedler {
+
+__device__ inline void dependents_may_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+__device__ inline void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
+// kernel<<<grid, threads, bytes, stream>>>(args...), dependent on the kernel that was launched last.
+template <class... Parameters, class... Args>
+void launch_dependent(void (*kernel)(Parameters...), dim3 grid, int threads, int bytes, cudaStream_t stream,
+                      const Args&... args) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid, config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<std::size_t>(bytes), config.stream = stream;
+    config.attrs = &attribute, config.numAttrs = 1;
+    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(args)...));
+}
+
+}  // namespace fiedler
