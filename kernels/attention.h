@@ -19,12 +19,12 @@
 //            from the sum before rounding. With R = 1 a weight is a product of factors of its row and column, each
 //            within a few units of rounding, as long as their range permits. Fixed order, no atomics: bit-equal from
 //            run to run.
-//            Cuda, R > 1: a and b, times log2 e, are rounded to eleven bits relative to c, the mean of a of four tokens
-//            of the head, and to multiples of 2^-13. So a score is off by at most
-//              2^-11 sum_r (|a^r - c^r| + |b^r - c^r| + k |a^r - b^r|) + 2^-13 R,  k = 2; 3 for R = 16; 1 + log2 R for
+//            Cuda, R > 1: a and b, times log2 e, are rounded to multiples of 2^-13 and to eleven bits. So a score is
+//            off by at most
+//              2^-11 sum_r (|a^r| + |b^r| + k |a^r - b^r|) + 2^-13 R,  k = 2; 3 for R = 16; 1 + log2 R for
 //            sm_86, sm_89 and sm_120. Scalars that round to one number count as equal, sign 0; others keep their sign.
-//            ds is rounded to bf16 in da, db and dF too, once for both of its sums. Tiles with a scalar further than 24
-//            from c have scores and signs in f32.
+//            ds is rounded to bf16 in da, db and dF too, once for both of its sums. Tiles with a scalar beyond 32 have
+//            scores and signs in f32.
 //            Cuda, sm_90, D = 64, R = 1, no window, equal sequences of a multiple of 128 tokens, and scratch: the forward
 //            pass is a kernel of its own (attention_forward_sm90.cu). There weights are made in bf16: a query counts as if
 //            its scalar were up to 2^-10 off, a weight is within 2^-8 (causal: but for a query's own tile of 128 keys), and

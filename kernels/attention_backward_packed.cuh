@@ -48,8 +48,7 @@ struct alignas(128) PackedShared {
     float raw[3][kTile];
     int2 sight[Shape::kKeys];  // the queries [x, y) that see each key
     int4 band[Shape::kWarps];  // Band::ends of a warp's keys
-    float centres[R];
-    float gate;  // G
+    float gate;                // G
     volatile int head, slab, first;
     volatile int end, written;
     volatile bool far;  // whether a scalar of the keys is out of range
@@ -136,8 +135,8 @@ struct PackedLoader {
             __half* half = reinterpret_cast<__half*>(to.a[query / 2] + r) + query % 2;
 #pragma unroll
             for (int u = 0; u < kOfItem; ++u) {
-                far |= !packs(x[u], shared.centres[r + u]);
-                half[2 * u] = __float2half_rn(packed_number(x[u], shared.centres[r + u]));
+                far |= !packs(x[u]);
+                half[2 * u] = __float2half_rn(packed_number(x[u]));
             }
         }
         if (thread < kTile) {
@@ -188,9 +187,7 @@ struct PackedKeys {
             for (int r = 0; r < R; r += 2) {
                 const float* from =
                     p.b.data + std::int64_t(min(rows.token(k), p.seq.tokens - 1)) * p.b.ld + head * p.scalars + r;
-                const auto number = [&](int i) {
-                    return r + i < p.scalars ? packed_number(from[i], shared.centres[r + i]) : 0.f;
-                };
+                const auto number = [&](int i) { return r + i < p.scalars ? packed_number(from[i]) : 0.f; };
                 b[k][r / 2] = pack_half(number(0), number(1));
             }
         }
@@ -426,7 +423,7 @@ __device__ int begin_keys(const AttentionBackward<bf16>& p, PackedShared<D, R>& 
     for (int i = thread; i < Shape::kKeys * R; i += kThreads) {
         const int token = first + i / R, r = i % R;
         if (token < tokens && r < p.scalars)
-            far |= !packs(p.b.data[std::int64_t(token) * p.b.ld + head * p.scalars + r], shared.centres[r]);
+            far |= !packs(p.b.data[std::int64_t(token) * p.b.ld + head * p.scalars + r]);
     }
     if (thread == 0) {
         shared.end = ceil_div(sight.hi(last), kTile);
@@ -461,11 +458,6 @@ __global__ void __launch_bounds__((PackedShape<D, R>::kBlockThreads), (PackedSha
         shared.slab = block.group % groups.slabs;
         shared.first = block.group * groups.tiles * Shape::kKeys;
         shared.written = 0;
-    }
-    __syncthreads();
-    if (threadIdx.x < R) {
-        const int r = threadIdx.x;
-        shared.centres[r] = r < p.scalars ? packed_centre(p.a.data + shared.head * p.scalars + r, p.a.ld, tokens) : 0.f;
     }
     __syncthreads();
     const PackedLoader<D, R> loader{p, shared};

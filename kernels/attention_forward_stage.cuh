@@ -13,8 +13,8 @@
 //
 // That is exact in f32 within these bounds, which a group checks before it starts, and those of F_j for each stage
 // before it is used; a group out of bounds takes the running maximum from there on:
-//   |a_i - c| <= kRange, d_i <= kOwnDistance, F_i and F_j >= E - kGateRange, and for R > 1, where scalars are packed
-//   (kernels/attention_packed.cuh) within the bounds and taken as they are out of them, |b_j^r - c^r| <= kPackedRange.
+//   |a_i - c| <= kRange, d_i <= kOwnDistance, F_i and F_j >= E - kGateRange; for R > 1, where scalars are packed
+//   (kernels/attention_packed.cuh) within the bounds and taken as they are out of them, |a_i^r|, |b_j^r| <= kPackedRange.
 // Too large: p'_ij = exp(-|a_i - b_j| + F_i - F_j - lambda_i) <= exp(kRange + kGateRange) = e^56; a million of them and
 //   values of 10^7 still fit into f32, e^88. An infinite u_j or w_j alone is harmless: u_j overflows only if
 //   b_j - c > 88 - 32; rho_i >= e^-48 keeps the product large or infinite, w_j < e^-24 is the minimum, as in exact
@@ -175,7 +175,6 @@ struct Shared {
     float2 raw[R == 1 ? S::kBlockThreads : 1];  // b and F that a thread has asked for, for itself
     View views[S::kGroups * kGroupWarps];
     alignas(16) std::uint32_t packed[R == 1 ? 1 : S::kQueries][R == 1 ? 1 : R / 2];  // a, two scalars each
-    float centres[R];  // of each scalar (attention_packed.cuh); R > 1
 };
 
 // Fixes the references: fills what is shared of them and of the queries, between barriers. Returns whether the queries
@@ -204,17 +203,13 @@ __device__ bool prepare(Shared<D, R>& shared, const AttentionForward<bf16>& p, c
             load_numbers(of_a, a + token * p.a.ld, p.scalars, whole_scalars<R>(p.a.data, p.scalars));
             load_numbers(of_b, b + token * p.b.ld, p.scalars, whole_scalars<R>(p.b.data, p.scalars));
         }
-        if (local < R) shared.centres[local] = local < p.scalars ? packed_centre(a + local, p.a.ld, p.seq.tokens) : 0.f;
-        __syncthreads();
 #pragma unroll
         for (int r = 0; r < R; r += 2) {
-            const float2 centre = {shared.centres[r], shared.centres[r + 1]};
             own += fabsf(of_a[r] - of_b[r]);
             own += fabsf(of_a[r + 1] - of_b[r + 1]);
-            spread = fmaxf(spread, fmaxf(fabsf(of_a[r] - centre.x), fabsf(of_a[r + 1] - centre.y)));
+            spread = fmaxf(spread, fmaxf(fabsf(of_a[r]), fabsf(of_a[r + 1])));
             if (local < S::kGroupQueries)
-                shared.packed[local][r / 2] =
-                    pack_half(packed_number(of_a[r], centre.x), packed_number(of_a[r + 1], centre.y));
+                shared.packed[local][r / 2] = pack_half(packed_number(of_a[r]), packed_number(of_a[r + 1]));
         }
     }
     const float high = R == 1 ? x : spread;
@@ -232,7 +227,8 @@ __device__ bool prepare(Shared<D, R>& shared, const AttentionForward<bf16>& p, c
 #pragma unroll
     for (int i = 0; i < 5; ++i) most[i] = most_of(i, group * kGroupWarps, kGroupWarps);
     const float centre = R == 1 ? 0.5f * (most[0] - most[1]) : 0.f, range = R == 1 ? most[0] - centre : most[0];
-    const bool bounded = range <= kRange && most[4] <= kOwnDistance<R> && most[2] + most[3] <= kGateRange<R>;
+    const bool bounded =
+        range <= (R == 1 ? kRange : kPackedRange) && most[4] <= kOwnDistance<R> && most[2] + most[3] <= kGateRange<R>;
     if (local < S::kGroupQueries) {
         const int at = group * S::kGroupQueries + local;
         const float apart = R == 1 ? x - centre : 0.f;
@@ -322,7 +318,7 @@ struct Loader {
 #pragma unroll
             for (int i = 0; i < Raw::kItems; ++i)
 #pragma unroll
-                for (int r = 0; r < Raw::kOfKey; ++r) in_range &= packs(raw.b[i][r], shared.centres[scalar() + r]);
+                for (int r = 0; r < Raw::kOfKey; ++r) in_range &= packs(raw.b[i][r]);
             least[warp_in_block()] = from_ordered(least_of_warp(in_range || !has(0) ? F : -INFINITY));
         }
     }
@@ -347,8 +343,7 @@ struct Loader {
                 if (bounded) {
                     __half* to = reinterpret_cast<__half*>(tile.packed[key / 2] + scalar()) + key % 2;
 #pragma unroll
-                    for (int r = 0; r < Raw::kOfKey; ++r)
-                        to[2 * r] = __float2half_rn(packed_number(raw.b[i][r], shared.centres[scalar() + r]));
+                    for (int r = 0; r < Raw::kOfKey; ++r) to[2 * r] = __float2half_rn(packed_number(raw.b[i][r]));
                 }
             }
             if (local < S::kKeys) tile.gate[local] = bounded ? (gate - F) * kLog2e : F;

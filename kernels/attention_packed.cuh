@@ -1,14 +1,14 @@
 // kernels/attention_packed.cuh: distances of R > 1 scalars in pairs of f16, for scalar-distance attention.
 //
-// A scalar x of a and b alike becomes y = log2(e) (x - c), rounded to a multiple of 2^-13 and then to f16, eleven bits.
-// c, of a head and scalar, is the mean of a of four tokens spread over the axis (0 if that is not finite): the same in
-// every block, forward and backward. One instruction takes the differences of two neighbouring columns; the sums of
-// two |d| are added up in f32, as products with -1 on the tensor cores, or in f16 where these are slow.
+// A scalar x of a and b alike becomes y = log2(e) x, rounded to a multiple of 2^-13 and then to f16, eleven bits: the same
+// forward and backward, and whatever the other tokens are. One instruction takes the differences of two neighbouring
+// columns; the sums of two |d| are added up in f32, as products with -1 on the tensor cores, or in f16 where these are
+// slow.
 //
 // Rounding is monotone and a difference of two f16 is zero only where they are equal: the sign of a - b is kept or,
-// where both round to one number, 0. With |x - c| <= kPackedRange, beyond which a kernel goes another way, y and d are
+// where both round to one number, 0. With |x| <= kPackedRange, beyond which a kernel goes another way, y and d are
 // off by at most 2^-11 of themselves, or 2^-14, so a score is off by at most
-//   2^-11 sum_r (|a^r - c^r| + |b^r - c^r| + k |a^r - b^r|) + 2^-13 R
+//   2^-11 sum_r (|a^r| + |b^r| + k |a^r - b^r|) + 2^-13 R
 // with k = 2, 3 for R = 16, whose sums of f16 are of four; 1 + log2 R where all of a sum is in f16.
 // Where dot products are the scores, their bf16 operands cost 2^-9 of each term.
 #pragma once
@@ -18,21 +18,13 @@
 
 namespace fiedler::attention_tile {
 
-constexpr float kPackedRange = 24.f;  // natural units
+constexpr float kPackedRange = 32.f;  // natural units
 
-// c, from scalar 0 of the head (and one more, for another scalar); scalars of a token are `ld` apart.
-__device__ inline float packed_centre(const float* a, std::int64_t ld, int tokens) {
-    float sum = 0.f;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum += a[std::int64_t(i) * (tokens / 4) * ld];
-    sum *= 0.25f;
-    return fabsf(sum) < INFINITY ? sum : 0.f;
-}
-__device__ inline bool packs(float x, float centre) { return fabsf(x - centre) <= kPackedRange; }
+__device__ inline bool packs(float x) { return fabsf(x) <= kPackedRange; }
 // y as f32. Numbers out of range, NaN included, become something finite.
-__device__ inline float packed_number(float x, float centre) {
+__device__ inline float packed_number(float x) {
     constexpr float kOnGrid = 1536.f;  // a unit of rounding there is 2^-13
-    const float y = __fmul_rn(fminf(fmaxf(x - centre, -kPackedRange), kPackedRange), kLog2e);
+    const float y = __fmul_rn(fminf(fmaxf(x, -kPackedRange), kPackedRange), kLog2e);
     return __fadd_rn(__fadd_rn(y, kOnGrid), -kOnGrid);
 }
 __device__ inline std::uint32_t pack_half(float lo, float hi) {

@@ -115,6 +115,24 @@ TEST(Attention, GpuForwardMatchesReferenceAtEveryBorderOfBlocks) {
                 check_gpu_forward(in, "mild gate");
             }
 }
+// To the bit: what comes later than a block of queries does not even change how its numbers are rounded.
+TEST(Attention, GpuForwardDoesNotSeeLaterTokens) {
+    FIEDLER_GPU_OR_SKIP();
+    constexpr std::size_t kSeen = 512;
+    for (const std::int32_t scalars : {1, 2, 4, 8, 16}) {
+        const Case c{.lengths = {1024}, .heads = 2, .scalars = scalars, .width = 64};
+        const auto count = std::size_t(c.heads * scalars), width = std::size_t(c.heads * c.width);
+        Inputs in(c), other(c);
+        for (std::size_t i = kSeen * count; i < in.a.size(); ++i) other.a[i] += 3, other.b[i] -= 5;
+        for (std::size_t i = kSeen * width; i < in.v.size(); ++i) other.v[i] = 1;
+        other.a = round_to<float>(other.a), other.b = round_to<float>(other.b);
+        Trial<bf16, Cuda> run(gpu(), in), changed(gpu(), other);
+        run.forward(), changed.forward();
+        EXPECT_TRUE(identical(run.compact(run.o).data(), changed.compact(changed.o).data(), kSeen * width * 8));
+        EXPECT_TRUE(identical(run.lse.values().data(), changed.lse.values().data(), kSeen * std::size_t(c.heads) * 8));
+        EXPECT_FALSE(identical(run.lse.values().data(), changed.lse.values().data(), run.lse.values().size() * 8));
+    }
+}
 // A query of NaN gives NaN, and to no other query.
 TEST(Attention, GpuForwardShowsNaN) {
     FIEDLER_GPU_OR_SKIP();

@@ -120,19 +120,12 @@ inline testing::AssertionResult close_to_rounded_lse(const Case& c, const Values
 }
 
 // What a GPU makes of more than one scalar (kernels/attention_packed.cuh), as long as they are in range: f16 numbers,
-// in base 2, relative to a centre. ir, jr: where the R numbers of a query and a key begin in a and b.
+// in base 2. ir, jr: where the R numbers of a query and a key begin in a and b.
 class Packing {
   public:
     // of_part: scalars whose distances are added up in f16, first by twos.
     Packing(const Inputs& in, std::size_t of_part) : R(std::size_t(in.c.scalars)), part_(of_part / 2) {
-        const auto n = std::size_t(in.tokens()), hr = std::size_t(in.c.heads) * R;
-        std::vector<float> centres(hr);
-        for (std::size_t k = 0; k < hr; ++k) {
-            for (std::size_t i = 0; i < 4; ++i) centres[k] += float(in.a[i * (n / 4) * hr + k]);
-            centres[k] *= 0.25f;
-            if (!std::isfinite(centres[k])) centres[k] = 0;
-        }
-        a_ = numbers(in.a, centres), b_ = numbers(in.b, centres);
+        a_ = numbers(in.a), b_ = numbers(in.b);
     }
     bool in_range(std::size_t ir, std::size_t jr) const {
         for (std::size_t r = 0; r < R; ++r)
@@ -160,12 +153,10 @@ class Packing {
     std::size_t R;
     Values part_, a_, b_;  // NaN: out of range
 
-    static Values numbers(const Values& x, const std::vector<float>& centres) {
+    static Values numbers(const Values& x) {
         Values y(x.size(), NAN);
-        for (std::size_t k = 0; k < x.size(); ++k) {
-            const float apart = float(x[k]) - centres[k % centres.size()];
-            if (std::abs(apart) <= 24) y[k] = half(std::nearbyint(double(apart * 1.44269504f) * 8192) / 8192);
-        }
+        for (std::size_t k = 0; k < x.size(); ++k)
+            if (std::abs(x[k]) <= 32) y[k] = half(std::nearbyint(double(float(x[k]) * 1.44269504f) * 8192) / 8192);
         return y;
     }
     static double half(double x) {  // to 11 bits, ties to even; multiples of 2^-13 stay clear of the ends of f16
