@@ -244,6 +244,23 @@ class GpuCheck(Folder):
         del os.environ["CRASH"]
         self.assertEqual((counts["passed"], counts["failed"]), (4, 1))
 
+    def test_the_test_that_wants_the_card_for_itself_runs_after_the_others(self):
+        self.program("engine_tests", """
+            import json, os, sys
+            arguments = dict(a.split("=", 1) for a in sys.argv[1:] if "=" in a)
+            if "--gtest_list_tests" in sys.argv:
+                print("Other.\\n  Gpu\\nPlan.\\n  First\\n  GpuIsWhatTheRunTakes\\nZ.\\n  Gpu")
+                sys.exit()
+            with open(sys.argv[0] + ".runs", "a") as runs:
+                runs.write(arguments["--gtest_filter"] + " " + os.environ["GTEST_TOTAL_SHARDS"] + "\\n")
+            tests = [{"name": "A", "status": "RUN", "result": "COMPLETED"}]
+            open(arguments["--gtest_output"].split(":", 1)[1], "w").write(json.dumps({"testsuites": [{"name": "S", "testsuite": tests}]}))""")
+        counts = gpu_check.run_test_program(self.options(shards=2), "engine_tests")
+        self.assertEqual((counts["passed"], counts["failed"]), (3, 0))
+        runs = (self.folder / "bin/engine_tests.runs").read_text().splitlines()
+        self.assertEqual(runs, ["*Gpu*-Plan.GpuIsWhatTheRunTakes 2"] * 2 + ["Plan.GpuIsWhatTheRunTakes 1"])
+        self.assertEqual(gpu_check.without("*Gpu*-A.*", "B.C"), "*Gpu*-A.*:B.C")
+
     def test_unknown_tools_and_programs_of_the_sanitizer_are_refused(self):
         for flags in (["--tool", "synccheck"], ["--program", "tests"]):
             with contextlib.redirect_stderr(io.StringIO()), self.assertRaises(SystemExit) as refused:
