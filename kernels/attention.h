@@ -27,12 +27,12 @@
 //            scores and signs in f32.
 //            Cuda, sm_90, D = 64, R = 1, no window, equal sequences of a multiple of 128 tokens, and scratch: the forward
 //            pass is a kernel of its own (attention_forward_sm90.cu). There weights are made in bf16: a query counts as if
-//            its scalar were up to 2^-10 off, a weight is within 2^-8 (causal: but for a query's own tile of 128 keys), and
-//            lse, the sum of these, within 2^-10 + 2^-8; typically 2^-11.
+//            its scalar were up to 2^-10 off, weights but those of 64 own tokens (causal) are within 2^-8, and lse, from
+//            their sum, within 2^-10 + 2^-8; typically 2^-11.
 //            Cuda, sm_90, D = 64, R = 1 or 4, no window, equal sequences of a multiple of 64 tokens, R = 1: and room for
 //            attention_numbers_elements: the backward pass is a kernel of its own (attention_backward_sm90.cu), scores in
 //            f32; R = 1: scalars that differ by a rounding of a product may count as equal there. The way depends on
-//            shapes and the device alone.
+//            shapes, scratch and the device alone.
 // skip       Cuda: tiles in which the gate alone puts every weight under e^-25 (2^-36) of what its query has from itself are
 //            left out: less than the rounding of f32, a thousand of them together. false: all are computed.
 // decode     one query, `length` cached keys of one sequence (query i = length - 1), causal: o as above.

@@ -104,8 +104,8 @@ struct Ring {
     }
 };
 
-// R = 4: the numbers of 64 queries at a time. A warp has one of lse, delta, F for all of them. Where a thread's next ones are
-// is kept in shared memory. R = 1: numbers lie together, and come by TMA as a does for R = 4.
+// R = 4: the numbers of 64 queries at a time. A warp has one of lse, delta, F for all of them. Where a thread's next ones
+// are is kept in shared memory. R = 1: numbers lie together, and come by TMA as a does for R = 4.
 template <int R>
 struct QueryLoads {
     __device__ static void begin(const AttentionBackward<bf16>& p, Shared<R>& shared, int head, int first) {

@@ -17,14 +17,14 @@
 // rho_i, has s_ij - s_ii < -87.3 + kTileSpread + kRange + kOwnDistance < -kFaded: nothing.
 //
 // Two weights at once, in bf16 (it has the range of f32): u_j, w_j and rho_i are rounded to it, and a weight is one
-// multiplication and one minimum for two neighbouring keys, which are an operand of the product as they come. What that costs:
+// multiplication and one minimum for two neighbouring keys, which are an operand of the product as they come. The cost:
 //   rho_i  is the factor of a scalar at most 2^-10 from a_i: the query is computed as if it stood there, with lambda_i of
 //          there, on all keys.
 //   u_j, w_j and rho_i u_j are rounded by 2^-9 at most, each; what is summed for lse are the rounded weights.
 // So lse is within 2^-10 + 2^-8 of the true one; typically the roundings of keys average out and 2^-11 is left. o is
 // divided by the sum of the same weights.
-// The 64 own keys of a product's queries (causal), where a query may see few, have factors and weights in f32, and are summed
-// so for lse. The running maximum likewise, with a_i as it is.
+// The 64 own keys of a product's queries (causal), where a query may see few, have factors and weights in f32, and are
+// summed so for lse. The running maximum likewise, with a_i as it is.
 #pragma once
 #include "kernels/attention_forward_stage.cuh"
 #include "kernels/hopper.cuh"

@@ -2,9 +2,10 @@
 // dependent launch).
 //
 // The first kernel calls dependents_may_start(): once all its blocks have, the second one's may take what room is left. They
-// may do what does not depend on the first; before the rest every thread that reads or writes what the first, or
-// anything before it, has to do with calls wait_for_previous(), which returns when the first is over and its writes are seen.
-// All blocks of the second do so in some thread: then whatever comes after the second comes after the first too.
+// may do what does not depend on the first; before the rest a thread that reads or writes what the first has to do with
+// calls wait_for_previous(), which returns when the first is over and its writes are seen. Some thread of the second does
+// in any case: then whatever comes after the second comes after the first too. The first is launched as usual, so that
+// what is older than it is over when either begins.
 #pragma once
 #include <cuda_runtime.h>
 

@@ -106,9 +106,9 @@ struct Outputs {
 inline bool is_sm90_forward(const Case& c) {
     return c.width == 64 && c.scalars == 1 && c.window == 0 && c.uniform() && c.lengths[0] % 128 == 0;
 }
-// Its lse: of a scalar up to 2^-10 from a_i, and of weights of which each may be off by 2^-8 (attention_forward_sm90.cuh). Its root
-// mean square: of the first 0.4 x 2^-10 where all keys lie on one side; of the second, with the weight of a query on 4 keys
-// or more, less than that. But not of ties, whose weights are all off by the same.
+// Its lse: of a scalar up to 2^-10 from a_i, and of weights each of which may be off by 2^-8 (attention_forward_sm90.cuh).
+// The root mean square: of the first 0.4 x 2^-10 where all keys lie on one side; of the second, with the weight of a query
+// on 4 keys or more, less than that. But not of ties, whose weights are all off by the same.
 inline testing::AssertionResult close_to_rounded_lse(const Case& c, const Values& got, const Values& want) {
     constexpr double kMost = 0x1p-10 + 0x1p-8;
     const Error e = measure(got, want);
