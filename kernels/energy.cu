@@ -24,10 +24,6 @@ constexpr int kTokens = 16;  // of one warp at a time
 constexpr int kMaxBlocks = kEnergyBlocks;
 constexpr int kMaxScalars = 16;
 constexpr int kParts = 3;
-// Blocks that fit on a multiprocessor. Forward, where each token stands for itself, there are as many as fit on the
-// card: each makes the matrix ready once.
-template <int D>
-constexpr int kForwardBlocks = D <= 32 ? 4 : 128 / D;
 
 // ---- layout ----
 
@@ -163,15 +159,6 @@ __device__ __forceinline__ void load_vectors(Vectors<D>& v, const nv_bf16* base,
         }
     }
 }
-// Has them brought to the L2 cache: registers for them to wait in are lacking. One lane for each 128 bytes.
-template <int D>
-__device__ __forceinline__ void send_for(const nv_bf16* base, std::int64_t ld, std::int64_t token,
-                                         std::int64_t tokens) {
-    const int t = threadIdx.x % 4;
-    token += t % 2 * 8;
-    if (t / 2 * 64 < D && token < tokens)
-        asm volatile("prefetch.global.L2 [%0];\n" ::"l"(base + token * ld + t / 2 * 64));
-}
 template <int D>
 __device__ __forceinline__ void store_vectors(const Vectors<D>& v, nv_bf16* base, std::int64_t ld, std::int64_t token,
                                               std::int64_t tokens) {
@@ -304,20 +291,15 @@ __global__ void __launch_bounds__(kThreads) energy_forward_kernel(EnergyForward<
     const Shared shared = carve<D>(memory);
     const int head = blockIdx.y, lane = threadIdx.x % kWarp, t = lane % 4;
     if (threadIdx.x < R) shared.tau[threadIdx.x] = p.raw ? 0.f : expf(p.log_tau.data[threadIdx.x]);
-    const auto* x = reinterpret_cast<const nv_bf16*>(p.x.data) + head * D;
-    const std::int64_t tokens = p.x.rows, tiles = ceil_div(tokens, std::int64_t(kTokens));
-    const int first = blockIdx.x * kWarps + threadIdx.x / kWarp, step = gridDim.x * kWarps;
-    Vectors<D> v;
-    if constexpr (R == 1)  // asked for before the matrix is made ready; with R > 1 registers are lacking
-        load_vectors(v, x, p.x.ld, std::int64_t(first) * kTokens + lane / 4, tokens);
     const int used = load_matrix<D, R>(p.lap, shared);  // ends with a barrier
     const float inverse_temp = p.raw ? 1.f : expf(-p.log_temp.data[head]);
-    for (std::int64_t tile = first; tile < tiles; tile += step) {
+    const auto* x = reinterpret_cast<const nv_bf16*>(p.x.data) + head * D;
+    const std::int64_t tokens = p.x.rows, tiles = ceil_div(tokens, std::int64_t(kTokens));
+    for (std::int64_t tile = std::int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; tile < tiles;
+         tile += std::int64_t(gridDim.x) * kWarps) {
         const std::int64_t token = tile * kTokens + lane / 4;
-        if constexpr (R == 1)
-            send_for<D>(x, p.x.ld, token + std::int64_t(step) * kTokens, tokens);
-        else
-            load_vectors(v, x, p.x.ld, token, tokens);
+        Vectors<D> v;
+        load_vectors(v, x, p.x.ld, token, tokens);
         float y[D / 8][4];
         multiply<D, R>(y, v, shared.parts, used);
 #pragma unroll
@@ -335,7 +317,6 @@ __global__ void __launch_bounds__(kThreads) energy_forward_kernel(EnergyForward<
                     a[band] = p.raw ? mine : mine / (mine + shared.tau[band]) * inverse_temp;
             }
         }
-        if constexpr (R == 1) load_vectors(v, x, p.x.ld, token + std::int64_t(step) * kTokens, tokens);
     }
 }
 
@@ -522,17 +503,11 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- launch ----
 
-// Blocks per head: every block gets the same number of rounds, and about `all` run in all.
-unsigned blocks_per_head(std::int64_t tokens, std::int64_t heads, std::int64_t all = kMaxBlocks) {
+// Blocks per head: every block gets the same number of rounds, and about kMaxBlocks run in all.
+unsigned blocks_per_head(std::int64_t tokens, std::int64_t heads) {
     const std::int64_t work = ceil_div(tokens, std::int64_t(kTokens) * kWarps);
-    const std::int64_t most = heads < all ? all / heads : 1;
+    const std::int64_t most = heads < kMaxBlocks ? kMaxBlocks / heads : 1;
     return static_cast<unsigned>(ceil_div(work, ceil_div(work, most)));
-}
-int multiprocessors() {
-    int device = 0, count = 0;
-    CUDA_CHECK(cudaGetDevice(&device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    return count;
 }
 
 template <int D, int R>
@@ -540,8 +515,8 @@ void launch(const Cuda& d, const EnergyForward<bf16>& p) {
     constexpr int bytes = static_cast<int>(shared_bytes<D>());
     const auto kernel = energy_forward_kernel<D, R>;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    const unsigned blocks = blocks_per_head(p.x.rows, p.heads, kForwardBlocks<D> * multiprocessors());
-    kernel<<<dim3(blocks, static_cast<unsigned>(p.heads)), kThreads, bytes, stream_of(d)>>>(p);
+    kernel<<<dim3(blocks_per_head(p.x.rows, p.heads), static_cast<unsigned>(p.heads)), kThreads, bytes, stream_of(d)>>>(
+        p);
     LAUNCH_CHECK("energy_forward");
 }
 template <int D, int R>
