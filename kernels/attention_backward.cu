@@ -1,6 +1,7 @@
 // Scalar-distance attention on the GPU, backward: delta, one pass over the pairs, and the sum of da over groups of keys.
 #include "kernels/attention_backward_packed.cuh"
 #include "kernels/attention_backward_sm90.h"
+#include "kernels/dynamic_shared.cuh"
 
 namespace fiedler {
 namespace {
@@ -42,7 +43,6 @@ template <int D, int R>
 void launch_backward(const Cuda& device, const AttentionBackward<bf16>& p) {
     using Way = BackwardWay<D, R>;
     constexpr int kKeys = Way::kKeys, bytes = Way::kBytes;
-    static_assert(bytes <= 99 * 1024);
     BackwardGroups groups;
     groups.partial = p.partial.data;
     groups.slab_floats = attention_slab_elements(p.seq.tokens, p.heads, p.scalars);
@@ -54,7 +54,7 @@ void launch_backward(const Cuda& device, const AttentionBackward<bf16>& p) {
     groups.per_sequence = p.seq.length > 0 && p.seq.length % span == 0 ? p.seq.length / span : 0;
 
     const auto kernel = Way::kernel;
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    allow_shared<bytes>(kernel);
     kernel<<<static_cast<unsigned>(groups.count * p.heads), Way::kBlockThreads, bytes, stream_of(device)>>>(p, groups);
     LAUNCH_CHECK("attention_backward");
     const dim3 grid(static_cast<unsigned>(ceil_div(std::int64_t(p.seq.tokens) * R, std::int64_t(256))),

@@ -13,6 +13,7 @@
 #include <bit>
 
 #include "kernels/common.cuh"
+#include "kernels/dynamic_shared.cuh"
 #include "kernels/energy.h"
 #include "kernels/mma.cuh"
 
@@ -514,7 +515,7 @@ template <int D, int R>
 void launch(const Cuda& d, const EnergyForward<bf16>& p) {
     constexpr int bytes = static_cast<int>(shared_bytes<D>());
     const auto kernel = energy_forward_kernel<D, R>;
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    allow_shared<bytes>(kernel);
     kernel<<<dim3(blocks_per_head(p.x.rows, p.heads), static_cast<unsigned>(p.heads)), kThreads, bytes, stream_of(d)>>>(
         p);
     LAUNCH_CHECK("energy_forward");
@@ -523,7 +524,7 @@ template <int D, int R>
 void launch(const Cuda& d, const EnergyBackward<bf16>& p) {
     constexpr int bytes = static_cast<int>(shared_bytes<D>());
     const auto kernel = energy_backward_kernel<D, R>;
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    allow_shared<bytes>(kernel);
     kernel<<<dim3(blocks_per_head(p.x.rows, p.heads), static_cast<unsigned>(p.heads)), kThreads, bytes, stream_of(d)>>>(
         p);
     LAUNCH_CHECK("energy_backward");
