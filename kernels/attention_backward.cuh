@@ -81,7 +81,7 @@ struct alignas(128) BackwardShared {
     ValueTile<D> values[Shape::kKeepValues ? 1 : Shape::kRowTiles];  // V of the keys; unused if kept in registers
     float sums[Shape::kWarps][kTile];  // of each warp, over its keys: da of the tile's queries
     int2 sight[Shape::kKeys];          // the queries [x, y) that see each key
-    int4 band[Shape::kWarps];          // Band::ends of a warp's keys
+    Band band[Shape::kWarps];          // those of a warp's keys
     // What the block needs only between two tiles; volatile keeps it out of registers. Queries are counted in tiles.
     volatile int head, slab, first;  // of the block's group; its first key now
     volatile int end, written;       // of the queries that see these keys, and of those with a sum in the slab so far
@@ -117,7 +117,7 @@ struct BackwardKeys {
         const bool skip = gated && faded(shared, tile);
 #pragma unroll 1
         for (int chunk = 0; chunk < kTile; chunk += 16) {
-            const Band band(shared.band[warp_number()]);
+            const Band& band = shared.band[warp_number()];
             if (skip || band.misses(column + chunk, 16)) {
                 if (threadIdx.x % kWarp < 16) sums[chunk + threadIdx.x % kWarp] = 0.f;
             } else {
@@ -270,50 +270,42 @@ struct BackwardBlock {
 };
 
 // The warps' sums for a tile of 64 queries to the block's slab; add: to what an earlier tile of keys left there.
-template <int kBlockThreads, int kWarps, int kSums>
-__device__ void store_sums(const float (&sums)[kWarps][kSums], float* out, bool add) {
-    for (int i = thread_anew(); i < kSums / 4; i += kBlockThreads) {
+template <int D>
+__device__ void store_sums(const BackwardShared<D>& shared, float* out, bool add) {
+    if (const int i = thread_anew(); i < kTile / 4) {
         float4* to = reinterpret_cast<float4*>(out) + i;
         float4 x = add ? *to : make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w) {
-            const float4 y = reinterpret_cast<const float4*>(sums[w])[i];
+        for (int w = 0; w < BackwardShape<D>::kWarps; ++w) {
+            const float4 y = reinterpret_cast<const float4*>(shared.sums[w])[i];
             x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
         }
         *to = x;
     }
 }
 
-// What the block's keys from `first` on, and those of each warp, are seen by: queries, and tiles up to `end`. Returns the
-// first of these.
-template <int kBlockThreads, int kKeys, int kWarps, class Int>
-__device__ int see_keys(const AttentionBackward<bf16>& p, int first, int2 (&sight_of)[kKeys], int4 (&band_of)[kWarps],
-                        Int& end) {
-    constexpr int kWarpKeys = kKeys / kWarps;
-    const Sight sight = Sight::of_keys(p.seq, p.window, p.causal);
-    const int thread = thread_anew(), tokens = p.seq.tokens, last = min(first + kKeys, tokens) - 1;
-    for (int i = thread; i < kKeys; i += kBlockThreads)
-        sight_of[i] = first + i < tokens ? make_int2(sight.lo(first + i), sight.hi(first + i)) : make_int2(0, 0);
-    if (thread < kWarps) {
-        const int from = first + thread * kWarpKeys;
-        Band band(sight, from, min(from + kWarpKeys, tokens) - 1);
-        if (from + kWarpKeys > tokens) band.full_hi = band.full_lo;  // rows that do not exist see nothing
-        band_of[thread] = band.ends();
-    }
-    if (thread == 0) end = ceil_div(sight.hi(last), kTile);
-    return sight.lo(first) / kTile;
-}
-
 // The block's next keys: what they see, V, and the first tile of queries, whose number is returned, on its way.
 template <int D>
 __device__ int begin_keys(const AttentionBackward<bf16>& p, BackwardShared<D>& shared) {
     using Shape = BackwardShape<D>;
-    const int first = shared.first, head = shared.head;
-    const int q = see_keys<kThreads>(p, first, shared.sight, shared.band, shared.end);
+    const Sight sight = Sight::of_keys(p.seq, p.window, p.causal);
+    const int thread = thread_anew(), first = shared.first, head = shared.head, tokens = p.seq.tokens;
+    const int last = min(first + Shape::kKeys, tokens) - 1, q = sight.lo(first) / kTile;
+    for (int i = thread; i < Shape::kKeys; i += kThreads) {
+        const bool valid = first + i < tokens;
+        shared.sight[i] = valid ? make_int2(sight.lo(first + i), sight.hi(first + i)) : make_int2(0, 0);
+    }
+    if (thread < Shape::kWarps) {
+        const int from = first + thread * Shape::kWarpKeys;
+        Band band(sight, from, min(from + Shape::kWarpKeys, tokens) - 1);
+        if (from + Shape::kWarpKeys > tokens) band.full_hi = band.full_lo;  // rows that do not exist see nothing
+        shared.band[thread] = band;
+    }
+    if (thread == 0) shared.end = ceil_div(sight.hi(last), kTile);
     if constexpr (!Shape::kKeepValues)
 #pragma unroll
         for (int i = 0; i < Shape::kRowTiles; ++i)
-            shared.values[i].load(nv(p.v.data) + head * D, p.v.ld, first + kTile * i, p.seq.tokens);
+            shared.values[i].load(nv(p.v.data) + head * D, p.v.ld, first + kTile * i, tokens);
     shared.queries[q % 2].load(p, head, q * kTile);
     cp_async_commit();
     __syncthreads();
@@ -356,9 +348,8 @@ __global__ void __launch_bounds__(kThreads, BackwardShape<D>::kBlocks)
                           p.F.data != nullptr && p.skip);
             __syncthreads();  // also: the next round loads the tile after next into this stage
             const std::int64_t padded = ceil_div(tokens, kTile) * std::int64_t(kTile);
-            store_sums<kThreads>(shared.sums,
-                                 groups.partial + shared.slab * groups.slab_floats + (shared.head * padded + q * kTile),
-                                 q < shared.written);
+            store_sums(shared, groups.partial + shared.slab * groups.slab_floats + (shared.head * padded + q * kTile),
+                       q < shared.written);
         }
         keys.store(p, shared);
         __syncthreads();

@@ -386,20 +386,49 @@ struct PackedKeys {
     }
 };
 
+// The warps' sums for a tile of 64 queries to the block's slab; add: to what an earlier tile of keys left there.
+template <int D, int R>
+__device__ void store_sums(const PackedShared<D, R>& shared, float* out, bool add) {
+    for (int i = thread_anew(); i < kTile * R / 4; i += PackedShape<D, R>::kBlockThreads) {
+        float4* to = reinterpret_cast<float4*>(out) + i;
+        float4 x = add ? *to : make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+        for (int w = 0; w < PackedShape<D, R>::kWarps; ++w) {
+            const float4 y = reinterpret_cast<const float4*>(shared.sums[w])[i];
+            x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
+        }
+        *to = x;
+    }
+}
+
 // The block's next keys: what they see, V, and the first tile of queries, whose number is returned, on its way.
 template <int D, int R>
 __device__ int begin_keys(const AttentionBackward<bf16>& p, PackedShared<D, R>& shared) {
     using Shape = PackedShape<D, R>;
     constexpr int kThreads = Shape::kBlockThreads;
+    const Sight sight = Sight::of_keys(p.seq, p.window, p.causal);
     const int thread = thread_anew(), first = shared.first, head = shared.head, tokens = p.seq.tokens;
-    const int q = see_keys<kThreads>(p, first, shared.sight, shared.band, shared.end);
+    const int last = min(first + Shape::kKeys, tokens) - 1, q = sight.lo(first) / kTile;
+    for (int i = thread; i < Shape::kKeys; i += kThreads) {
+        const bool valid = first + i < tokens;
+        shared.sight[i] = valid ? make_int2(sight.lo(first + i), sight.hi(first + i)) : make_int2(0, 0);
+    }
+    if (thread < Shape::kWarps) {
+        const int from = first + thread * 16;
+        Band band(sight, from, min(from + 16, tokens) - 1);
+        if (from + 16 > tokens) band.full_hi = band.full_lo;  // rows that do not exist see nothing
+        shared.band[thread] = band.ends();
+    }
     bool far = false;
     for (int i = thread; i < Shape::kKeys * R; i += kThreads) {
         const int token = first + i / R, r = i % R;
         if (token < tokens && r < p.scalars)
             far |= !packs(p.b.data[std::int64_t(token) * p.b.ld + head * p.scalars + r]);
     }
-    if (thread == 0) shared.gate = p.F.data != nullptr ? p.F.data[std::int64_t(first) * p.F.ld + head] : 0.f;
+    if (thread == 0) {
+        shared.end = ceil_div(sight.hi(last), kTile);
+        shared.gate = p.F.data != nullptr ? p.F.data[std::int64_t(first) * p.F.ld + head] : 0.f;
+    }
     if constexpr (!Shape::kKeepValues) {
         constexpr int kParts = D / 8;
         for (int e = thread; e < Shape::kKeys * kParts; e += kThreads) {
@@ -452,9 +481,9 @@ __global__ void __launch_bounds__((PackedShape<D, R>::kBlockThreads), (PackedSha
                                              skips);
             __syncthreads();
             const std::int64_t padded = ceil_div(tokens, kTile) * std::int64_t(kTile);
-            store_sums<Shape::kBlockThreads>(
-                shared.sums, groups.partial + shared.slab * groups.slab_floats + (shared.head * padded + q * kTile) * R,
-                q < shared.written);
+            store_sums(shared,
+                       groups.partial + shared.slab * groups.slab_floats + (shared.head * padded + q * kTile) * R,
+                       q < shared.written);
         }
         keys.store(shared);
         __syncthreads();

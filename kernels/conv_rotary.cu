@@ -393,7 +393,6 @@ __device__ void backward_run(Row (&dw)[kTaps], const Row (&w)[kTaps], const uint
 
 template <int D>
 __global__ __launch_bounds__(kThreads, kBackwardBlocks<D>) void backward_kernel(const Args a) {
-    dependents_may_start();
     __shared__ union Memory {
         BackwardMemory<D> rows;
         Sums sums;
@@ -475,7 +474,7 @@ void conv_rotary_backward(const Cuda& dev, const ConvRotaryBackward<bf16>& p) {
         backward_kernel<D>
             <<<grid_for(p.x.rows, p.x.cols, kBackwardRun), dim3(kLanes, kRuns), 0, stream_of(dev)>>>(args);
         LAUNCH_CHECK("conv_rotary_backward");
-        add_partials(dev, p.dw.data, p.scratch.data, token_blocks(p.x.rows, kBackwardRun), p.x.cols);
+        add_partials(stream_of(dev), p.dw.data, p.scratch.data, token_blocks(p.x.rows, kBackwardRun), p.x.cols);
     });
 }
 
