@@ -206,8 +206,10 @@ void TrainingRun::start() {
                                bytes_text(static_cast<std::int64_t>(plan.bytes)), plan.micro_batches, plan.micro_batch,
                                name_of(plan.recompute)));
     if (plan.head_fp8)
-        terminal_.line(fmt::format("vocabulary head: products in fp8 up to step {} of {}, then in bf16",
-                                   steps_in_fp8(config_), config_.steps));
+        terminal_.line("vocabulary head: products in fp8" +
+                       (steps_in_fp8(config_) < config_.steps
+                            ? fmt::format(" up to step {} of {}, then in bf16", steps_in_fp8(config_), config_.steps)
+                            : std::string()));
     else if (config_.head_precision == HeadChoice::fp8)
         terminal_.line("vocabulary head: products in bf16; fp8 does not go with this device or these shapes");
     terminal_.line(fmt::format("data: {} ({} training tokens, {} held out)", data_->info().folder,
