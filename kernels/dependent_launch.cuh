@@ -24,7 +24,8 @@ __device__ inline void wait_for_previous() {
 #endif
 }
 
-// kernel<<<grid, threads, bytes, stream>>>(args...), dependent on the kernel that was launched last.
+// kernel<<<grid, threads, bytes, stream>>>(args...), dependent on the kernel that was launched last; one after the other in
+// a graph that is being recorded, where we have not tried it.
 template <class... Parameters, class... Args>
 void launch_dependent(void (*kernel)(Parameters...), dim3 grid, int threads, int bytes, cudaStream_t stream,
                       const Args&... args) {
@@ -34,7 +35,9 @@ void launch_dependent(void (*kernel)(Parameters...), dim3 grid, int threads, int
     cudaLaunchConfig_t config{};
     config.gridDim = grid, config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = static_cast<std::size_t>(bytes), config.stream = stream;
-    config.attrs = &attribute, config.numAttrs = 1;
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+    config.attrs = &attribute, config.numAttrs = status == cudaStreamCaptureStatusNone ? 1 : 0;
     CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(args)...));
 }
 
