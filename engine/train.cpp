@@ -205,12 +205,12 @@ void TrainingRun::start() {
                                count_text(double(engine_->table().parameters)), engine_->device_name(),
                                bytes_text(static_cast<std::int64_t>(plan.bytes)), plan.micro_batches, plan.micro_batch,
                                name_of(plan.recompute)));
-    if (plan.head_fp8)
-        terminal_.line("vocabulary head: products in fp8" +
+    if (plan.head_fp8 && steps_in_fp8(config_) > 0)
+        terminal_.line("vocabulary head: products in 8 bits (fp8)" +
                        (steps_in_fp8(config_) < config_.steps
                             ? fmt::format(" up to step {} of {}, then in bf16", steps_in_fp8(config_), config_.steps)
                             : std::string()));
-    else if (config_.head_precision == HeadChoice::fp8)
+    else if (config_.head_precision == HeadChoice::fp8 && !plan.head_fp8)
         terminal_.line("vocabulary head: products in bf16; fp8 does not go with this device or these shapes");
     terminal_.line(fmt::format("data: {} ({} training tokens, {} held out)", data_->info().folder,
                                count_text(double(data_->info().train.tokens)),

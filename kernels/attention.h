@@ -13,7 +13,8 @@
 // Shapes     v, o, dv, do_: [tokens, heads D] T, any ld (16-byte aligned rows on Cuda), D in {16, 32, 64, 128} on Cuda
 //            a, b, da, db: [tokens, heads R] acc_t<T>, contiguous, R = 1..16
 //            F, dF, lse, delta: [tokens, heads] acc_t<T>
-// Writes     o, lse, scratch; da, db, dF, dv, delta and partial (scratch): overwritten. dF absent iff F is. Outputs alias nothing.
+// Writes     o, lse; da, db, dF, dv: overwritten. scratch, delta, partial (these at multiples of 16 bytes): undefined
+//            afterwards. dF absent iff F is. Outputs alias nothing.
 // Numerics   scores, weights and sums in acc_t<T>; on Cuda p and ds are rounded to bf16 for the tensor-core products
 //            only (P V, dO V', P' dO), f32 accumulation; there, o is divided by the sum of the rounded weights, lse is
 //            from the sum before rounding. With R = 1 a weight is a product of factors of its row and column, each
@@ -23,16 +24,18 @@
 //            off by at most
 //              2^-11 sum_r (|a^r| + |b^r| + k |a^r - b^r|) + 2^-13 R,  k = 2; 3 for R = 16; 1 + log2 R for
 //            sm_86, sm_89 and sm_120. Scalars that round to one number count as equal, sign 0; others keep their sign.
-//            ds is rounded to bf16 in da, db and dF too, once for both of its sums. Tiles with a scalar beyond 32 have
-//            scores and signs in f32.
+//            ds is rounded to bf16 in da, db and dF too, once for both of its sums. In f32 are scores and signs of
+//            backward tiles with a scalar beyond 32, and scores of a forward block from the first tile on that has one
+//            or is out of the other bounds of attention_forward_stage.cuh.
 //            Cuda, sm_90, D = 64, R = 1, no window, equal sequences of a multiple of 128 tokens, and scratch: the forward
 //            pass is a kernel of its own (attention_forward_sm90.cu). There weights are made in bf16: a query counts as if
 //            its scalar were up to 2^-10 off, weights but those of 64 own tokens (causal) are within 2^-8, and lse, from
 //            their sum, within 2^-10 + 2^-8; typically 2^-11.
 //            Cuda, sm_90, D = 64, R = 1 or 4, no window, equal sequences of a multiple of 64 tokens, R = 1: and room for
 //            attention_numbers_elements: the backward pass is a kernel of its own (attention_backward_sm90.cu), scores in
-//            f32; R = 1: scalars that differ by a rounding of a product may count as equal there. The way depends on
-//            shapes, scratch and the device alone.
+//            f32: R = 4 has lse of rounded scalars, so that a row of its p adds up to exp(the difference), within the
+//            bound above, and ds as it is in da, db, dF. R = 1: scalars that differ by a rounding of a product may count
+//            as equal there. The way depends on shapes, scratch and the device alone.
 // skip       Cuda: tiles in which the gate alone puts every weight under e^-25 (2^-36) of what its query has from itself are
 //            left out: less than the rounding of f32, a thousand of them together. false: all are computed.
 // decode     one query, `length` cached keys of one sequence (query i = length - 1), causal: o as above.

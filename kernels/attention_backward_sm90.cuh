@@ -31,7 +31,7 @@ struct Shape {
 };
 
 // ---- operands and products ---------------------------------------------------------------------------------------
-// Tiles are rows of 64 bf16 with TMA's 128-byte swizzle (hopper.cuh), written by cp.async and stmatrix.
+// Tiles are rows of 64 bf16 with TMA's 128-byte swizzle (hopper.cuh), written by TMA and stmatrix.
 //
 // An operand whose rows run along M (or N) instead of the inner dimension, PTX ISA "M/N-major": with this swizzle its
 // unit is 64 of M (128 bytes, one row of the tile) by 8 of K (eight rows, 1024 bytes). The stride of the descriptor is

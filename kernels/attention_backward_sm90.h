@@ -6,7 +6,7 @@
 namespace fiedler {
 
 // Can it be asked for this problem? An sm_90 device; D = 64; R = 1 or 4; no window; equal sequences of a multiple
-// of 64 tokens; a and b aligned to 16 bytes; R = 1: partial too, and room in it for attention_numbers_elements and a slab.
+// of 64 tokens; a aligned to 16 bytes; R = 1: partial too, and room in it for attention_numbers_elements and a slab.
 bool attention_backward_sm90_takes(const Cuda&, const AttentionBackward<bf16>&);
 // R = 4: delta is there already. R = 1: it is made on the way, and not written.
 void attention_backward_sm90(const Cuda&, const AttentionBackward<bf16>&);

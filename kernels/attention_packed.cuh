@@ -1,7 +1,7 @@
 // kernels/attention_packed.cuh: distances of R > 1 scalars in pairs of f16, for scalar-distance attention.
 //
 // A scalar x of a and b alike becomes y = log2(e) x, rounded to a multiple of 2^-13 and then to f16, eleven bits: the same
-// forward and backward, and whatever the other tokens are. One instruction takes the differences of two neighbouring
+// forward and backward, and y whatever the other tokens are. One instruction takes the differences of two neighbouring
 // columns; the sums of two |d| are added up in f32, as products with -1 on the tensor cores, or in f16 where these are
 // slow.
 //

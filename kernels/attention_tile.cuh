@@ -178,9 +178,6 @@ __device__ void store_rows(nv_bf16* dst, std::int64_t ld, const float (&c)[D / 8
 // stay under the rounding of f32. A warp skips a tile whose gate alone puts every weight below that.
 constexpr float kFaded = 25.f;
 
-// Blocks that must fit on one multiprocessor: the bound on registers, 65,536 / (128 blocks), at which nothing spills.
-constexpr int blocks_per_sm(int width, int scalars) { return width == 128 || scalars == 16 ? 2 : 3; }
-
 // Largest of a number over the 64 columns of a tile: two a lane.
 template <class Number>
 __device__ float tile_max(Number&& number) {

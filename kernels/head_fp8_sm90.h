@@ -100,7 +100,7 @@ void head_fp8_base(const Cuda&, const HeadFp8Base&);
 struct HeadFp8Exponentials {
     Mat<e5m2> e;       // [rows, V]
     Mat<e5m2> turned;  // [V, rows]
-    Mat<float> sums;   // [head_fp8_panels, rows]
+    Mat<float> sums;   // [V / kHeadFp8Panel rounded up, rows]
     Mat<const std::int8_t> x, w;
     const float *scales, *octaves, *base;
     const std::int32_t* targets;

@@ -315,7 +315,8 @@ int fastest(const Cuda& dev, const Product& p, const Plan& plan, const Proposals
 bool wants_split(const Cuda& dev, const Product& p) {
     constexpr std::int64_t kTile = 128, kLong = 4096;
     const std::int64_t inner = p.a.op == CUBLAS_OP_N ? p.a.cols : p.a.rows;
-    return dev.workspace && inner >= kLong && ceil_div(p.d.rows, kTile) * ceil_div(p.d.cols, kTile) < dev.sm_count;
+    return dev.workspace && inner >= kLong &&
+           p.batch.count * ceil_div(p.d.rows, kTile) * ceil_div(p.d.cols, kTile) < dev.sm_count;
 }
 void put_splitting_first(Proposals& proposals, int found) {
     const auto begin = proposals.begin();
@@ -325,7 +326,8 @@ void put_splitting_first(Proposals& proposals, int found) {
     if (at != begin + found) std::rotate(begin, at, at + 1);
 }
 
-// The first use of a shape: of the heuristic's proposals, in its order, the first that can be launched, or one that is
+// The first use of a shape: of the heuristic's proposals, in its order (one that splits first where wants_split), the first
+// that can be launched, or one that is
 // faster and gives the same, is kept, or the chosen one.
 struct Planned {
     bool done = false;

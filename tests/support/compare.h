@@ -1,6 +1,6 @@
 // tests/support/compare.h: comparisons that cannot pass by accident.
 //
-// NaN, infinity, different lengths and zero compared elements always fail. The tolerance is computed, never chosen: the
+// NaN, infinity, different lengths and zero compared elements always fail. That of close() is computed, never chosen: the
 // error of `got` against the double reference may be at most twice the error of `low`, the same function evaluated
 // naively in the precision at hand (inputs equal, intermediates and outputs rounded where the contract says), plus a
 // few units of rounding of the accumulation type at the scale of the reference. Both the largest and the
