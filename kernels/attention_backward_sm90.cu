@@ -108,7 +108,6 @@ __device__ void add_queries(const Problem& problem, Shared<R>& shared, Keys<R>& 
         const int row = static_cast<int>(where & 255);
         const auto sums_of = [&](int tile) { return sums + (tile * (kTile * R) + RowSums<R>::offset(row)); };
         float left[RowSums<R>::kCount], of_rows[2][R];
-        load_sums(left, sums_of(q), q < written);
         const int turned = (q & 1) * kWeightBytes;
         const typename Keys<R>::Base base(shared, ring.stage, row);
         hopper::product_wait<0>();
@@ -126,6 +125,7 @@ __device__ void add_queries(const Problem& problem, Shared<R>& shared, Keys<R>& 
         if (!done)
             keys.template add<true>(of_rows, shared, ring.stage, place + turned, row,
                                     problem.p.causal ? q * kTile - first : kTile, base);
+        load_sums(left, sums_of(q), q < written);  // not earlier: all registers are taken until here
         const Ring next = ring.next();
         if (q + 1 < range.end) {  // dP of the next tile needs no other warp: it goes on behind what is left of this one
             hopper::barrier_wait(&shared.full[next.stage], next.parity);
