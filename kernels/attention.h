@@ -13,7 +13,7 @@
 // Shapes     v, o, dv, do_: [tokens, heads D] T, any ld (16-byte aligned rows on Cuda), D in {16, 32, 64, 128} on Cuda
 //            a, b, da, db: [tokens, heads R] acc_t<T>, contiguous, R = 1..16
 //            F, dF, lse, delta: [tokens, heads] acc_t<T>
-// Writes     o, lse; da, db, dF, dv: overwritten. scratch, delta, partial (these at multiples of 16 bytes): undefined
+// Writes     o, lse; da, db, dF, dv, delta: overwritten. scratch, partial (these at multiples of 16 bytes): undefined
 //            afterwards. dF absent iff F is. Outputs alias nothing.
 // Numerics   scores, weights and sums in acc_t<T>; on Cuda p and ds are rounded to bf16 for the tensor-core products
 //            only (P V, dO V', P' dO), f32 accumulation; there, o is divided by the sum of the rounded weights, lse is
@@ -68,7 +68,7 @@ struct AttentionBackward {
     Mat<acc_t<T>> da, db;
     Mat<acc_t<T>> dF;  // present iff F is
     Mat<T> dv;
-    Mat<acc_t<T>> delta;    // scratch [tokens, heads]
+    Mat<acc_t<T>> delta;    // [tokens, heads]: dO . o (kernels/attention_tree.h goes on with it)
     Vec<acc_t<T>> partial;  // scratch of Cuda: attention_partial_elements, or fewer (see there); absent on Cpu
     Mat<const acc_t<T>> a, b;
     Mat<const acc_t<T>> F;  // optional

@@ -57,8 +57,9 @@ __global__ void __launch_bounds__(kNumbersThreads)
     for (int i = 0; i < 8; ++i) sum = fmaf(to_float(g.v[i]), to_float(o.v[i]), sum);
     for (int i = 4; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
     x.delta = sum;
-    if (part == 0)
-        *reinterpret_cast<float4*>(numbers + head * std::int64_t(p.seq.tokens) + token) = {x.lse, x.delta, x.gate, x.a};
+    if (part != 0) return;
+    *reinterpret_cast<float4*>(numbers + head * std::int64_t(p.seq.tokens) + token) = {x.lse, x.delta, x.gate, x.a};
+    p.delta.data[token * p.heads + head] = sum;
 }
 
 // A tile of queries: dO, and V with it, asked for by one thread; numbers. query: in tiles.

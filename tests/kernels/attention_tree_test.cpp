@@ -526,6 +526,12 @@ TEST(AttentionTree, GpuMatchesReferenceAtSomeThousands) {
     check_gpu({.lengths = {3000}, .causal = false});
     check_gpu({.lengths = {3000, 77, 1500}, .heads = 2, .gate = Gate::kMild, .leaf = 256});
 }
+// Leaves that the dense family has kernels of their own for on some architectures.
+TEST(AttentionTree, GpuMatchesReferenceWithEqualLeaves) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const Gate gate : {Gate::kNone, Gate::kMild})
+        check_gpu({.lengths = {1024, 1024}, .heads = 2, .width = 64, .gate = gate, .leaf = 256});
+}
 TEST(AttentionTree, GpuMatchesReferenceAndDenseKernelAtLongSequences) {
     FIEDLER_GPU_OR_SKIP();
     for (const std::int32_t n : {16384, 65536, 131072})
