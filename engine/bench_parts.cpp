@@ -61,6 +61,7 @@ void trace_step(const BenchedSteps& model, bench::StepRow& row) {
     });
     row.kernels_note = trace.note;
     row.kernels_seconds = trace.seconds / kSteps;
+    for (const KernelTime& k : trace.kernels) row.kernels_launched += k.launches / kSteps;
     for (std::size_t i = 0; i < std::min(kMost, trace.kernels.size()); ++i) {
         const KernelTime& k = trace.kernels[i];
         row.kernels.push_back({k.name, k.seconds / kSteps, k.launches / kSteps});

@@ -49,6 +49,7 @@ void Model<Dev, T>::forward_norm1(int l, const DeviceBatch& batch) {
 // What attention adds to x, and in models of samples the values themselves.
 template <class Dev, class T>
 void Model<Dev, T>::forward_mid(int l) {
+    Range range("matmul");
     LayerActivations<T>& act = acts_.layer(l);
     const LayerWeights<T> w = layer_weights(l);
     matmul_forward(dev_, MatmulForward<T, T>{.y = act.mid, .x = act.o, .w = w.out, .residual = act.x});
@@ -287,6 +288,7 @@ void Model<Dev, T>::backward_mlp(int l, const DeviceBatch& batch, std::int64_t f
     matmul_dw(dev_, MatmulDw<T>{.dw = g.mlp_in, .dy = du, .x = n2});
     matmul_dx(dev_, MatmulDx<T>{.dx = dn, .dy = du, .w = w.mlp_in});
     drop(batch, dn, dn, l, Site::mlp, first);
+    Range norm("norm");
     norm_backward(dev_, NormBackward<T>{.dx = dx,
                                         .dy = dn,
                                         .x = act.mid.slice_rows(first, rows),

@@ -26,8 +26,11 @@ void Model<Dev, T>::backward_attention(int l, const DeviceBatch& batch) {
     const LayerWeights<T> w = layer_weights(l);
     const LayerGrads<T> g = layer_grads(l);
     const std::int64_t c = spec_.channels, columns = spec_.projected_columns(spec);
-    matmul_dw(dev_, MatmulDw<T>{.dw = g.out, .dy = s.dx, .x = act.o});
-    matmul_dx(dev_, MatmulDx<T>{.dx = s.do_, .dy = s.dx, .w = w.out});
+    {
+        Range range("matmul");
+        matmul_dw(dev_, MatmulDw<T>{.dw = g.out, .dy = s.dx, .x = act.o});
+        matmul_dx(dev_, MatmulDx<T>{.dx = s.do_, .dy = s.dx, .w = w.out});
+    }
 
     const auto width = [&](const Mat<T>& m) { return Mat<T>{m.data, m.rows, columns, columns}; };
     const Mat<T> dmixed = width(s.dmixed);
@@ -67,6 +70,7 @@ void Model<Dev, T>::backward_attention(int l, const DeviceBatch& batch) {
                                                 .eps = A(spec_.norm_eps)});
     }
     if (w.local) {
+        Range range("matmul");
         const Mat<T> dv = dmixed.columns(columns - c, c);
         matmul_dw(dev_, MatmulDw<T>{.dw = g.local, .dy = s.dx, .x = act.v(c)});
         matmul_dx(dev_, MatmulDx<T>{.dx = dv, .dy = s.dx, .w = w.local, .accumulate = true});
@@ -110,6 +114,7 @@ void Model<Dev, T>::backward_attention(int l, const DeviceBatch& batch) {
                       MatmulDw<T>{.dw = g.spectral, .dy = daux.columns(0, w.spectral.rows), .x = spectral_of(batch)});
     }
     drop(batch, s.dn, s.dn, l, Site::attention);
+    Range norm("norm");
     norm_backward(dev_, NormBackward<T>{.dx = s.dx, .dy = s.dn, .x = act.x, .rstd = act.rstd1, .dresidual = s.dx});
 }
 

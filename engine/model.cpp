@@ -159,10 +159,12 @@ void Model<Dev, T>::loss(const DeviceBatch& batch, Vec<A> total, bool gradient, 
 template <class Dev, class T>
 void Model<Dev, T>::backward(const DeviceBatch& batch) {
     ScratchActivations<T>& s = acts_.scratch();
-    if (last_norm())
+    if (last_norm()) {
+        Range range("norm");
         norm_backward(
             dev_,
             NormBackward<T>{.dx = s.dx, .dy = s.dn, .x = s.x_last, .rstd = s.rstd_last, .dresidual = Mat<const T>{}});
+    }
     for (int l = spec_.layers(); l-- > 0;) backward_layer(l, batch);
     if (batch.samples) return embed_samples_backward(batch);
     Range range("embedding");

@@ -222,7 +222,8 @@ def profile_markdown(step):
     if not step["kernels"]:
         return lines + ["", f"No table of kernels: {step['kernels_note']}."]
     gaps = step["ms_per_step"] - step["kernels_ms"]
-    return lines + ["", f"Kernels take {number(step['kernels_ms'])} ms of a step; the rest, {number(gaps)} ms, is gaps.", "",
+    return lines + ["", f"{step['kernels_launched']} kernels take {number(step['kernels_ms'])} ms of a step; the rest, "
+                    f"{number(gaps)} ms, is gaps.", "",
                     *table(("kernel", "ms a step", "%", "launches a step"),
                            [(f"`{kernel['name']}`", number(kernel["ms"], 3), number(kernel["share"], 1, 100),
                              kernel["a_step"]) for kernel in step["kernels"]])]

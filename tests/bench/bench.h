@@ -77,6 +77,7 @@ struct StepRow {
     std::vector<Stage> stages;                              // longest first
     std::vector<Stage> kernels;                             // longest first, at most ten
     double kernels_seconds = 0;                             // of all kernels of a step
+    std::int64_t kernels_launched = 0;                      // of a step
     std::string kernels_note;                               // why there are none
     // On samples: what they are, how many a step has on average, and on the host the time to make one of them ready and,
     // of a step, to wait for that.

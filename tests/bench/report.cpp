@@ -119,7 +119,8 @@ void print_step(const StepRow& r) {
         print_stages("stage", r.stages, r.profiled_seconds);
     }
     if (!r.kernels.empty()) {
-        std::printf("  kernels: %.3f ms of a step's %.3f\n", r.kernels_seconds * 1e3, r.seconds * 1e3);
+        std::printf("  %lld kernels: %.3f ms of a step's %.3f\n", static_cast<long long>(r.kernels_launched),
+                    r.kernels_seconds * 1e3, r.seconds * 1e3);
         print_stages("kernel (the ten longest)", r.kernels, r.seconds);
     } else if (!r.kernels_note.empty()) {
         std::printf("  no table of kernels: %s\n", r.kernels_note.c_str());
@@ -185,6 +186,7 @@ Json json_of(const StepRow& r) {
            {"stages", json_of(r.stages, r.profiled_seconds)},
            {"kernels", json_of(r.kernels, r.seconds)},
            {"kernels_ms", positive(r.kernels_seconds * 1e3)},
+           {"kernels_launched", r.kernels_launched},
            {"kernels_note", r.kernels_note}};
     if (!r.unit.empty())
         j["samples"] = {{"unit", r.unit},
