@@ -230,7 +230,7 @@ int propose(const Cuda& dev, const Product& p, const Plan& plan, Proposals& prop
 // the result. So they are timed at the first use of a shape; one is taken only if its result has the bits of the first's.
 
 constexpr double kSearchFlops = 1e9;  // smaller products are not worth it
-constexpr int kMostTried = 12, kTimedRuns = 3;
+constexpr int kMostTried = 12, kTimedRuns = 3, kRounds = 4;
 
 bool can_search(const Cuda& dev, const Product& p) {
     const double inner = double(p.a.op == CUBLAS_OP_N ? p.a.cols : p.a.rows);
@@ -281,7 +281,7 @@ double seconds_of(const Cuda& dev, const Plan& plan, const cublasLtMatmulAlgo_t&
 }
 // first: the proposal whose result is in d now. Leaves the result of the one that is returned, with the same bits.
 //
-// In two rounds, of which the better counts: a GPU that has been waiting takes a while to reach its clock.
+// In rounds, of which the best counts: a GPU that has been waiting takes a while to reach its clock, and leaves it again.
 int fastest(const Cuda& dev, const Product& p, const Plan& plan, const Proposals& proposals, int first, int found) {
     const auto algorithm = [&](int i) -> const cublasLtMatmulAlgo_t& {
         return proposals[static_cast<std::size_t>(i)].algo;
@@ -302,7 +302,8 @@ int fastest(const Cuda& dev, const Product& p, const Plan& plan, const Proposals
         }
         if (fingerprint(dev, p) == bits) timed.push_back({i, seconds_of(dev, plan, algorithm(i), p)});
     }
-    for (Timed& t : timed) t.seconds = std::min(t.seconds, seconds_of(dev, plan, algorithm(t.proposal), p));
+    for (int round = 1; round < kRounds; ++round)
+        for (Timed& t : timed) t.seconds = std::min(t.seconds, seconds_of(dev, plan, algorithm(t.proposal), p));
     Timed best = timed.front();
     for (const Timed& t : timed)
         if (t.seconds < kWorthIt * best.seconds) best = t;
