@@ -281,8 +281,8 @@ template <class T>
 std::int64_t Activations<T>::forward_elements(const ActivationPlan& plan) const {
     std::int64_t elements = 0;
     for (const LayerSpec& l : spec_.layer)
-        if (l.kind != LayerKind::dot && l.scalars == 1 && !plan.attends_by_tree(spec_, l))
-            elements = attention_forward_scratch_elements(plan.tokens, spec_.heads);
+        if (l.kind != LayerKind::dot && !plan.attends_by_tree(spec_, l))
+            elements = std::max(elements, attention_forward_scratch_elements(plan.tokens, spec_.heads, l.scalars));
     return elements;
 }
 

@@ -3,6 +3,7 @@
 // Rows and columns are tokens of the flat axis; what a row sees (sequence, causality, window) is an interval, so a tile
 // is skipped, taken whole, or masked, 16 columns at a time.
 #include "kernels/attention_forward.cuh"
+#include "kernels/attention_forward_packed_sm90.h"
 #include "kernels/attention_forward_sm90.h"
 
 namespace fiedler {
@@ -124,8 +125,9 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) attention_decode_kernel(A
     nv(p.o.data)[head * width + column] = from_float<nv_bf16>(result / total);
 }
 
-#if FIEDLER_SM90A  // kernels/attention_forward_sm90.cu is in this build
+#if FIEDLER_SM90A  // kernels/attention_forward_sm90.cu and attention_forward_packed_sm90.cu are in this build
 bool try_sm90(const Cuda& device, const AttentionForward<bf16>& p) {
+    if (attention_forward_packed_sm90_takes(device, p)) return attention_forward_packed_sm90(device, p), true;
     if (!attention_forward_sm90_takes(device, p)) return false;
     attention_forward_sm90(device, p);
     return true;

@@ -31,6 +31,9 @@
 //            pass is a kernel of its own (attention_forward_sm90.cu). There weights are made in bf16: a query counts as if
 //            its scalar were up to 2^-10 off, weights but those of 64 own tokens (causal) are within 2^-8, and lse, from
 //            their sum, within 2^-10 + 2^-8; typically 2^-11.
+//            Cuda, sm_90, D = 64, R = 2 .. 8, no window, equal sequences of a multiple of 128 tokens, and scratch: the
+//            forward pass is a kernel of its own (attention_forward_packed_sm90.cu). There lse is from the sum of the rounded
+//            weights but for those of 64 own tokens (causal): within 2^-9 beside what packing costs; typically 2^-11.
 //            Cuda, sm_90, D = 64, R = 1 or 4, no window, equal sequences of a multiple of 64 tokens, R = 1: and room for
 //            attention_numbers_elements: the backward pass is a kernel of its own (attention_backward_sm90.cu), scores in
 //            f32: R = 4 has lse of rounded scalars, so that a row of its p adds up to exp(the difference), within the
@@ -145,11 +148,19 @@ struct Sight {
     }
 };
 
-// Scratch of the forward pass on sm_90: what it makes of every 128 keys of a head. Of use for D = 64, R = 1 alone; without
-// it the general way is taken.
+// R of the kernel that serves this many scalars.
+constexpr std::int32_t attention_padded_scalars(std::int32_t scalars) {
+    return scalars <= 2 ? scalars : scalars <= 4 ? 4 : scalars <= 8 ? 8 : 16;
+}
+// Scratch of the forward pass on sm_90: what it makes of every 128 keys of a head. Of use for D = 64 and up to eight scalars;
+// without it the general way is taken.
 constexpr std::int32_t kAttentionForwardKeys = 128, kAttentionForwardTile = 5 * kAttentionForwardKeys + 8;
-inline std::int64_t attention_forward_scratch_elements(std::int64_t tokens, std::int32_t heads) {
-    return tokens / kAttentionForwardKeys * heads * kAttentionForwardTile;
+constexpr std::int32_t attention_packed_tile(std::int32_t scalars) {
+    return kAttentionForwardKeys * (attention_padded_scalars(scalars) / 2 + 1) + 4;
+}
+inline std::int64_t attention_forward_scratch_elements(std::int64_t tokens, std::int32_t heads, std::int32_t scalars) {
+    const std::int32_t tile = scalars == 1 ? kAttentionForwardTile : scalars <= 8 ? attention_packed_tile(scalars) : 0;
+    return tokens / kAttentionForwardKeys * heads * tile;
 }
 
 // On the GPU the backward pass makes da in parts: a block adds up the keys of one group, consecutive tiles of keys, and
@@ -158,10 +169,7 @@ inline std::int64_t attention_forward_scratch_elements(std::int64_t tokens, std:
 struct AttentionSlabs {
     std::int32_t slabs = 1, tiles = 1;  // slabs; tiles of keys in a group
 };
-// R of the kernel that serves this many scalars, and the keys of its tiles.
-constexpr std::int32_t attention_padded_scalars(std::int32_t scalars) {
-    return scalars <= 2 ? scalars : scalars <= 4 ? 4 : scalars <= 8 ? 8 : 16;
-}
+// The keys of a tile of the kernel for this many scalars.
 constexpr std::int32_t attention_backward_keys(std::int64_t width, std::int32_t scalars) {
     return tuning::attention_backward(static_cast<int>(width), scalars).keys();
 }

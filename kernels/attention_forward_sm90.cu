@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, tuning::kAttentionForwardSm90Blocks)
 bool attention_forward_sm90_takes(const Cuda& device, const AttentionForward<bf16>& p) {
     return device.arch == 90 && p.v.cols == std::int64_t(p.heads) * kWidth && p.scalars == 1 && p.window == 0 &&
            p.seq.length > 0 && p.seq.length % kQueries == 0 &&
-           p.scratch.size >= attention_forward_scratch_elements(p.v.rows, p.heads) &&
+           p.scratch.size >= attention_forward_scratch_elements(p.v.rows, p.heads, 1) &&
            reinterpret_cast<std::uintptr_t>(p.scratch.data) % alignof(StoredTile) == 0;
 }
 

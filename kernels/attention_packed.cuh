@@ -91,12 +91,23 @@ __device__ inline std::uint32_t minus_diagonal() {
     const unsigned lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     return g / 2 != t ? 0u : g % 2 == 0 ? 0x0000bc00u : 0xbc000000u;
 }
-// d = c - x - y of 16 x 8 numbers: x and y as rows g and g + 8.
+// The same twice, as two numbers to the compiler: an operand of sixteen that keeps its pair of registers.
+__device__ inline uint2 minus_diagonals() {
+    const std::uint32_t one = minus_diagonal();
+    return {one, __shfl_sync(0xffffffffu, one, threadIdx.x % kWarp)};
+}
+__device__ inline std::uint32_t first_of(std::uint32_t diagonal) { return diagonal; }
+__device__ inline std::uint32_t first_of(const uint2& diagonals) { return diagonals.x; }
+__device__ inline std::uint32_t second_of(std::uint32_t diagonal) { return diagonal; }
+__device__ inline std::uint32_t second_of(const uint2& diagonals) { return diagonals.y; }
+// d = c - x - y of 16 x 8 numbers: x and y as rows g and g + 8. diagonal: minus_diagonal() or minus_diagonals().
+template <class Diagonal>
 __device__ inline void subtract_both(float (&d)[4], const std::uint32_t (&x)[2], const std::uint32_t (&y)[2],
-                                     std::uint32_t diagonal, const float (&c)[4]) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%8}, {%9,%10,%11,%12};\n"
+                                     const Diagonal& diagonal, const float (&c)[4]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};\n"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(x[0]), "r"(x[1]), "r"(y[0]), "r"(y[1]), "r"(diagonal), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+        : "r"(x[0]), "r"(x[1]), "r"(y[0]), "r"(y[1]), "r"(first_of(diagonal)), "r"(second_of(diagonal)), "f"(c[0]),
+          "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 __device__ inline void subtract_one(float (&d)[4], const std::uint32_t (&x)[2], std::uint32_t diagonal,
                                     const float (&c)[4]) {
@@ -108,9 +119,9 @@ __device__ inline void subtract_one(float (&d)[4], const std::uint32_t (&x)[2], 
 // s = c - sum_r |d_r| for a thread's two rows and two columns: d[row][r], of both columns; c and s as in mma's C
 // layout.
 // kOnTensorCores: see above.
-template <int R, bool kOnTensorCores>
+template <int R, bool kOnTensorCores, class Diagonal>
 __device__ void packed_scores(float (&s)[4], const std::uint32_t (&d)[2][R], const float (&c)[4],
-                              std::uint32_t diagonal) {
+                              const Diagonal& diagonal) {
     constexpr int kOfPart = !kOnTensorCores ? R
                             : R == 16       ? 4
                                             : 2,
@@ -137,7 +148,7 @@ __device__ void packed_scores(float (&s)[4], const std::uint32_t (&d)[2][R], con
             s[2 * k] = c[2 * k] - sum.x, s[2 * k + 1] = c[2 * k + 1] - sum.y;
         }
     } else if constexpr (kParts == 1) {
-        subtract_one(s, part[0], diagonal, c);
+        subtract_one(s, part[0], first_of(diagonal), c);
     } else {
         subtract_both(s, part[0], part[1], diagonal, c);
 #pragma unroll

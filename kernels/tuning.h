@@ -37,6 +37,8 @@ constexpr int attention_forward_keys(int arch, int width, int scalars) {
 // Blocks of the forward pass on sm_90a, D = 64, one scalar (kernels/attention_forward_sm90.cu), that fit on a
 // multiprocessor: one warpgroup with 128 queries each, 128 registers a thread.
 constexpr int kAttentionForwardSm90Blocks = 4;
+// The same of two to eight scalars (kernels/attention_forward_packed_sm90.cu), 168 registers a thread.
+constexpr int kAttentionForwardPackedSm90Blocks = 3;
 
 // Backward pass of scalar-distance attention (kernels/attention_backward.cuh; more than one scalar:
 // attention_backward_packed.cuh). A block's warps have `row_tiles` x 16 keys each and stream the queries that see them.

@@ -21,7 +21,7 @@ void add_shape(Suite& suite, const Shape& s) {
     f.b = Mat<Accum>(suite.random<Accum>(n * scalars), n, scalars);
     if (s.causal) f.F = Mat<Accum>(suite.zeros<Accum>(n * s.heads), n, s.heads);  // open gate: no tile may be skipped
     f.v = Mat<Storage>(suite.random<Storage>(n * values), n, values);
-    const auto scratch = attention_forward_scratch_elements(n, s.heads);
+    const auto scratch = attention_forward_scratch_elements(n, s.heads, s.scalars);
     f.scratch = {suite.zeros<Accum>(scratch), scratch};
     f.seq = Packed::uniform(s.count, s.length);
     f.heads = s.heads, f.scalars = s.scalars, f.window = s.window, f.causal = s.causal;

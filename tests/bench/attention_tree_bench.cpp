@@ -25,7 +25,7 @@ void add_dense(Suite& suite, const std::string& name, const AttentionTreeForward
     AttentionForward<Storage> forward;
     set(forward);
     forward.o = f.o, forward.lse = f.lse;
-    const auto scratch = attention_forward_scratch_elements(f.v.rows, f.heads);
+    const auto scratch = attention_forward_scratch_elements(f.v.rows, f.heads, 1);
     forward.scratch = {suite.zeros<Accum>(scratch), scratch};
     AttentionBackward<Storage> backward;
     set(backward);
