@@ -1,15 +1,13 @@
-// kernels/attention_backward_sm90.cu: the backward pass of scalar-distance attention for sm_90a; what a block does with
-// its tiles is in attention_backward_sm90.cuh.
+// kernels/attention_backward_sm90.cu: the backward pass of scalar-distance attention with four scalars for sm_90a; what a
+// block does with its tiles is in attention_backward_sm90.cuh.
 //
 // A round of the loop has one tile of queries and one barrier. At the barrier every warp has
 //   * written its weights of the tile, for dv,
 //   * begun the product dP of the next tile, which needs no other warp,
 //   * waited for the product dv of the tile before, whose stage and weights are free from there on,
-//   * R = 4: waited for its part of the next tile's numbers.
-// After it the loads of the tile after next begin (dO by TMA; numbers with it, or by cp.async for R = 4). dv of this tile
-// begins once dP is there, and goes on behind the arithmetic of the next tile.
-//
-// R = 1: a kernel before makes delta, and puts what a query is about together (QueryNumbers).
+//   * waited for its part of the next tile's numbers.
+// After it the loads of the tile after next begin (dO and a by TMA; numbers by cp.async). dv of this tile begins once dP is
+// there, and goes on behind the arithmetic of the next tile.
 #include "kernels/attention_backward_sm90.cuh"
 #include "kernels/attention_backward_sm90.h"
 #include "kernels/dependent_launch.cuh"
@@ -32,67 +30,31 @@ struct Range {
 };
 
 struct Problem {
-    CUtensorMap gradients, values, scalars;  // dO, V, [tokens, heads D]; a, [tokens, heads R], R = 4
+    CUtensorMap gradients, values, scalars;  // dO, V, [tokens, heads D]; a, [tokens, heads R]
     AttentionBackward<bf16> p;
     BackwardGroups groups;
-    const QueryNumbers* numbers;  // R = 1
 };
 
-// Of every token and head, R = 1: delta = dO . o, and what goes with it. Eight lanes share one.
-constexpr int kNumbersThreads = 256, kNumbersTokens = kNumbersThreads / 8;
-__global__ void __launch_bounds__(kNumbersThreads)
-    attention_numbers_kernel(AttentionBackward<bf16> p, QueryNumbers* numbers) {
-    dependents_may_start();
-    const int head = static_cast<int>(blockIdx.y), part = static_cast<int>(threadIdx.x) % 8;
-    const std::int64_t token = std::int64_t(blockIdx.x) * kNumbersTokens + threadIdx.x / 8;
-    const auto g = load16(nv(p.do_.data) + token * p.do_.ld + head * kWidth + part * 8);
-    const auto o = load16(nv(p.o.data) + token * p.o.ld + head * kWidth + part * 8);
-    QueryNumbers x{};
-    if (part == 0) {
-        x.lse = p.lse.data[token * p.heads + head], x.a = p.a.data[token * p.heads + head];
-        if (p.F.data != nullptr) x.gate = p.F.data[token * p.heads + head];
-    }
-    float sum = 0.f;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum = fmaf(to_float(g.v[i]), to_float(o.v[i]), sum);
-    for (int i = 4; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
-    x.delta = sum;
-    if (part != 0) return;
-    *reinterpret_cast<float4*>(numbers + head * std::int64_t(p.seq.tokens) + token) = {x.lse, x.delta, x.gate, x.a};
-    p.delta.data[token * p.heads + head] = sum;
-}
-
-// A tile of queries: dO, and V with it, asked for by one thread; numbers. query: in tiles.
-template <int R>
-__device__ void load_queries(const Problem& problem, Shared<R>& shared, int stage, int query, int key = -1) {
+// A tile of queries: dO, a, and V with it, asked for by one thread; numbers. query: in tiles.
+__device__ void load_queries(const Problem& problem, Shared& shared, int stage, int query, int key = -1) {
     const int head = static_cast<int>(blockIdx.x);
     if (threadIdx.x == 0) {
-        constexpr int kNumberBytes = sizeof(shared.numbers[0]),
-                      kBytes = kTileElements * 2 + (R == 1 ? kNumberBytes : kTile * R * 4),
-                      kValueBytes = Shape<R>::kKeys * kRowBytes;
+        constexpr int kBytes = kTileElements * 2 + kTile * R * 4, kValueBytes = kKeys * kRowBytes;
         hopper::Barrier* full = &shared.full[stage];
         hopper::barrier_arrive_expecting(full, key < 0 ? kBytes : kBytes + kValueBytes);
         hopper::load_box(shared.gradients[stage], &problem.gradients, head * kWidth, query * kTile, full);
-        if constexpr (R == 1)
-            hopper::load_bytes(shared.numbers[stage],
-                               problem.numbers + head * std::int64_t(problem.p.seq.tokens) + query * kTile,
-                               kNumberBytes, full);
-        else
-            hopper::load_box(shared.a[stage], &problem.scalars, head * R, query * kTile, full);
+        hopper::load_box(shared.a[stage], &problem.scalars, head * R, query * kTile, full);
         if (key >= 0) hopper::load_box(shared.values, &problem.values, head * kWidth, key, full);
     }
-    if constexpr (R > 1) {
-        QueryLoads<R>::start(problem.p, shared, stage, head, query * kTile);
-        cp_async_commit();
-    }
+    QueryLoads::start(problem.p, shared, stage, head, query * kTile);
+    cp_async_commit();
 }
 
 // The queries of one tile of keys. ring: where the first tile is; then, where the next one would be. sums: the slab of
 // the head, R for each query; written: tiles of it that have some.
-template <int R>
-__device__ void add_queries(const Problem& problem, Shared<R>& shared, Keys<R>& keys, Ring& ring, const Range& range,
+__device__ void add_queries(const Problem& problem, Shared& shared, Keys& keys, Ring& ring, const Range& range,
                             int first, float* sums, int written) {
-    constexpr int N = Shape<R>::kKeys, kStageBytes = kTileElements * 2, kWeightBytes = N * kRowBytes;
+    constexpr int N = kKeys, kStageBytes = kTileElements * 2, kWeightBytes = N * kRowBytes;
     const Operand gradients = operand_of(shared.gradients), weights = operand_of(shared.weights),
                   values = operand_of(shared.values);
     // One register for two numbers that a thread needs now and then, taken apart anew for each tile: its place in the
@@ -107,26 +69,21 @@ __device__ void add_queries(const Problem& problem, Shared<R>& shared, Keys<R>& 
         asm volatile("" : "+r"(where));
         const std::uint32_t place = where >> 8;
         const int row = static_cast<int>(where & 255);
-        const auto sums_of = [&](int tile) { return sums + (tile * (kTile * R) + RowSums<R>::offset(row)); };
-        float left[RowSums<R>::kCount], of_rows[2][R];
+        const auto sums_of = [&](int tile) { return sums + (tile * (kTile * R) + RowSums::offset(row)); };
+        float of_rows[2][R];
         const int turned = (q & 1) * kWeightBytes;
-        const typename Keys<R>::Base base(shared, ring.stage, row);
+        const Keys::Base base(shared, ring.stage, row);
         hopper::product_wait<0>();
         hopper::pin(keys.dp);
         if (q > range.begin)
             multiply_turned<N>(keys.dv, advance(gradients, before * kStageBytes),
                                advance(weights, kWeightBytes - turned));
-        bool done = false;
-        const int careful_end = shared.careful_end;
-        if (q >= careful_end)
-            done = keys.template add<false>(of_rows, shared, ring.stage, place + turned, row, 0, base);
-        else if constexpr (N == kTile)
-            done = careful_end != Range::kAll &&
-                   keys.template add<false, true>(of_rows, shared, ring.stage, place + turned, row, 0, base);
-        if (!done)
-            keys.template add<true>(of_rows, shared, ring.stage, place + turned, row,
-                                    problem.p.causal ? q * kTile - first : kTile, base);
-        load_sums(left, sums_of(q), q < written);  // not earlier: all registers are taken until here
+        if (q >= shared.careful_end)
+            keys.add<false>(of_rows, shared, ring.stage, place + turned, row, 0, base);
+        else
+            keys.add<true>(of_rows, shared, ring.stage, place + turned, row,
+                           problem.p.causal ? q * kTile - first : kTile, base);
+        const float2 left = load_sums(sums_of(q), q < written);  // not earlier: all registers are taken until here
         const Ring next = ring.next();
         if (q + 1 < range.end) {  // dP of the next tile needs no other warp: it goes on behind what is left of this one
             hopper::barrier_wait(&shared.full[next.stage], next.parity);
@@ -136,9 +93,9 @@ __device__ void add_queries(const Problem& problem, Shared<R>& shared, Keys<R>& 
             hopper::product_wait<0>();
         }
         hopper::pin(keys.dv);
-        if (R > 1) cp_async_wait<0>();
+        cp_async_wait<0>();
         hopper::publish_shared();
-        store_sums<R>(sums_of(q), left, RowSums<R>(of_rows));
+        store_sums(sums_of(q), left, RowSums(of_rows));
         __syncthreads();
         if (q + 2 < range.end) load_queries(problem, shared, next.next().stage, q + 2);
         before = ring.stage, ring = next;
@@ -150,18 +107,17 @@ __device__ void add_queries(const Problem& problem, Shared<R>& shared, Keys<R>& 
     __syncthreads();
 }
 
-template <int R>
-__global__ void __launch_bounds__(kThreads, Shape<R>::kBlocks)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     attention_backward_sm90_kernel(const __grid_constant__ Problem problem) {
-    constexpr int N = Shape<R>::kKeys;
+    constexpr int N = kKeys;
     extern __shared__ __align__(1024) unsigned char memory[];
-    auto& shared = *reinterpret_cast<Shared<R>*>(memory);
+    auto& shared = *reinterpret_cast<Shared*>(memory);
     const AttentionBackward<bf16>& p = problem.p;
     const BackwardGroups& groups = problem.groups;
     const int head = static_cast<int>(blockIdx.x), group = static_cast<int>(blockIdx.y * gridDim.z + blockIdx.z);
     const int slab = __shfl_sync(0xffffffffu, group % groups.slabs, 0);  // known to be the same in all lanes
     float* const sums = groups.partial + slab * groups.slab_floats + std::int64_t(head) * p.seq.tokens * R;
-    if (R > 1 && p.F.data == nullptr)
+    if (p.F.data == nullptr)
         for (int i = threadIdx.x; i < kStages * kTile; i += kThreads) shared.numbers[i / kTile][i % kTile].gate = 0.f;
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; ++s) hopper::barrier_init(&shared.full[s], 1);
@@ -173,14 +129,14 @@ __global__ void __launch_bounds__(kThreads, Shape<R>::kBlocks)
     int written = 0, first = group * groups.tiles * N;
 #pragma unroll 1
     for (int k = 0; k < groups.tiles && first < p.seq.tokens; ++k, first += N) {
-        Keys<R> keys;
+        Keys keys;
         Range range(p, first);
-        if constexpr (R > 1) QueryLoads<R>::begin(p, shared, head, range.begin * kTile);
+        QueryLoads::begin(p, shared, head, range.begin * kTile);
         load_queries(problem, shared, ring.stage, range.begin, first);
         if (range.begin + 1 < range.end) load_queries(problem, shared, ring.next().stage, range.begin + 1);
         keys.begin(p, shared, head, first);
         if (threadIdx.x == 0) shared.careful_end = keys.careful ? Range::kAll : range.careful_end;
-        if (R > 1) cp_async_wait<0>();
+        cp_async_wait<0>();
         __syncthreads();
         add_queries(problem, shared, keys, ring, range, first, sums, written);
         keys.store(p, shared, head, first);
@@ -189,50 +145,22 @@ __global__ void __launch_bounds__(kThreads, Shape<R>::kBlocks)
     }
 }
 
-template <int R>
 void launch(const Cuda& device, const AttentionBackward<bf16>& p) {
-    constexpr int kKeys = Shape<R>::kKeys, bytes = sizeof(Shared<R>);
-    static_assert(Shape<R>::kBlocks * (bytes + 1024) <= 227 * 1024);
-    Problem problem{tensor_map<2>(p.do_.data, {cuuint64_t(p.do_.cols), cuuint64_t(p.do_.rows)},
-                                  {cuuint64_t(p.do_.ld) * 2}, {kWidth, kTile}),
-                    tensor_map<2>(p.v.data, {cuuint64_t(p.v.cols), cuuint64_t(p.v.rows)}, {cuuint64_t(p.v.ld) * 2},
-                                  {kWidth, kKeys}),
-                    {},
-                    p,
-                    {},
-                    nullptr};
-    if (R > 1)
-        problem.scalars =
-            tensor_map<2>(p.a.data, {cuuint64_t(p.a.cols), cuuint64_t(p.a.rows)}, {cuuint64_t(p.a.ld) * 4}, {R, kTile});
-    BackwardGroups& groups = problem.groups;
-    const std::int64_t before = attention_numbers_elements(p.seq.tokens, p.heads, kWidth, R);
-    groups.partial = p.partial.data + before;
-    groups.slab_floats = attention_slab_elements(p.seq.tokens, p.heads, p.scalars);
-    const auto most = std::min<std::int64_t>((p.partial.size - before) / groups.slab_floats, attention_most_slabs(R));
-    const AttentionSlabs slabs = attention_slabs(p.seq, p.longest, p.window, p.causal, kKeys, most);
-    const int span = slabs.tiles * kKeys;
-    groups.slabs = slabs.slabs, groups.tiles = slabs.tiles;
-    groups.count = ceil_div(p.seq.tokens, span);
-    groups.per_sequence = p.seq.length % span == 0 ? p.seq.length / span : 0;
-
-    const auto kernel = attention_backward_sm90_kernel<R>;
+    constexpr int bytes = sizeof(Shared);
+    static_assert(kBlocks * (bytes + 1024) <= 227 * 1024);
+    const auto map = [](const auto& m, cuuint32_t rows) {
+        return tensor_map<2>(m.data, {cuuint64_t(m.cols), cuuint64_t(m.rows)}, {cuuint64_t(m.ld) * 2}, {kWidth, rows});
+    };
+    const auto scalars =
+        tensor_map<2>(p.a.data, {cuuint64_t(p.a.cols), cuuint64_t(p.a.rows)}, {cuuint64_t(p.a.ld) * 4}, {R, kTile});
+    const Problem problem{map(p.do_, kTile), map(p.v, kKeys), scalars, p, groups_of(p, kKeys, 0)};
+    const auto kernel = attention_backward_sm90_kernel;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    // Causal: the first keys of a sequence are seen by most queries, and start first. Heads of a group are neighbours.
-    const int of_sequence = groups.per_sequence > 0 ? groups.per_sequence : groups.count;
-    const dim3 blocks(static_cast<unsigned>(p.heads), static_cast<unsigned>(groups.count / of_sequence),
-                      static_cast<unsigned>(of_sequence));
-    if constexpr (R == 1) {
-        auto* numbers = reinterpret_cast<QueryNumbers*>(p.partial.data);
-        problem.numbers = numbers;
-        const dim3 parts(static_cast<unsigned>(p.seq.tokens / kNumbersTokens), static_cast<unsigned>(p.heads));
-        attention_numbers_kernel<<<parts, kNumbersThreads, 0, stream_of(device)>>>(p, numbers);
-        LAUNCH_CHECK("attention_backward_sm90, numbers");
-    }
-    launch_dependent(kernel, blocks, kThreads, bytes, stream_of(device), problem);
+    launch_dependent(kernel, blocks_of(p, problem.groups), kThreads, bytes, stream_of(device), problem);
     LAUNCH_CHECK("attention_backward_sm90");
     const dim3 grid(static_cast<unsigned>(ceil_div(std::int64_t(p.seq.tokens) * R, std::int64_t(256))),
                     static_cast<unsigned>(p.heads));
-    attention_da_kernel<R><<<grid, 256, 0, stream_of(device)>>>(p, groups, kKeys);
+    attention_da_kernel<R><<<grid, 256, 0, stream_of(device)>>>(p, problem.groups, kKeys);
     LAUNCH_CHECK("attention_backward_sm90, da");
 }
 
@@ -305,7 +233,7 @@ bool attention_backward_sm90_takes(const Cuda& device, const AttentionBackward<b
 }
 
 void attention_backward_sm90(const Cuda& device, const AttentionBackward<bf16>& p) {
-    p.scalars == 1 ? launch<1>(device, p) : launch<4>(device, p);
+    p.scalars == 1 ? attention_backward_one_sm90(device, p) : launch(device, p);
 }
 
 }  // namespace fiedler

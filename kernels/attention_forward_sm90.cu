@@ -110,17 +110,20 @@ __global__ void __launch_bounds__(kThreads, tuning::kAttentionForwardSm90Blocks)
         for (int i = 0; i < kStages; ++i)
             hopper::barrier_init(&shared.full[i], 1), hopper::barrier_init(&shared.empty[i], kWarps);
         hopper::barrier_init_done();
-        wait_for_previous();    // the factors; what other threads read is older
-        load(shared, 0, true);  // causal: no query is far from itself; otherwise there is no gate
-        const float reach = tiles.own().of.reach, next = count > 1 ? tiles.least(1) : 0.f;
-        if (count > 2) least = tiles.least(2);
-        if (count > 1) load(shared, 1, counts(reach, next));
     }
     static_assert(sizeof(shared.ones) == kThreads * sizeof(uint4));
     reinterpret_cast<uint4*>(shared.ones)[threadIdx.x] = {kTwoOnes, kTwoOnes, kTwoOnes, kTwoOnes};
     shared.sum[threadIdx.x] = 0.f;
     hopper::publish_shared();
     __syncthreads();
+    if (loads) {
+        wait_for_previous();  // the factors; what other threads read is older
+        // Causal: no query is far from itself; otherwise there is no gate. The second tile's values come in any case, too:
+        // whether they count would have to be waited for.
+        load(shared, 0, true);
+        if (tiles.count > 1) load(shared, 1, true);
+        if (tiles.count > 2) least = tiles.least(2);
+    }
     Queries queries(shared);
     int k = 0, stage = 0, parity = 0;  // the tile, its place in the ring
     const auto tile = [&] {            // its numbers, when it is there

@@ -63,7 +63,8 @@ constexpr AttentionBackward attention_backward(int width, int scalars) {
     return {8, 1, false, 2};
 }
 
-// The same on sm_90a, D = 64 (kernels/attention_backward_sm90.cuh): a block is one warpgroup.
+// The same on sm_90a, D = 64 (kernels/attention_backward_sm90.cuh, four scalars; kernels/attention_backward_one_sm90.cuh): a
+// block is one warpgroup.
 struct AttentionBackwardSm90 {
     int keys;    // of a block at a time
     int blocks;  // that fit on a multiprocessor

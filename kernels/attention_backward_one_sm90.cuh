@@ -1,0 +1,381 @@
+// kernels/attention_backward_one_sm90.cuh: the backward pass of scalar-distance attention with one scalar for sm_90a:
+// operands, products and the arithmetic of a tile (the kernel is in attention_backward_one_sm90.cu).
+//
+// A block is one warpgroup. It owns a tile of 64 keys, the columns, and streams tiles of 64 queries, the rows:
+//     X = dO V' - delta [64, 64]  A: dO, rows of D; B: V, rows of D (both as they lie in memory); and a step of 16 more,
+//                                 A: - delta in three parts of 8 bits, B: ones
+//     dv' += dO' P      [64, 64]  A: dO turned, B: P turned, rows of 64 queries (P is turned on its way from registers)
+// dv' and the sums along columns (db, dF) stay in registers while the block lives on its keys; the sums along rows (da)
+// are complete in a warp after two exchanges between the four lanes of a row. Nothing is added across warps before the
+// end. A thread holds rows g and g + 8 of its warp's 16 and, of each 8 columns, 2t and 2t + 1.
+//
+// Signs: the weight takes the sign bit of a - b, and sums of sign ds are sums of signed weights times X. That is wrong for
+// equal numbers alone, whose sign is zero. So the keys' numbers are marked in a table of bits, by some bits of theirs; where
+// a query finds its own marked, numbers are compared, and a tile with equal ones is done with care. 64 marks in 32,768 bits
+// and 16 queries of a warp: one tile in 32 compares for nothing.
+#pragma once
+#include "kernels/attention_backward_tile_sm90.cuh"
+
+namespace fiedler::attention_backward_one_tile {
+
+using namespace attention_tile;
+using attention_backward_sm90_tile::blocks_of;
+using attention_backward_sm90_tile::first_row;
+using attention_backward_sm90_tile::groups_of;
+using attention_backward_sm90_tile::kTileElements;
+using attention_backward_sm90_tile::kWidth;
+using attention_backward_sm90_tile::lane_of_row;
+using attention_backward_sm90_tile::multiply_turned;
+using attention_backward_sm90_tile::place_of_turned;
+using attention_backward_sm90_tile::scatter_sums;
+using attention_backward_sm90_tile::store_turned;
+using namespace warpgroup_tile;
+
+constexpr unsigned kStages = 4;
+constexpr int kKeys = tuning::attention_backward_sm90(1).keys, kBlocks = tuning::attention_backward_sm90(1).blocks;
+constexpr int kColumns = kKeys / 4;  // of a thread
+
+// ---- operands of X -----------------------------------------------------------------------------------------------
+struct alignas(16) QueryNumbers {
+    float lse, gate, a, unused;
+};
+// What is needed of 64 queries beside dO, as it lies at the begin of AttentionBackward::partial, [heads][tiles]. Rows of
+// - delta: three numbers that add up to it, and zeros.
+struct alignas(128) OfQueries {
+    QueryNumbers numbers[kTile];
+    nv_bf16 delta[kTile * 8];
+};
+static_assert(sizeof(OfQueries) == kTile * 8 * sizeof(float));
+
+// A step of 16 without swizzle: units of 8 rows and 8 of the inner dimension, 128 bytes. Bits 16-29 of a descriptor: the
+// distance / 16 of units along the inner dimension; 32-45: along rows. - delta has one unit of 8 along the inner dimension,
+// which is read twice; the second time the ones are zeros.
+constexpr std::uint64_t kDeltaLayout = std::uint64_t(8) << 32, kOnesLayout = std::uint64_t(16) << 32;
+__device__ inline Operand delta_of(const void* tile) { return (shared_address(tile) & 0x3ffff) >> 4; }
+__device__ inline Operand ones_of(const void* tile) { return delta_of(tile) | 8u << 16; }
+
+// d += A B' with whole descriptors.
+__device__ inline void multiply_described(float (&d)[32], std::uint64_t a, std::uint64_t b) {
+#define FIEDLER_D8(i)                                                                                           \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+        "+f"(d[i + 7])
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, 1, 1, 1, 0, 0;\n"
+        : FIEDLER_D8(0), FIEDLER_D8(8), FIEDLER_D8(16), FIEDLER_D8(24)
+        : "l"(a), "l"(b));
+#undef FIEDLER_D8
+}
+
+// x = dO V' - delta.
+__device__ inline void multiply_differences(float (&x)[kKeys / 2], Operand gradients, Operand values,
+                                            std::uint64_t delta, std::uint64_t ones) {
+    hopper::product_begin();
+#pragma unroll
+    for (int s = 0; s < 4; ++s)
+        multiply<kKeys, false>(x, advance(gradients, s * kColumnStep), advance(values, s * kColumnStep), s > 0);
+    multiply_described(x, kDeltaLayout | delta, kOnesLayout | ones);
+    hopper::product_commit();
+}
+
+// ---- shared memory -----------------------------------------------------------------------------------------------
+// How pairs are done. plain: all gates of the keys are G, the middle key's. gated: the keys have gates of their own, not far
+// from G. careful: keys may have any gate, scalars may be anything, and equal. nothing: the gate alone makes the queries'
+// weights nothing.
+enum class Way { plain, gated, careful, nothing };
+// What is the same for all keys of the tile.
+struct alignas(16) OfKeys {
+    float origin, centre;  // see Keys::b; G
+    float faded;           // a query whose base is below this is nothing for the keys
+    Way way;
+};
+// What is read anew for each tile of queries, by an address that is kept: a name would be made an address each time.
+__device__ inline float4 load_four(std::uint32_t from) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];\n" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(from));
+    return x;
+}
+__device__ inline std::uint64_t load_address(std::uint32_t from) {
+    std::uint64_t x;
+    asm volatile("ld.shared.u64 %0, [%1];\n" : "=l"(x) : "r"(from));
+    return x;
+}
+__device__ inline float load_global(std::uint64_t from) {
+    float x;
+    asm volatile("ld.global.f32 %0, [%1];\n" : "=f"(x) : "l"(from) : "memory");
+    return x;
+}
+__device__ inline void store_global(std::uint64_t to, float x) {
+    asm volatile("st.global.f32 [%0], %1;\n" ::"l"(to), "f"(x) : "memory");
+}
+__device__ inline void wait_for_phase(std::uint32_t barrier, int parity) {  // as hopper::barrier_wait
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra over;\n"
+        "bra again;\n"
+        "over:\n}\n" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+__device__ inline std::uint32_t load_word(std::uint32_t from) {
+    std::uint32_t x;
+    asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(x) : "r"(from));
+    return x;
+}
+struct Shared {
+    nv_bf16 gradients[kStages][kTileElements];  // dO; tiles at multiples of 1024 bytes
+    nv_bf16 weights[2][kKeys * kTile];          // turned; at the end dv
+    nv_bf16 values[kKeys * kWidth];             // V
+    OfQueries queries[kStages];
+    alignas(128) nv_bf16 ones[kKeys / 8][2][8 * 8];  // units of 8 keys: 1, 1, 1, 0, ... and zeros
+    std::uint32_t marks[1024];                       // of the keys' scaled b: bits 2-11 the word, 12-16 the bit
+    float b[kKeys], gate[kKeys];                     // as they are
+    float scaled[kKeys], below[kKeys];               // see Keys::b; log2(e) (F_j - G)
+    alignas(16) float2 ways[kThreads / kWarp];       // of the warps' keys: largest G - F_j; Way
+    OfKeys of_keys;
+    std::uint64_t slab;                             // of the head
+    int written;                                    // tiles of queries that have sums there
+    float sums[kThreads / kWarp][4][kColumns * 2];  // of the warps' lanes t, at the end
+    hopper::Barrier full[kStages];  // dO and its OfQueries are there, and V with a tile of keys' first dO
+};
+
+// Tile n that the block loads is in stage n % kStages; its barrier is waited for with this parity.
+__device__ inline int parity_of(unsigned n) { return static_cast<int>(n / kStages & 1); }
+
+// ---- a thread's part of the tile ---------------------------------------------------------------------------------
+struct Keys {
+    static constexpr int C = kColumns;
+    float dv[kKeys / 2] = {}, x[kKeys / 2];
+    float db[C] = {}, total[C] = {};  // sums of sign ds, and of ds
+    // log2(e) (b - origin), the origin that of the tile's middle key, as long as rounding this costs no more than rounding
+    // a - b would; a is taken likewise, equal numbers give equal ones.
+    float b[C];
+    static constexpr float kFar = 24.f, kMost = 12.f;
+
+    // Of the thread's columns of 16, as they number the warp's rows, less 2t: that its first row sees.
+    __device__ static int last_seen() {
+        const int lane = thread_anew() % kWarp;
+        return lane / 4 - lane % 4 * 2;
+    }
+    __device__ static int column(int c) { return c / 2 * 8 + lane_of_row() * 2 + c % 2; }
+    __device__ static float scaled_scalar(float x, float origin) { return fmaf(x - origin, kLog2e, 0.f); }  // never -0
+
+    // Of the thread's key, and of the tile's middle one. On its way while loads are asked for.
+    struct Numbers {
+        float scalar, origin, gate = 0.f, centre = 0.f;
+        __device__ Numbers(const AttentionBackward<bf16>& p, int head, int first) {
+            const int key = thread_anew() % kKeys;
+            const std::int64_t at = std::int64_t(first) * p.heads + head;
+            const float* const b = p.b.data + at;
+            scalar = b[key * p.heads], origin = b[kKeys / 2 * p.heads];
+            if (p.F.data == nullptr) return;
+            const float* const F = p.F.data + at;
+            gate = F[key * p.heads], centre = F[kKeys / 2 * p.heads];
+        }
+    };
+    // query: the first tile of queries. What was in shared memory is not needed any more, by no warp.
+    __device__ void begin(const AttentionBackward<bf16>& p, Shared& shared, const Numbers& of, int query) {
+        const int thread = thread_anew(), key = thread % kKeys;
+#pragma unroll
+        for (int i = 0; i < 1024 / 4 / kThreads; ++i)
+            reinterpret_cast<uint4*>(shared.marks)[i * kThreads + thread] = {0, 0, 0, 0};
+#pragma unroll
+        for (int i = 0; i < kKeys * kTile / 8 / kThreads; ++i)
+            reinterpret_cast<uint4*>(shared.weights[~query & 1])[i * kThreads + thread] = {0, 0, 0, 0};
+        hopper::publish_shared();
+        const float apart = of.centre - of.gate, scaled = scaled_scalar(of.scalar, of.origin);
+        const bool gated = __any_sync(0xffffffffu, apart != 0.f) != 0;
+        const bool careful = __any_sync(0xffffffffu, !(fabsf(apart) <= kMost) | !(fabsf(scaled) <= kFar)) != 0;
+        const float most = gated ? warp_max(apart) : 0.f;
+        if (thread % kWarp == 0) shared.ways[thread / kWarp] = {most, careful ? 2.f : gated ? 1.f : 0.f};
+        __syncthreads();
+        const float4 ways = *reinterpret_cast<const float4*>(shared.ways);  // two warps have all keys
+        if (thread < kKeys) {
+            shared.gate[key] = of.gate, shared.below[key] = -apart * kLog2e;
+            shared.b[key] = of.scalar, shared.scaled[key] = scaled;
+            const std::uint32_t bits = __float_as_uint(scaled);
+            atomicOr(&shared.marks[bits >> 2 & 1023], 1u << (bits >> 12 & 31));
+        }
+        if (thread == 0) {
+            static_assert(int(Way::plain) == 0 && int(Way::gated) == 1 && int(Way::careful) == 2);
+            const bool skips = p.F.data != nullptr && p.skip;
+            shared.of_keys = {of.origin, of.centre, skips ? -(kFaded + fmaxf(ways.x, ways.z)) * kLog2e : -INFINITY,
+                              static_cast<Way>(int(fmaxf(ways.y, ways.w)))};
+        }
+        __syncthreads();
+#pragma unroll
+        for (int c = 0; c < C; c += 2) {
+            const float2 y = *reinterpret_cast<const float2*>(shared.scaled + column(c));
+            b[c] = y.x, b[c + 1] = y.y;
+        }
+    }
+
+    // A thread's two rows, relative to G in base 2, and scaled as b is; and how its warp does them.
+    struct Rows {
+        float base[2], a[2];
+        Way way;
+    };
+    // base: the address of Shared. Votes come first, where all lanes are together.
+    __device__ Rows rows(std::uint32_t base, unsigned stage, unsigned row) const {
+        const float4 of = load_four(base + offsetof(Shared, of_keys));  // origin, centre, faded, way
+        const std::uint32_t numbers =
+            base + stage * std::uint32_t(sizeof(OfQueries)) + row * std::uint32_t(sizeof(QueryNumbers));
+        Rows r;
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const float4 x = load_four(numbers + offsetof(Shared, queries) + k * 8 * sizeof(QueryNumbers));
+            r.base[k] = ((x.y - of.y) - x.x) * kLog2e, r.a[k] = scaled_scalar(x.z, of.x);
+        }
+        const float mine = threadIdx.x % 2 ? r.a[1] : r.a[0];  // of the four lanes of a row two have one each
+        const std::uint32_t bits = __float_as_uint(mine);
+        const std::uint32_t word = load_word(base + (bits & 0xffc) + offsetof(Shared, marks));
+        const bool marked = __funnelshift_r(word, 0u, bits >> 12) & 1u;
+        const bool seen = __any_sync(0xffffffffu, !(r.base[0] < of.z) | !(r.base[1] < of.z)) != 0;
+        bool bad = __any_sync(0xffffffffu, marked | !(fabsf(mine) <= kFar)) != 0;
+        if (bad) {
+            bool differ = (fabsf(r.a[0]) <= kFar) & (fabsf(r.a[1]) <= kFar);
+#pragma unroll
+            for (int c = 0; c < C; ++c) differ = differ & (r.a[0] != b[c]) & (r.a[1] != b[c]);
+            bad = __any_sync(0xffffffffu, !differ) != 0;
+        }
+        const auto way = static_cast<Way>(__float_as_int(of.w));
+        r.way = !seen ? Way::nothing : bad ? Way::careful : way;
+        return r;
+    }
+
+    // x with the sign of another number.
+    __device__ static float signed_as(float x, float y) {
+        return __uint_as_float(__float_as_uint(x) | (__float_as_uint(y) & 0x80000000u));  // x is not negative
+    }
+
+    // X of the thread's rows, of which `row` is the first, to weights and into all sums. to: the lane's place in the turned
+    // weights; sums: of sign ds along rows, over the thread's columns. own: queries and keys are the same tokens, row i sees
+    // keys up to i. With care, row i sees keys up to i + shift.
+    __device__ void add(bool own, float (&sums)[2], const Shared& shared, int stage, std::uint32_t to, int row,
+                        int shift, const Rows& r) {
+        const auto run = [&](auto way) {
+            if (own)
+                add<decltype(way)::value, true>(sums, shared, stage, to, row, shift, r);
+            else
+                add<decltype(way)::value, false>(sums, shared, stage, to, row, shift, r);
+        };
+        if (r.way < Way::careful) {  // not a chain of equalities, which would become a table of jumps
+            if (r.way == Way::plain)
+                run(std::integral_constant<Way, Way::plain>{});
+            else
+                run(std::integral_constant<Way, Way::gated>{});
+        } else if (r.way == Way::careful) {
+            add<Way::careful, false>(sums, shared, stage, to, row, shift, r);
+        } else {
+            __syncwarp();  // a branch, not predicates
+#pragma unroll
+            for (int n = 0; n < kKeys / 16; ++n) store_turned(to + n * 16 * kRowBytes, 0u, 0u, 0u, 0u);
+        }
+    }
+    template <Way way, bool kOwn>
+    __device__ void add(float (&sums)[2], const Shared& shared, int stage, std::uint32_t to, int row, int shift,
+                        const Rows& r) {
+        constexpr bool kCareful = way == Way::careful;
+        const QueryNumbers* const of = shared.queries[stage].numbers;
+        const int own = kOwn ? warp_number() : 0;  // 16 keys, the last of which the warp's rows see some
+#pragma unroll
+        for (int chunk = 0; chunk < kKeys / 16; ++chunk) {
+            const std::uint32_t place = to + chunk * 16 * kRowBytes;
+            if (kOwn && chunk > own) {
+                store_turned(place, 0u, 0u, 0u, 0u);
+                continue;
+            }
+            const int last = kOwn && chunk == own ? last_seen() : kKeys;  // of the 16 columns, that the first row sees
+            std::uint32_t packed[2][2];
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+                const int c = 4 * chunk + 2 * m;
+                float2 below = {0.f, 0.f}, raw = {0.f, 0.f};
+                if (way == Way::gated) below = *reinterpret_cast<const float2*>(shared.below + column(c));
+                if (kCareful) {
+                    below = *reinterpret_cast<const float2*>(shared.gate + column(c));
+                    raw = *reinterpret_cast<const float2*>(shared.b + column(c));
+                }
+#pragma unroll
+                for (int k = 0; k < 2; ++k) {
+                    float q[2];
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        float base = r.base[k], d = r.a[k] - b[c + j], distance = fabsf(d);
+                        if (kOwn && last + 8 * k < 8 * m + j) base = -INFINITY;
+                        if constexpr (kCareful) {
+                            const int i = row + 8 * k;
+                            d = of[i].a - (j ? raw.y : raw.x), distance = fabsf(d) * kLog2e;
+                            base = ((of[i].gate - (j ? below.y : below.x)) - of[i].lse) * kLog2e;
+                            if (column(c + j) > i + shift) base = -INFINITY;
+                        }
+                        float score = base - distance;
+                        if (way == Way::gated) score -= j ? below.y : below.x;
+                        q[j] = exp2_fast(score);
+                        const float of_x = x[8 * chunk + 4 * m + 2 * k + j];
+                        float with_sign = signed_as(q[j], d);
+                        if (kCareful && d == 0.f) with_sign = 0.f;
+                        sums[k] = fmaf(with_sign, of_x, sums[k]);
+                        db[c + j] = fmaf(with_sign, of_x, db[c + j]);
+                        total[c + j] = fmaf(q[j], of_x, total[c + j]);
+                    }
+                    packed[m][k] = pack_bf16(q[0], q[1]);
+                }
+            }
+            store_turned(place, packed[0][0], packed[0][1], packed[1][0], packed[1][1]);
+        }
+    }
+
+    // dv, db, dF. All products are over, for all warps.
+    __device__ void store(const AttentionBackward<bf16>& p, const CUtensorMap* results, Shared& shared, int head,
+                          int first) {
+        const int thread = thread_anew(), warp = warp_number(), lane = thread % kWarp;
+        const std::uint32_t to = shared_address(shared.weights) + place_of_turned(thread);
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; n += 2) {
+            std::uint32_t packed[2][2];
+#pragma unroll
+            for (int m = 0; m < 2; ++m)
+#pragma unroll
+                for (int k = 0; k < 2; ++k) {
+                    const int e = 4 * (n + m) + 2 * k;
+                    packed[m][k] = pack_bf16(dv[e], dv[e + 1]);
+                }
+            store_turned(to + n * 8 * kRowBytes, packed[0][0], packed[0][1], packed[1][0], packed[1][1]);
+        }
+        hopper::publish_shared();
+        float* sums = shared.sums[warp][lane % 4];
+        int offset = 0;
+        scatter_sums<C>(db, offset);
+#pragma unroll
+        for (int i = 0; i < C / 8; ++i) sums[offset + i] = db[i];
+        offset = C;
+        scatter_sums<C>(total, offset);
+#pragma unroll
+        for (int i = 0; i < C / 8; ++i) sums[offset + i] = total[i];
+        __syncthreads();
+        if (thread == 0) hopper::store_box(results, head * kWidth, first, shared.weights[0]);
+        static_assert(kThreads == 2 * kKeys);
+        const int key = thread % kKeys, c = key / 8 * 2 + key % 2, t = key % 8 / 2;
+        const bool gate = thread >= kKeys;
+        float sum = 0.f;
+#pragma unroll
+        for (int w = 0; w < kThreads / kWarp; ++w) sum += shared.sums[w][t][gate ? C + c : c];
+        const std::int64_t at = std::int64_t(first) * p.heads + head;
+        float* const results_of = gate ? p.dF.data : p.db.data;
+        if (results_of != nullptr) (results_of + at)[key * p.heads] = gate ? -sum : sum;
+        if (thread == 0) hopper::store_wait();
+    }
+};
+
+// The sum over the four lanes t of a row: of row g + 8 (t % 2).
+__device__ inline float sum_of_pair(const float (&rows)[2]) {
+    const bool odd = threadIdx.x & 1;
+    const float keep = odd ? rows[1] : rows[0], send = odd ? rows[0] : rows[1];
+    return keep + __shfl_xor_sync(0xffffffffu, send, 1);
+}
+__device__ inline float sum_of_pairs(float x) { return x + __shfl_xor_sync(0xffffffffu, x, 2); }
+
+}  // namespace fiedler::attention_backward_one_tile
