@@ -339,7 +339,7 @@ void Activations<T>::place_tree(Arena& arena, const ActivationPlan& plan) {
     }
 }
 
-// What only the GPU's kernels need: partial sums, and room for the embedding's sort.
+// What only the GPU's kernels need: partial sums, and room for the embedding to put tokens in order.
 template <class T>
 void Activations<T>::place_partials(Arena& arena, const ActivationPlan& plan) {
     if (scratch_.tree.size == 0) {
@@ -347,7 +347,7 @@ void Activations<T>::place_partials(Arena& arena, const ActivationPlan& plan) {
         scratch_.partials = {arena.take<A>("partials", {elements}, Lifetime::scratch), elements};
     }
     if (spec_.samples) return;
-    const auto bytes = static_cast<std::int64_t>(embedding_scratch_bytes(plan.tokens));
+    const auto bytes = static_cast<std::int64_t>(embedding_scratch_bytes(plan.tokens, spec_.channels));
     scratch_.sort = {arena.take<std::byte>("sort", {bytes}, Lifetime::scratch), bytes};
 }
 

@@ -166,6 +166,7 @@ __device__ void backward_run(Row (&dw)[kTaps], const Row (&w)[kTaps], const Args
 }
 
 __global__ __launch_bounds__(kThreads, kBackwardBlocks) void backward_kernel(const Args a) {
+    dependents_may_start();
     __shared__ union Memory {
         Rows rows;
         Sums sums;
@@ -222,7 +223,7 @@ void conv_backward(const Cuda& dev, const ConvBackward<bf16>& p) {
                     p.dy.ld,       p.x.ld,        p.seq.tokens, int(p.x.cols), p.seq};
     backward_kernel<<<grid_for(p.x.rows, p.x.cols, kBackwardRun), dim3(kLanes, kRuns), 0, stream_of(dev)>>>(args);
     LAUNCH_CHECK("conv_backward");
-    add_partials(stream_of(dev), p.dw.data, p.scratch.data, token_blocks(p.x.rows, kBackwardRun), p.x.cols);
+    add_partials(dev, p.dw.data, p.scratch.data, token_blocks(p.x.rows, kBackwardRun), p.x.cols);
 }
 
 }  // namespace fiedler

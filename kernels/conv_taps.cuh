@@ -5,6 +5,7 @@
 // them; so do the sums of dw over the block's runs.
 #pragma once
 #include "kernels/common.cuh"
+#include "kernels/dependent_launch.cuh"
 
 namespace fiedler::taps {
 
@@ -128,6 +129,7 @@ static __global__ __launch_bounds__(kFinishColumns* kFinishRows) void finish_ker
     __shared__ float sums[kFinishRows][kFinishColumns];
     const std::int64_t column = std::int64_t(blockIdx.x) * kFinishColumns + threadIdx.x;
     const float before = threadIdx.y == 0 && column < n ? dw[column] : 0.f;
+    wait_for_previous();  // where it starts before the partial sums are there
     float sum = 0;
     if (column < n) {
 #pragma unroll 8
@@ -139,11 +141,14 @@ static __global__ __launch_bounds__(kFinishColumns* kFinishRows) void finish_ker
     for (int row = 1; row < kFinishRows; ++row) sum += sums[row][threadIdx.x];
     dw[column] = before + sum;
 }
-inline void add_partials(cudaStream_t stream, float* dw, const float* partial, std::int64_t blocks,
-                         std::int64_t channels) {
+// After the kernel that made them, which calls dependents_may_start().
+inline void add_partials(const Cuda& dev, float* dw, const float* partial, std::int64_t blocks, std::int64_t channels) {
     const std::int64_t n = channels * kTaps;
-    finish_kernel<<<unsigned(ceil_div(n, std::int64_t(kFinishColumns))), dim3(kFinishColumns, kFinishRows), 0,
-                    stream>>>(dw, partial, blocks, n);
+    const dim3 grid(unsigned(ceil_div(n, std::int64_t(kFinishColumns)))), block(kFinishColumns, kFinishRows);
+    if (dev.arch >= 90)
+        launch_dependent(finish_kernel, grid, block, 0, stream_of(dev), dw, partial, blocks, n);
+    else
+        finish_kernel<<<grid, block, 0, stream_of(dev)>>>(dw, partial, blocks, n);
     LAUNCH_CHECK("conv_finish");
 }
 

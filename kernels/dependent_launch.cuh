@@ -1,4 +1,4 @@
-// kernels/dependent_launch.cuh: a kernel of sm_90 that starts while the one before it in the stream ends (programmatic
+// kernels/dependent_launch.cuh: a kernel of sm_90 or later that starts while the one before it in the stream ends (programmatic
 // dependent launch).
 //
 // The first kernel calls dependents_may_start(): once all its blocks have, the second one's may take what room is left. They
@@ -24,16 +24,16 @@ __device__ inline void wait_for_previous() {
 #endif
 }
 
-// kernel<<<grid, threads, bytes, stream>>>(args...), dependent on the kernel that was launched last; one after the other in
+// kernel<<<grid, block, bytes, stream>>>(args...), dependent on the kernel that was launched last; one after the other in
 // a graph that is being recorded, where we have not tried it.
 template <class... Parameters, class... Args>
-void launch_dependent(void (*kernel)(Parameters...), dim3 grid, int threads, int bytes, cudaStream_t stream,
+void launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 block, int bytes, cudaStream_t stream,
                       const Args&... args) {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = grid, config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.gridDim = grid, config.blockDim = block;
     config.dynamicSmemBytes = static_cast<std::size_t>(bytes), config.stream = stream;
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     CUDA_CHECK(cudaStreamIsCapturing(stream, &status));

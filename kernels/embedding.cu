@@ -1,14 +1,18 @@
 // kernels/embedding.cu: token embedding (see embedding.h).
 //
-// Backward: token numbers are sorted (stably) together with their positions; a run of equal numbers in the sorted order
-// is one row of the table. A block looks after the runs that begin in its kRows sorted places: a short run (up to kRows
-// tokens) is summed by 16 threads, a long one by the whole block, split over its kRows groups in a fixed way. So no row
-// is written twice, no atomics are needed, and the most frequent token does not wait on one warp.
+// Backward, in two kernels. The first writes tokens and positions so that equal tokens follow one another, in the order of
+// positions: each block takes a class of tokens, reads all of them, counts those of the classes before, which is where its
+// own begin, and puts its own in order by counting. So the blocks need nothing of each other.
+//
+// The second adds rows: a run of equal tokens in that order is one row of the table. A block looks after kPlaces places. A
+// short run is summed by 16 threads of the block that it begins in; a longer one by whole blocks, each the part that lies in
+// its own places, split over its groups of threads in a fixed way. Where such a run lies in several blocks they leave
+// their parts in memory, and the one that is done last adds them up in order: the same sum whichever it is. So no row is
+// written twice, no atomics of floats are needed, and the most frequent token waits on no single block.
 #include <algorithm>
-#include <bit>
-#include <cub/device/device_radix_sort.cuh>
 
 #include "kernels/common.cuh"
+#include "kernels/dependent_launch.cuh"
 #include "kernels/embedding.h"
 
 namespace fiedler {
@@ -16,9 +20,17 @@ namespace {
 
 constexpr int kPackSize = Pack<nv_bf16>::size;
 constexpr int kLanes = 16, kBlockChannels = kLanes * kPackSize;  // one group of lanes: 128 channels of a row
-constexpr int kRows = 32, kThreads = kLanes * kRows;             // groups of a block, and sorted places it looks after
+constexpr int kGroups = 16, kThreads = kLanes * kGroups;         // groups of a block
+constexpr int kPlaces = kEmbeddingPlaces;                        // sorted places that it looks after
+constexpr int kShort = 16;                                       // tokens of a run that one group sums
 constexpr int kBatch = 4;                                        // rows of dx loaded at a time by a thread
 constexpr int kGatherRows = 16, kGatherPacks = 4;
+constexpr int kOrderWarps = 32, kOrderThreads = kOrderWarps * kWarp;
+constexpr int kOrderBatch = 16;              // tokens loaded at a time by a thread
+constexpr int kClasses = 128, kRange = 192;  // at least so many classes, and no more tokens of each
+constexpr int kFew = 8;                      // tokens that are counted one by one
+constexpr int kFound = 88;                   // tokens of a part that are remembered
+constexpr unsigned kWholeWarp = 0xffffffffu;
 
 struct Gather {
     nv_bf16* x;
@@ -44,15 +56,135 @@ __global__ __launch_bounds__(kLanes* kGatherRows) void gather_kernel(Gather a) {
     }
 }
 
-__global__ void positions_kernel(std::int32_t* positions, std::int32_t n) {
-    const std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i < n) positions[i] = std::int32_t(i);
+// A run of equal tokens in order: places first .. end - 1.
+struct Run {
+    int first, end;
+    __device__ int blocks() const { return (end - 1) / kPlaces - first / kPlaces + 1; }
+};
+
+struct Order {
+    std::int32_t *sorted, *positions;
+    Run* across;   // [blocks of places]: the run that reaches into a block from the one before; else unset
+    int* arrived;  // [counters], to be 0
+    const std::int32_t* tokens;
+    int count, bits, counters;  // classes: 2^bits, by a token's lowest bits
+};
+
+// The tokens of a warp's part that are of class `own`, kWarp places at a time: body(position, token >> bits, inside),
+// called by all threads of the warp when any is inside. Returns how many are of a class below, of the thread's own.
+template <class Body>
+__device__ int for_own_tokens(const Order& a, int own, Body&& body) {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int part = ceil_div(ceil_div(a.count, kWarp), kOrderWarps) * kWarp;
+    const int first = warp * part, last = min(first + part, a.count);  // first may be beyond the last token
+    int below = 0;
+    for (int p0 = first; p0 < last; p0 += kWarp * kOrderBatch) {
+        int token[kOrderBatch];
+#pragma unroll
+        for (int k = 0; k < kOrderBatch; ++k) {
+            const int p = p0 + k * kWarp + lane;
+            token[k] = p < last ? a.tokens[p] : -1;
+        }
+#pragma unroll
+        for (int k = 0; k < kOrderBatch; ++k) {
+            const int of = token[k] & ((1 << a.bits) - 1);  // of -1, which is no token, comes the highest class
+            const bool inside = of == own && token[k] >= 0;
+            below += of < own;
+            if (__any_sync(kWholeWarp, inside)) body(p0 + k * kWarp + lane, token[k] >> a.bits, inside);
+        }
+    }
+    return below;
+}
+
+// A token is found by its class, so that frequent ones, which often have neighbouring numbers, are spread over the blocks.
+__global__ __launch_bounds__(kOrderThreads) void order_kernel(const Order a) {
+    dependents_may_start();
+    __shared__ int counts[kOrderWarps][kRange];  // of each token in each warp's part; then its places before that part
+    __shared__ int sums[2][kOrderWarps];
+    __shared__ int2 found[kOrderWarps][kFound];  // the first of a part: position and token, in order
+    const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp, own = blockIdx.x;
+    for (int i = blockIdx.x * kOrderThreads + thread; i < a.counters; i += gridDim.x * kOrderThreads) a.arrived[i] = 0;
+    for (int i = thread; i < kOrderWarps * kRange; i += kOrderThreads) (&counts[0][0])[i] = 0;
+    __syncthreads();
+    int listed = 0;
+    int below = for_own_tokens(a, own, [&](int position, int token, bool inside) {
+        const unsigned all = __ballot_sync(kWholeWarp, inside);
+        const int at = listed + __popc(all & ((1u << lane) - 1));
+        if (inside && at < kFound) found[warp][at] = {position, token};
+        listed += __popc(all);
+        if (__popc(all) > kFew) {
+            const unsigned equal = __match_any_sync(kWholeWarp, inside ? token : -1);
+            if (inside && lane == __ffs(int(equal)) - 1) counts[warp][token] += __popc(equal);
+        } else if (inside) {
+            atomicAdd(&counts[warp][token], 1);
+        }
+        __syncwarp();
+    });
+    below = __reduce_add_sync(kWholeWarp, below);
+    __syncthreads();
+
+    // Thread t: of the class's token number t, how many there are, and before each part.
+    int total = 0;
+    if (thread < kRange) {
+#pragma unroll 8
+        for (int w = 0; w < kOrderWarps; ++w) {
+            const int n = counts[w][thread];
+            counts[w][thread] = total;
+            total += n;
+        }
+    }
+    int before = total;  // then the sum of totals up to and with the thread's own, in its warp
+#pragma unroll
+    for (int o = 1; o < kWarp; o *= 2) {
+        const int other = __shfl_up_sync(kWholeWarp, before, o);
+        if (lane >= o) before += other;
+    }
+    if (lane == kWarp - 1) sums[0][warp] = before;
+    if (lane == 0) sums[1][warp] = below;
+    __syncthreads();
+    int first = before - total;
+#pragma unroll 8
+    for (int w = 0; w < kOrderWarps; ++w) first += sums[1][w] + (w < warp ? sums[0][w] : 0);
+    if (thread < kRange) {
+#pragma unroll 8
+        for (int w = 0; w < kOrderWarps; ++w) counts[w][thread] += first;
+        const Run run{first, first + total};
+        for (int b = ceil_div(first + 1, kPlaces); b * kPlaces < run.end; ++b) a.across[b] = run;
+    }
+    __syncthreads();
+    const auto place = [&](int position, int token, bool inside) {
+        // Those of the same token are before one another as they were; one of them counts for all.
+        const unsigned equal = __match_any_sync(kWholeWarp, inside ? token : -1);
+        int at = 0;
+        if (inside) {
+            at = counts[warp][token] + __popc(equal & ((1u << lane) - 1));
+            a.sorted[at] = token << a.bits | own;
+            a.positions[at] = position;
+        }
+        __syncwarp();
+        if (inside && lane == __ffs(int(equal)) - 1) counts[warp][token] += __popc(equal);
+        __syncwarp();
+    };
+    if (listed > kFound) {
+        for_own_tokens(a, own, place);
+        return;
+    }
+    __syncwarp();
+    for (int i = 0; i < listed; i += kWarp) {
+        const bool inside = i + lane < listed;
+        const int2 one = inside ? found[warp][i + lane] : int2{0, 0};
+        place(one.x, one.y, inside);
+    }
 }
 
 struct Scatter {
     float* dtable;
     const nv_bf16* dx;
     const std::int32_t *tokens, *positions;  // sorted
+    const Run* across;
+    // [blocks of places][blocks of channels]: parts that are done of the run that begins there and goes on.
+    int* arrived;
+    float* parts;  // [blocks of places][2][channels]: of the run from the block before, and of that into the next one
     std::int64_t ld_dtable, ld_dx;
     int count, channels;  // tokens, below 2^30: places and a step beyond them fit an int
 };
@@ -67,13 +199,14 @@ __device__ void add_raw(float (&sum)[kPackSize], const uint4& raw) {
 }
 
 // sum += rows dx[positions[p]] for p = first, first + step, ... < last, in that order.
-__device__ void add_rows(float (&sum)[kPackSize], const Scatter& a, int channel, int first, int last, int step) {
+__device__ void add_rows(float (&sum)[kPackSize], const Scatter& a, const std::int32_t* positions, int channel,
+                         int first, int last, int step) {
     for (int p0 = first; p0 < last; p0 += step * kBatch) {
         uint4 rows[kBatch];
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
             const int p = p0 + k * step;
-            if (p < last) rows[k] = *reinterpret_cast<const uint4*>(a.dx + a.positions[p] * a.ld_dx + channel);
+            if (p < last) rows[k] = *reinterpret_cast<const uint4*>(a.dx + positions[p] * a.ld_dx + channel);
         }
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
@@ -82,93 +215,155 @@ __device__ void add_rows(float (&sum)[kPackSize], const Scatter& a, int channel,
     }
 }
 
-// One past the last place that holds the same token as `start`: all threads of the block search together.
-__device__ int end_of_run(const Scatter& a, int start, int thread) {
-    const std::int32_t token = a.tokens[start];
-    int inside = start, outside = a.count;  // tokens[inside] == token; the end lies in (inside, outside]
-    while (outside - inside > 1) {
-        const int stride = ceil_div(outside - inside, kThreads + 1), probe = inside + (thread + 1) * stride;
-        const int equal = __syncthreads_count(probe < outside && a.tokens[probe] == token);
-        inside += equal * stride;
-        outside = min(outside, inside + stride);
-    }
-    return outside;
-}
-
-// dtable[row][channel..channel + 8) += sum
-__device__ void add_to_table(const Scatter& a, std::int64_t row, int channel, const float (&sum)[kPackSize]) {
-    float* out = a.dtable + row * a.ld_dtable + channel;
+// dtable[row][channel..channel + 8): asked for, and written with the sum added.
+struct TableRow {
+    float* out;
+    Pack<float> value[2];
+    __device__ TableRow(const Scatter& a, std::int64_t row, int channel)
+        : out(a.dtable + row * a.ld_dtable + channel), value{load16(out), load16(out + 4)} {}
+    __device__ void add(const float (&sum)[kPackSize]) {
 #pragma unroll
-    for (int half = 0; half < kPackSize; half += Pack<float>::size) {
-        Pack<float> value = load16(out + half);
-#pragma unroll
-        for (int e = 0; e < Pack<float>::size; ++e) value.v[e] += sum[half + e];
-        store16(out + half, value);
+        for (int e = 0; e < kPackSize; ++e) value[e / 4].v[e % 4] += sum[e];
+        store16(out, value[0]), store16(out + 4, value[1]);
     }
-}
+};
 
-// The block's places and their neighbourhood: window[1 + r] is the token at place base + r, for r = -1..2 kRows - 1;
-// -1, which is no token, outside the array. So a run is measured without touching memory or asking for bounds.
-constexpr int kWindow = 2 * kRows + 1;
+using Sums = float[kGroups][kBlockChannels];
 
-// Length of the run that begins at the block's place r, as far as kRows + 1; 0 if none begins there.
-__device__ int run_length(const std::int32_t (&window)[kWindow], int r) {
-    const std::int32_t token = window[1 + r];
-    if (token < 0 || window[r] == token) return 0;
-    int length = 1;
-    while (length <= kRows && window[1 + r + length] == token) ++length;
-    return length;
-}
-
-__global__ __launch_bounds__(kThreads, 2) void scatter_kernel(Scatter a) {
-    __shared__ int long_run;
-    __shared__ std::int32_t window[kWindow];
-    __shared__ float sums[kRows][kBlockChannels];
-    const int lane = threadIdx.x, group = threadIdx.y, thread = group * kLanes + lane;
-    const int channel = blockIdx.y * kBlockChannels + lane * kPackSize;
-    const bool active = channel < a.channels;
-    const int base = blockIdx.x * kRows, place = base + group;
-    if (thread == 0) long_run = -1;
-    if (thread < kWindow) {
-        const int p = base - 1 + thread;
-        window[thread] = p >= 0 && p < a.count ? a.tokens[p] : -1;
-    }
-    __syncthreads();
-
-    const int length = run_length(window, group);
-    float sum[kPackSize] = {};
-    if (length > kRows) {
-        if (lane == 0) long_run = place;  // at most one long run begins among kRows places
-    } else if (length > 0 && active) {
-        add_rows(sum, a, channel, place, place + length, 1);
-        add_to_table(a, window[1 + group], channel, sum);
-    }
-    __syncthreads();
-    const int start = long_run;
-    if (start < 0) return;  // the same answer in every thread
-
-    const int end = end_of_run(a, start, thread);
-#pragma unroll
-    for (int e = 0; e < kPackSize; ++e) sum[e] = 0.f;
-    if (active) add_rows(sum, a, channel, start + group, end, kRows);
+// The sum over the block's groups, in order, of channel number `thread`. All threads take part.
+__device__ float sum_of_groups(Sums& sums, const float (&sum)[kPackSize]) {
+    const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
+    __syncthreads();  // what was there has been read
 #pragma unroll
     for (int e = 0; e < kPackSize; ++e) sums[group][lane * kPackSize + e] = sum[e];
     __syncthreads();
-    const int own = blockIdx.y * kBlockChannels + thread;
-    if (thread >= kBlockChannels || own >= a.channels) return;
     float total = 0;
-    for (int g = 0; g < kRows; ++g) total += sums[g][thread];
-    a.dtable[a.tokens[start] * a.ld_dtable + own] += total;
+    if (threadIdx.x < kBlockChannels)
+        for (int g = 0; g < kGroups; ++g) total += sums[g][threadIdx.x];
+    return total;
+}
+
+// A run that the whole block works on: its places within the block's, first .. last - 1. All threads take part.
+__device__ void add_long_run(const Scatter& a, Sums& sums, const Run& run, int first, int last) {
+    __shared__ int done;
+    const int thread = threadIdx.x, lane = thread % kLanes, group = thread / kLanes;
+    const int channel = blockIdx.y * kBlockChannels + lane * kPackSize, own = blockIdx.y * kBlockChannels + thread;
+    const bool writes = thread < kBlockChannels && own < a.channels;
+    float sum[kPackSize] = {};
+    if (channel < a.channels) add_rows(sum, a, a.positions, channel, first + group, last, kGroups);
+    float total = sum_of_groups(sums, sum);
+    if (run.blocks() > 1) {
+        const int begins = run.first / kPlaces;
+        float* part = a.parts + own;
+        if (writes) part[(2 * std::int64_t(blockIdx.x) + (int(blockIdx.x) == begins)) * a.channels] = total;
+        __threadfence();
+        __syncthreads();
+        if (thread == 0) done = atomicAdd(a.arrived + begins * gridDim.y + blockIdx.y, 1);
+        __syncthreads();
+        if (done != run.blocks() - 1) return;  // the same answer in every thread
+        __threadfence();
+#pragma unroll
+        for (int e = 0; e < kPackSize; ++e) sum[e] = 0.f;
+        if (channel < a.channels) {
+#pragma unroll 4
+            for (int b = group; b < run.blocks(); b += kGroups) {
+                const float* p = a.parts + (2 * std::int64_t(begins + b) + (b == 0)) * a.channels + channel;
+                const float4 v = __ldcg(reinterpret_cast<const float4*>(p)),
+                             u = __ldcg(reinterpret_cast<const float4*>(p) + 1);
+                sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+                sum[4] += u.x, sum[5] += u.y, sum[6] += u.z, sum[7] += u.w;
+            }
+        }
+        total = sum_of_groups(sums, sum);
+    }
+    if (writes) a.dtable[a.tokens[first] * a.ld_dtable + own] += total;
+}
+
+__global__ __launch_bounds__(kThreads, 4) void scatter_kernel(const Scatter a) {
+    static_assert(kPlaces % kWarp == 0 && kPlaces + 2 <= kThreads && kThreads == 2 * kBlockChannels);
+    __shared__ std::int32_t window[kPlaces + 2];  // window[1 + p]: the token of the block's place p; -1 outside
+    __shared__ std::int32_t positions[kPlaces + kShort - 1];  // of the block's places, and of a short run's beyond them
+    __shared__ unsigned starts[kPlaces / kWarp];              // where runs begin
+    __shared__ unsigned long_runs[kPlaces / kWarp];           // those of more than kShort tokens
+    __shared__ short run_at[kPlaces + 1];                     // the places where they do, in order
+    __shared__ Sums sums;
+    const int thread = threadIdx.x, lane = thread % kLanes, group = thread / kLanes;
+    const int channel = blockIdx.y * kBlockChannels + lane * kPackSize;
+    wait_for_previous();  // for the order
+    const int base = blockIdx.x * kPlaces, end = min(kPlaces, a.count - base);
+    if (thread < kPlaces + 2) {
+        const int p = base - 1 + thread;
+        window[thread] = p >= 0 && p < a.count ? a.tokens[p] : -1;
+    }
+    if (thread < kPlaces + kShort - 1) positions[thread] = base + thread < a.count ? a.positions[base + thread] : 0;
+    __syncthreads();
+    const bool begins = thread < end && window[thread] != window[thread + 1];
+    const unsigned mask = __ballot_sync(kWholeWarp, begins);
+    if (thread < kPlaces && thread % kWarp == 0) starts[thread / kWarp] = mask;
+    __syncthreads();
+    int runs = 0, number = 0;
+#pragma unroll
+    for (int w = 0; w < kPlaces / kWarp; ++w) {
+        if (w == thread / kWarp) number = runs + __popc(mask & ((1u << thread % kWarp) - 1));
+        runs += __popc(starts[w]);
+    }
+    if (begins) run_at[number] = short(thread);
+    if (thread == 0) run_at[runs] = short(end);
+    __syncthreads();
+
+    // Run number r, as far as it goes; only the last one can go on into the next block.
+    const bool goes_on = window[end] == window[end + 1];
+    const auto run_of = [&](int r) {
+        return r == runs - 1 && goes_on ? a.across[blockIdx.x + 1] : Run{base + run_at[r], base + run_at[r + 1]};
+    };
+    if (thread < kPlaces) {
+        const Run run = thread < runs ? run_of(thread) : Run{0, 0};
+        const unsigned longs = __ballot_sync(kWholeWarp, run.end - run.first > kShort);
+        if (thread % kWarp == 0) long_runs[thread / kWarp] = longs;
+    }
+    for (int r = group; r < runs; r += kGroups) {
+        const Run run = run_of(r);
+        if (run.end - run.first > kShort || channel >= a.channels) continue;
+        const int first = run.first - base;
+        TableRow row(a, window[1 + first], channel);
+        float sum[kPackSize] = {};
+        add_rows(sum, a, positions, channel, first, run.end - base, 1);
+        row.add(sum);
+    }
+    if (window[0] == window[1]) {
+        const Run run = a.across[blockIdx.x];
+        if (run.end - run.first > kShort) add_long_run(a, sums, run, base, min(run.end, base + kPlaces));
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int w = 0; w < kPlaces / kWarp; ++w)
+        for (unsigned left = long_runs[w]; left != 0; left &= left - 1) {
+            const Run run = run_of(w * kWarp + __ffs(int(left)) - 1);
+            add_long_run(a, sums, run, run.first, min(run.end, base + kPlaces));
+        }
 }
 
 // Parts of the scratch memory, each 256-byte aligned.
 struct Parts {
-    std::size_t positions, sorted_tokens, sorted_positions, sort, end;
-    std::size_t sort_bytes() const { return end - sort; }
+    std::size_t sorted, positions, across, arrived, parts, end;
+    std::int64_t blocks, slices;
+    Parts(std::int64_t tokens, std::int64_t channels)
+        : blocks(embedding_blocks(tokens)), slices(ceil_div(channels, std::int64_t(kBlockChannels))) {
+        sorted = 0;
+        positions = sorted + embedding_aligned(tokens * 4);
+        across = positions + embedding_aligned(tokens * 4);
+        arrived = across + embedding_aligned(blocks * 8);
+        parts = arrived + embedding_aligned(blocks * slices * 4);
+        end = parts + embedding_aligned(blocks * 2 * channels * 4);
+    }
 };
-Parts parts_for(std::int64_t tokens) {
-    const std::size_t array = embedding_array_bytes(tokens);
-    return {0, array, 2 * array, 3 * array, embedding_scratch_bytes(tokens)};
+
+// Bits of a token's class.
+int class_bits(int vocab) {
+    int bits = 0;
+    while (1 << bits < kClasses && 1 << bits < vocab) ++bits;
+    while (ceil_div(vocab, 1 << bits) > kRange) ++bits;
+    return bits;
 }
 
 }  // namespace
@@ -187,30 +382,36 @@ void embedding_forward(const Cuda& dev, const EmbeddingForward<bf16>& p) {
 void embedding_backward(const Cuda& dev, const EmbeddingBackward<bf16>& p) {
     check(p);
     FIEDLER_REQUIRE("embedding", p.dx.cols % kPackSize == 0 && is_aligned16(p.dx) && is_aligned16(p.dtable));
-    FIEDLER_REQUIRE("embedding", p.dx.rows < (std::int64_t(1) << 30) && p.dtable.rows < (std::int64_t(1) << 31));
+    FIEDLER_REQUIRE("embedding", p.dx.rows < (std::int64_t(1) << 30) && p.dtable.rows < (std::int64_t(1) << 30));
     if (p.dx.rows == 0 || p.dx.cols == 0) return;
-    const auto n = static_cast<std::int32_t>(p.dx.rows);
-    const Parts parts = parts_for(n);
+    const int n = int(p.dx.rows), vocab = int(p.dtable.rows);
+    const Parts parts(n, p.dx.cols);
     FIEDLER_REQUIRE("embedding", p.scratch && p.scratch.size >= std::int64_t(parts.end) &&
                                      reinterpret_cast<std::uintptr_t>(p.scratch.data) % 256 == 0);
     const auto part = [&](std::size_t offset) { return reinterpret_cast<std::int32_t*>(p.scratch.data + offset); };
-    std::int32_t *positions = part(parts.positions), *sorted_tokens = part(parts.sorted_tokens),
-                 *sorted_positions = part(parts.sorted_positions);
-    const cudaStream_t stream = stream_of(dev);
-
-    constexpr int kPositionThreads = 256;
-    positions_kernel<<<unsigned(ceil_div(std::int64_t(n), std::int64_t(kPositionThreads))), kPositionThreads, 0,
-                       stream>>>(positions, n);
-    LAUNCH_CHECK("embedding_positions");
-    std::size_t sort_bytes = parts.sort_bytes();
-    const int bits = std::max(1, int(std::bit_width(static_cast<std::uint32_t>(p.dtable.rows - 1))));
-    CUDA_CHECK(cub::DeviceRadixSort::SortPairs(p.scratch.data + parts.sort, sort_bytes, p.tokens.data, sorted_tokens,
-                                               positions, sorted_positions, n, 0, bits, stream));
-    const Scatter args{p.dtable.data, nv(p.dx.data), sorted_tokens, sorted_positions, p.dtable.ld, p.dx.ld, n,
+    std::int32_t *sorted = part(parts.sorted), *positions = part(parts.positions);
+    Run* across = reinterpret_cast<Run*>(part(parts.across));
+    const int bits = class_bits(vocab);
+    const Order order{sorted,        positions, across, part(parts.arrived),
+                      p.tokens.data, n,         bits,   int(parts.blocks * parts.slices)};
+    order_kernel<<<1u << bits, kOrderThreads, 0, stream_of(dev)>>>(order);
+    LAUNCH_CHECK("embedding_order");
+    const Scatter args{p.dtable.data,
+                       nv(p.dx.data),
+                       sorted,
+                       positions,
+                       across,
+                       part(parts.arrived),
+                       reinterpret_cast<float*>(part(parts.parts)),
+                       p.dtable.ld,
+                       p.dx.ld,
+                       n,
                        int(p.dx.cols)};
-    const dim3 grid(unsigned(ceil_div(std::int64_t(n), std::int64_t(kRows))),
-                    unsigned(ceil_div(p.dx.cols, std::int64_t(kBlockChannels))));
-    scatter_kernel<<<grid, dim3(kLanes, kRows), 0, stream>>>(args);
+    const dim3 grid(unsigned(parts.blocks), unsigned(parts.slices));
+    if (dev.arch >= 90)
+        launch_dependent(scatter_kernel, grid, kThreads, 0, stream_of(dev), args);
+    else
+        scatter_kernel<<<grid, kThreads, 0, stream_of(dev)>>>(args);
     LAUNCH_CHECK("embedding_backward");
 }
 

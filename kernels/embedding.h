@@ -5,9 +5,9 @@
 //
 // Shapes     table E: [vocab, channels] T; dtable: [vocab, channels] acc_t<T>; x, dx: [tokens, channels] T, 16-byte
 //            aligned rows on Cuda; tokens: [tokens] int32 in [0, vocab) (the caller's duty; checked on the CPU only)
-// Scratch    backward on Cuda sorts the tokens: embedding_scratch_bytes(tokens) bytes, 256-byte aligned
+// Scratch    backward on Cuda puts tokens in order: embedding_scratch_bytes(tokens, channels) bytes, 256-byte aligned
 // Writes     x overwritten; dtable accumulated (+=), rows of absent tokens untouched.
-// Numerics   each row's sum in acc_t<T>, in token order per fixed chunk: bit-equal from run to run (no atomics).
+// Numerics   each row's sum in acc_t<T>, in token order per fixed chunk: bit-equal from run to run (no atomics of floats).
 #pragma once
 #include "kernels/contract.h"
 #include "kernels/device.h"
@@ -53,12 +53,15 @@ Traffic traffic(const EmbeddingBackward<T>& p) {  // as if every token were dist
     return {n * sizeof(T) + 2 * rows * double(p.dx.cols) * sizeof(acc_t<T>) + 4.0 * double(p.dx.rows), n};
 }
 
-// Three arrays of tokens, and the sort's own need. That cannot be asked without a device, and plans are made without
-// one: it is a second copy of tokens and positions, a counter for each of 256 digits and each tile of some thousand
-// items, and histograms. This is more, and the sort fails cleanly if it should ever be less.
-inline std::size_t embedding_array_bytes(std::int64_t tokens) { return (std::size_t(tokens) * 4 + 255) / 256 * 256; }
-inline std::size_t embedding_scratch_bytes(std::int64_t tokens) {
-    return 6 * embedding_array_bytes(tokens) + (std::size_t(1) << 20);
+// Tokens and positions in order; and for each block of so many of them, the run that reaches into it, counters for each
+// 128 channels, and two partial rows of sums.
+inline constexpr std::int64_t kEmbeddingPlaces = 64;
+inline std::size_t embedding_aligned(std::int64_t bytes) { return (std::size_t(bytes) + 255) / 256 * 256; }
+inline std::int64_t embedding_blocks(std::int64_t tokens) { return (tokens + kEmbeddingPlaces - 1) / kEmbeddingPlaces; }
+inline std::size_t embedding_scratch_bytes(std::int64_t tokens, std::int64_t channels) {
+    const std::int64_t blocks = embedding_blocks(tokens);
+    return 2 * embedding_aligned(tokens * 4) + embedding_aligned(blocks * 8) +
+           embedding_aligned(blocks * ((channels + 127) / 128) * 4) + embedding_aligned(blocks * 2 * channels * 4);
 }
 
 template <class T>  // float, double

@@ -2,7 +2,7 @@
 //
 // D / 16 threads share a head: each holds 8 neighbouring angles, and the 8 + 8 values of a head that they turn. Four of
 // them or more, of neighbouring heads where D is small, share a token. Angles are computed once and serve all heads that
-// a thread turns; the next head is on its way from memory while one is turned.
+// a thread turns.
 #include "kernels/common.cuh"
 #include "kernels/rotary.h"
 #include "kernels/rotary_turn.cuh"
@@ -11,8 +11,16 @@ namespace fiedler {
 namespace {
 
 using namespace turning;
-constexpr int kThreads = 128, kHalf = 8;                // kHalf: values of each half of a head in a thread
-constexpr int kForwardBlocks = 7, kBackwardBlocks = 4;  // that fit on a multiprocessor: the bound on registers
+constexpr int kHalf = 8;  // values of each half of a head in a thread
+// The next head is on its way from memory while one is turned; but forward, with heads of 64, it is faster to have more
+// threads instead.
+template <int D>
+constexpr bool kForwardAhead = D != 64;
+template <int D>
+constexpr int kForwardThreads = kForwardAhead<D> ? 128 : 256;
+template <int D>
+constexpr int kForwardBlocks = kForwardAhead<D> ? 7 : 1;  // that fit on a multiprocessor at least
+constexpr int kBackwardThreads = 128, kBackwardBlocks = 4;
 using Share = float[2 * kHalf];
 
 // A thread's share of a head as it lies in memory.
@@ -71,9 +79,9 @@ template <int D>
 struct Place {
     std::int64_t token;
     int first, part;
-    __device__ Place() {
+    __device__ explicit Place(int threads) {
         constexpr int lanes = D / 16;
-        const std::int64_t at = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
+        const std::int64_t at = std::int64_t(blockIdx.x) * threads + threadIdx.x;
         token = at / (lanes * kTogether<D>);
         first = int(at / lanes % kTogether<D>);
         part = int(at % lanes);
@@ -81,21 +89,22 @@ struct Place {
 };
 
 template <int D>
-__global__ void __launch_bounds__(kThreads, kForwardBlocks)
+__global__ void __launch_bounds__(kForwardThreads<D>, kForwardBlocks<D>)
     forward_kernel(const RotaryForward<bf16> p, const Frequencies f) {
-    const Place<D> at;
+    const Place<D> at(kForwardThreads<D>);
     if (at.token >= p.x.rows || at.first >= p.heads) return;
     const bf16* x = p.x.data + at.token * p.x.ld + at.first * D;
     bf16* y = p.y.data + at.token * p.y.ld + at.first * D;
     constexpr int kNext = kTogether<D> * D;
     RawShare next;
-    next.load(x, at.part, D / 2);
+    if (kForwardAhead<D>) next.load(x, at.part, D / 2);
     const int token = int(at.token);
     const Angles angles(f, at.part, token - p.seq.first(token) + p.position_offset, p.rotate);
     for (int head = at.first; head < p.heads; head += kTogether<D>, x += kNext, y += kNext) {
         Share s;
+        if (!kForwardAhead<D>) next.load(x, at.part, D / 2);
         next.unpack(s);
-        if (head + kTogether<D> < p.heads) next.load(x + kNext, at.part, D / 2);
+        if (kForwardAhead<D> && head + kTogether<D> < p.heads) next.load(x + kNext, at.part, D / 2);
         if (p.normalise) {
             const float r = inverse_rms_of_head<D>(sum_of_head<D>(s, s), p.eps);
 #pragma unroll
@@ -107,9 +116,9 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks)
 }
 
 template <int D>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks)
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks)
     backward_kernel(const RotaryBackward<bf16> p, const Frequencies f) {
-    const Place<D> at;
+    const Place<D> at(kBackwardThreads);
     if (at.token >= p.x.rows || at.first >= p.heads) return;
     const bf16* x = p.x.data + at.token * p.x.ld + at.first * D;
     const bf16* dy = p.dy.data + at.token * p.dy.ld + at.first * D;
@@ -138,8 +147,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
 }
 
 template <class P>
-unsigned blocks_for(const P& p, int threads_of_token) {
-    return unsigned(ceil_div(p.x.rows * threads_of_token, std::int64_t(kThreads)));
+unsigned blocks_for(const P& p, int threads_of_token, int threads) {
+    return unsigned(ceil_div(p.x.rows * threads_of_token, std::int64_t(threads)));
 }
 
 }  // namespace
@@ -151,7 +160,9 @@ void rotary_forward(const Cuda& cuda, const RotaryForward<bf16>& p) {
     const Frequencies f = frequencies(width, p.theta);
     for_width("rotary", width, [&](auto d) {
         constexpr int D = decltype(d)::value;
-        forward_kernel<D><<<blocks_for(p, D / 16 * kTogether<D>), kThreads, 0, stream_of(cuda)>>>(p, f);
+        forward_kernel<D>
+            <<<blocks_for(p, D / 16 * kTogether<D>, kForwardThreads<D>), kForwardThreads<D>, 0, stream_of(cuda)>>>(p,
+                                                                                                                   f);
         LAUNCH_CHECK("rotary_forward");
     });
 }
@@ -163,7 +174,8 @@ void rotary_backward(const Cuda& cuda, const RotaryBackward<bf16>& p) {
     const Frequencies f = frequencies(width, p.theta);
     for_width("rotary", width, [&](auto d) {
         constexpr int D = decltype(d)::value;
-        backward_kernel<D><<<blocks_for(p, D / 16 * kTogether<D>), kThreads, 0, stream_of(cuda)>>>(p, f);
+        backward_kernel<D>
+            <<<blocks_for(p, D / 16 * kTogether<D>, kBackwardThreads), kBackwardThreads, 0, stream_of(cuda)>>>(p, f);
         LAUNCH_CHECK("rotary_backward");
     });
 }

@@ -10,7 +10,7 @@ FIEDLER_BENCH(embedding) {
         const std::string shape =
             std::to_string(tokens) + "x" + std::to_string(channels) + " of " + std::to_string(vocab);
         const Vec<const std::int32_t> ids(suite.random<std::int32_t>(tokens, double(vocab)), tokens);
-        const auto bytes = std::int64_t(embedding_scratch_bytes(tokens));
+        const auto bytes = std::int64_t(embedding_scratch_bytes(tokens, channels));
         EmbeddingForward<Storage> f;
         f.x = Mat<Storage>(suite.zeros<Storage>(n), tokens, channels);
         f.tokens = ids;

@@ -55,7 +55,7 @@ Values backward(const Dev& dev, const Problem& q, std::int64_t gap = 0) {
     const Buffer<std::int32_t, Dev> tokens(dev, q.tokens);
     const Padded<T, Dev> dx(dev, q.count, q.channels, q.channels + gap, q.dx);
     const Padded<acc_t<T>, Dev> dtable(dev, q.vocab, q.channels, q.channels + 2 * gap, q.dtable0);
-    const Buffer<std::uint8_t, Dev> scratch(dev, embedding_scratch_bytes(q.count));
+    const Buffer<std::uint8_t, Dev> scratch(dev, embedding_scratch_bytes(q.count, q.channels));
     const Vec<std::byte> lent(reinterpret_cast<std::byte*>(scratch.data()), std::int64_t(scratch.size()));
     embedding_backward(dev, EmbeddingBackward<T>{dtable.mat(), tokens.vec(), dx.mat(), lent});
     return dtable.values();
