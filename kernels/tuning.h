@@ -49,8 +49,7 @@ struct AttentionBackward {
     constexpr int keys() const { return 16 * warps * row_tiles; }  // of a block
 };
 
-// row_tiles: what is read for 16 queries (dO twice) and, with one scalar, what their sums over keys cost (exchange
-// between
+// row_tiles: what is read for 16 queries (dO twice) and, with one scalar, what their sums over keys cost (exchange between
 //   threads) are shared by the rows of a warp; dv takes row_tiles D/2 registers: two tiles are too many for D = 128.
 //   With more scalars a pair costs so much that one tile, and more warps to hide each other's latency, are faster.
 // warps: a tile of 64 queries costs a block some 300 instructions a warp beside the pairs, whatever its keys.
@@ -92,7 +91,7 @@ constexpr bool scores_on_tensor_cores(int arch) { return arch == 80 || arch == 9
 // each of its 256 threads that multiply keeps half as many sums in registers.
 constexpr int panel_columns(long long depth) { return depth <= 384 ? 192 : depth <= 576 ? 128 : 96; }
 
-// Sequences from this length on go through attention_tree. On an H100 dense attention is the faster one at 4,096 still
+// Sequences from this length on go through attention_tree. On an H200 dense attention is the faster one at 4,096 still
 // (`fiedler bench attention_tree`); where they meet on a CPU has not been measured.
 constexpr long long attention_tree_from(bool cuda) { return cuda ? 8192 : 4096; }
 // Bidirectional attention is one node of the tree, whatever the length. On two CPU cores it wins from some hundred nodes.
