@@ -4,16 +4,11 @@
 #include "tests/support/attention_trial.h"
 
 #if FIEDLER_CUDA
-#if !defined(FIEDLER_SM90A)
-#define FIEDLER_SM90A 0
-#endif
 
 namespace fiedler::test {
 namespace {
 
 using namespace attention_trial;
-
-const Cpu kCpu;
 
 // The error of `got` may be twice that of the chain's emulation, as in close(), and what an lse that is `lse` off adds: it
 // multiplies all weights of a query by exp of that. unit: of the output's rounding; the largest value is one number among

@@ -4,16 +4,11 @@
 #include "tests/support/attention_trial.h"
 
 #if FIEDLER_CUDA
-#if !defined(FIEDLER_SM90A)
-#define FIEDLER_SM90A 0
-#endif
 
 namespace fiedler::test {
 namespace {
 
 using namespace attention_trial;
-
-const Cpu kCpu;
 
 bool sm90_takes_forward(const Case& c) { return FIEDLER_SM90A && gpu().arch == 90 && is_sm90_forward(c); }
 // o and lse of the forward pass, twice, by every way that there is for the case.

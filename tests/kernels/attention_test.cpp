@@ -12,8 +12,6 @@ namespace {
 
 using namespace attention_trial;
 
-const Cpu kCpu;
-
 template <class T>
 Outputs cpu(const Inputs& in, const Cpu& dev = kCpu) {
     Trial<T, Cpu> run(dev, in);
@@ -169,9 +167,6 @@ TEST(Attention, DecodeMatchesForward) {
 }
 
 #if FIEDLER_CUDA
-#if !defined(FIEDLER_SM90A)
-#define FIEDLER_SM90A 0
-#endif
 bool sm90_takes(const Case& c) {
     const auto R = c.scalars;
     return FIEDLER_SM90A && gpu().arch == 90 && c.width == 64 && c.window == 0 && c.uniform() &&

@@ -9,8 +9,14 @@
 #include "tests/support/buffer.h"
 #include "tests/support/compare.h"
 
+#if !defined(FIEDLER_SM90A)  // whether the kernels of sm_90a are in this build
+#define FIEDLER_SM90A 0
+#endif
+
 // A namespace of its own: attention_tree_trial.h, of the same program, has cases of the same names.
 namespace fiedler::test::attention_trial {
+
+inline const Cpu kCpu;
 
 enum class Points { kNormal, kTied, kFar };  // how a and b lie: at random, many equal, up to 1e4 apart
 
