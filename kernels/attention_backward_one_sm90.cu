@@ -112,7 +112,7 @@ __device__ void add_queries(const Problem& problem, Shared& shared, Keys& keys, 
         const int shift = problem.p.causal ? q * kTile - first : kTile;
         float of_rows[2] = {0.f, 0.f};
         if (q + 1 < range.end)
-            wait_for_phase(base + offsetof(Shared, full) + next * sizeof(hopper::Barrier), parity_of(n + 1));
+            hopper::barrier_wait(base + offsetof(Shared, full) + next * sizeof(hopper::Barrier), parity_of(n + 1));
         hopper::product_wait<0>();
         hopper::pin(keys.x);
         multiply_turned<kKeys>(keys.dv, advance(gradients, before * kStageBytes),

@@ -108,17 +108,6 @@ __device__ inline float load_global(std::uint64_t from) {
 __device__ inline void store_global(std::uint64_t to, float x) {
     asm volatile("st.global.f32 [%0], %1;\n" ::"l"(to), "f"(x) : "memory");
 }
-__device__ inline void wait_for_phase(std::uint32_t barrier, int parity) {  // as hopper::barrier_wait
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra over;\n"
-        "bra again;\n"
-        "over:\n}\n" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
 __device__ inline std::uint32_t load_word(std::uint32_t from) {
     std::uint32_t x;
     asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(x) : "r"(from));

@@ -278,16 +278,7 @@ struct Queries {
     __device__ void soften(Weights& s, int m) {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-            float& kept = shared.top[row(m, k)];
-            float best = -INFINITY;
-#pragma unroll
-            for (int e = 0; e < 4; ++e) best = fmaxf(best, s[e / 2][2 * k + e % 2]);
-            const auto [shift, rescale] = raise_top(kept, best);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                float& w = s[e / 2][2 * k + e % 2];
-                w = exp2_fast((w - shift) * kLog2e);
-            }
+            const float rescale = soften_row(s, k, shared.top[row(m, k)]);
             sum[m][k] *= rescale;
             rounded[m][kSumsOnTensorCores ? 2 * k : k] *= rescale;
 #pragma unroll

@@ -6,8 +6,6 @@
 #include "kernels/attention_forward_packed_sm90.h"
 
 #include "kernels/attention_forward_packed_sm90.cuh"
-#include "kernels/dependent_launch.cuh"
-#include "kernels/tensor_map.h"
 
 namespace fiedler {
 namespace {
@@ -106,32 +104,34 @@ __device__ References references_of(const Shared<R>& shared) {
             most[2] <= kPackedRange && most[3] <= kOwnDistance<R> && most[0] + most[1] <= kGateRange<R>};
 }
 
-// Thread 0: tile k is on its way; without values where nothing of it counts.
+// What attend() asks for (attention_forward_tile_sm90.cuh).
 template <int R>
-__device__ void load(Shared<R>& shared, int k, bool with_values) {
-    const Tiles<R>& tiles = shared.tiles;
-    const int stage = k % kStages;
-    if (k >= kStages) hopper::barrier_wait(&shared.empty[stage], (k / kStages - 1) & 1);
-    hopper::Barrier* full = &shared.full[stage];
-    constexpr int kBytes = sizeof(KeyTile<R>), kValueBytes = kKeys * kWidth * 2;
-    hopper::barrier_arrive_expecting(full, kBytes + (with_values ? kValueBytes : 0));
-    if (with_values)
-        hopper::load_box(shared.values[stage], tiles.values, tiles.head * kWidth, tiles.first_token(k), full);
-    hopper::load_bytes(&shared.keys[stage], &tiles(k), kBytes, full);
-}
-
-template <int R>
-struct Problem {
-    CUtensorMap values, results;  // V and o, [tokens, heads D]
-    AttentionForward<bf16> p;
-    const KeyTile<R>* tiles;
-    int sequences, together;  // (sequence, head) pairs whose V stays in L2 together
+struct Way {
+    using Shared = attention_forward_packed_sm90_tile::Shared<R>;
+    using Queries = attention_forward_packed_sm90_tile::Queries<R>;
+    using Numbers = float2;  // largest and least gate
+    static constexpr int kOwnBytes = 0;
+    static __device__ const References& of(const Shared& shared) { return shared.of; }
+    static __device__ const KeyTile<R>& keys(const KeyTile<R>& tile) { return tile; }
+    static __device__ Numbers numbers(const Shared& shared, int stage) {
+        return *reinterpret_cast<const float2*>(&shared.keys[stage].most);
+    }
+    static __device__ float least(const Numbers& x) { return x.y; }
+    static __device__ float least(const KeyTile<R>& x) { return x.least; }
+    static __device__ bool bounded(const References& of, const Numbers& x) {
+        return of.bounded && of.gate - x.y <= kGateRange<R>;
+    }
+    static __device__ float by(const References& of, const Numbers& x) { return (of.gate - x.x) * kLog2e; }
+    static __device__ void begin_carefully(Queries& queries, const AttentionForward<bf16>&, const Tiles<KeyTile<R>>&,
+                                           bool summed) {
+        queries.begin_carefully(summed);
+    }
 };
 
-// Blocks start in the order x, y, z: within the pairs that stay together, those with the longest rows come first.
+// Blocks start as those of attention_forward_sm90.cu do.
 template <int R>
 __global__ void __launch_bounds__(kThreads, tuning::kAttentionForwardPackedSm90Blocks)
-    attention_forward_packed_sm90_kernel(const __grid_constant__ Problem<R> problem) {
+    attention_forward_packed_sm90_kernel(const __grid_constant__ ForwardProblem<KeyTile<R>> problem) {
     extern __shared__ __align__(1024) unsigned char memory[];
     auto& shared = *reinterpret_cast<Shared<R>*>(memory);
     const AttentionForward<bf16>& p = problem.p;
@@ -141,135 +141,44 @@ __global__ void __launch_bounds__(kThreads, tuning::kAttentionForwardPackedSm90B
     if (sequence >= problem.sequences) return;
     const int first = (sequence * of_sequence + in_sequence) * kQueries;
     const float faded = p.skip ? kFaded : INFINITY;
-    const auto counts = [=](float reach, float least) { return !(reach - least < -faded); };
-    const Tiles<R>& tiles = shared.tiles;
-    const References& of = shared.of;
     const bool loads = threadIdx.x == 0;
-    float least = 0.f;  // of the tile that is asked for next, thread 0
+    float least = 0.f;
     if (loads) {
-        const int count = p.causal ? in_sequence + 1 : of_sequence;
-        shared.tiles = {
-            problem.tiles + head, &problem.values, p.heads, head, sequence * of_sequence + count - 1, count, first};
-        for (int i = 0; i < kStages; ++i)
-            hopper::barrier_init(&shared.full[i], 1), hopper::barrier_init(&shared.empty[i], kWarps);
-        hopper::barrier_init_done();
-        wait_for_previous();    // the packed keys; what else is read is older
-        load(shared, 0, true);  // causal: no query is far from itself; otherwise there is no gate
-        if (count > 1) load(shared, 1, true);
-        if (count > 2) least = tiles.least(2);
+        const int count =
+            begin_tiles<Way<R>>(shared, problem, head, first, sequence * of_sequence, in_sequence, of_sequence);
+        least = load_first<Way<R>>(shared, count);
     }
     static_assert(sizeof(shared.ones) == kThreads * sizeof(uint4));
-    reinterpret_cast<uint4*>(shared.ones)[threadIdx.x] = {0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u};
+    reinterpret_cast<uint4*>(shared.ones)[threadIdx.x] = {kTwoOnes, kTwoOnes, kTwoOnes, kTwoOnes};
     note_queries(shared, p, head, first);
     hopper::publish_shared();
     __syncthreads();
     if (loads) shared.of = references_of(shared);
     __syncthreads();
-    Queries<R> queries(shared);
-    int k = 0, stage = 0, parity = 0;  // the tile, its place in the ring
-    const auto tile = [&] {            // its largest and least gate, when it is there
-        hopper::barrier_wait(&shared.full[stage], parity);
-        return *reinterpret_cast<const float2*>(&shared.keys[stage].most);
-    };
-    const auto ask = [&] {  // for the tile after the next
-        if (!loads || k + 2 >= tiles.count) return;
-        const bool with_values = counts(of.reach, least);
-        if (k + 3 < tiles.count) least = tiles.least(k + 3);
-        load(shared, k + 2, with_values);
-    };
-    const auto done = [&] {
-        __syncwarp();
-        if (threadIdx.x % kWarp == 0) hopper::barrier_arrive(&shared.empty[stage]);
-        if (++stage == kStages) stage = 0, parity ^= 1;
-        ++k;
-    };
-    const auto bounded = [&](const float2& of_tile) { return of.bounded && of.gate - of_tile.y <= kGateRange<R>; };
-    const auto above = [&](const float2& of_tile) { return (of.gate - of_tile.x) * kLog2e; };
-    if (p.causal) {
-        const float2 of_tile = tile();
-        if (bounded(of_tile)) {
-            ask();
-            queries.add_diagonal(stage, above(of_tile));
-            done();
-        }
-    }
-    if (!p.causal || k > 0) {  // a loop of its own: products in a row want that nothing else changes their sums in it
-#pragma unroll 1
-        for (; k < tiles.count; done()) {
-            const float2 of_tile = tile();
-            const bool seen = counts(of.reach, of_tile.y);
-            if (seen && !bounded(of_tile)) break;
-            ask();
-            if (seen) queries.add(stage, above(of_tile));
-        }
-    }
-    const bool careful = k < tiles.count;
-    if (careful) {
-        queries.begin_carefully(k > 0);
-#pragma unroll 1
-        for (; k < tiles.count; done()) {
-            ask();
-            if (counts(of.reach, tile().y))
-                queries.add_carefully(p, tiles.head, stage, tiles.first_token(k), p.causal && k == 0);
-        }
-    }
-    queries.finish(p, tiles.head, tiles.first, careful);
-    hopper::publish_shared();
-    __syncwarp();
-    if (threadIdx.x % kWarp == 0) {
-#pragma unroll
-        for (int m = 0; m < kProducts; ++m) {
-            const int row = Queries<R>::row(m, 0);  // of lane 0: the warp's first of the product
-            hopper::store_box(&problem.results, tiles.head * kWidth, tiles.first + row,
-                              shared.values[0] + row * kWidth);
-        }
-        hopper::store_wait();
-    }
+    attend<Way<R>>(shared, problem, loads, least, faded);
 }
 
 template <int R>
-void launch(const Cuda& device, const AttentionForward<bf16>& p) {
-    constexpr int kBytes =
-        offsetof(Shared<R>, empty) + sizeof(Shared<R>::empty);  // sizeof() ends at a multiple of 1024
-    static_assert(tuning::kAttentionForwardPackedSm90Blocks * (kBytes + 1024) <= 227 * 1024);
-    const auto map = [](const auto& m, cuuint32_t rows) {
-        return tensor_map<2>(m.data, {cuuint64_t(m.cols), cuuint64_t(m.rows)}, {cuuint64_t(m.ld) * 2}, {kWidth, rows});
-    };
-    auto* tiles = reinterpret_cast<KeyTile<R>*>(p.scratch.data);
-    const dim3 grid(static_cast<unsigned>(p.heads), static_cast<unsigned>(p.seq.tokens / kKeys));
-    attention_pack_kernel<R><<<grid, kKeys, 0, stream_of(device)>>>(p, tiles);
-    LAUNCH_CHECK("attention_pack");
-    // As Order::of of the other architectures.
-    const std::int64_t pairs = std::int64_t(p.seq.count) * p.heads;
-    const std::int64_t fitting = attention_forward_tile::kResident / (std::int64_t(p.seq.length) * kWidth * 2);
-    const Problem<R> problem{
-        map(p.v, kKeys), map(p.o, 16), p,
-        tiles,           p.seq.count,  static_cast<int>(std::clamp<std::int64_t>(fitting, 1, pairs))};
-    const dim3 blocks(static_cast<unsigned>(problem.together), static_cast<unsigned>(p.seq.length / kQueries),
-                      static_cast<unsigned>(ceil_div(pairs, std::int64_t(problem.together))));
-    const auto kernel = attention_forward_packed_sm90_kernel<R>;
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-    launch_dependent(kernel, blocks, kThreads, kBytes, stream_of(device), problem);
-    LAUNCH_CHECK("attention_forward_packed_sm90");
+void launch_for(const Cuda& device, const AttentionForward<bf16>& p) {
+    launch<Way<R>, tuning::kAttentionForwardPackedSm90Blocks>(device, p, reinterpret_cast<KeyTile<R>*>(p.scratch.data),
+                                                              attention_pack_kernel<R>,
+                                                              attention_forward_packed_sm90_kernel<R>);
 }
 
 }  // namespace
 
 bool attention_forward_packed_sm90_takes(const Cuda& device, const AttentionForward<bf16>& p) {
-    return device.arch == 90 && p.v.cols == std::int64_t(p.heads) * kWidth && p.scalars >= 2 && p.scalars <= 8 &&
-           p.window == 0 && p.seq.length > 0 && p.seq.length % kQueries == 0 && p.seq.tokens / kKeys < 65536 &&
-           p.scratch.size >= attention_forward_scratch_elements(p.v.rows, p.heads, p.scalars) &&
-           reinterpret_cast<std::uintptr_t>(p.scratch.data) % alignof(KeyTile<8>) == 0;
+    return p.scalars >= 2 && p.scalars <= 8 && p.seq.tokens / kKeys < 65536 && takes(device, p, alignof(KeyTile<8>));
 }
 
 void attention_forward_packed_sm90(const Cuda& device, const AttentionForward<bf16>& p) {
     switch (attention_padded_scalars(p.scalars)) {
         case 2:
-            return launch<2>(device, p);
+            return launch_for<2>(device, p);
         case 4:
-            return launch<4>(device, p);
+            return launch_for<4>(device, p);
         default:
-            return launch<8>(device, p);
+            return launch_for<8>(device, p);
     }
 }
 

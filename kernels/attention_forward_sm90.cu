@@ -8,8 +8,6 @@
 #include "kernels/attention_forward_sm90.h"
 
 #include "kernels/attention_forward_sm90.cuh"
-#include "kernels/dependent_launch.cuh"
-#include "kernels/tensor_map.h"
 
 namespace fiedler {
 namespace {
@@ -64,31 +62,37 @@ __global__ void __launch_bounds__(kKeys) attention_factors_kernel(AttentionForwa
     }
 }
 
-// Thread 0: tile k is on its way, and with the first one what the block has of its own; without values where nothing of it
-// counts.
-__device__ void load(Shared& shared, int k, bool with_values) {
-    const Tiles& tiles = shared.tiles;
-    const int stage = k % kStages;
-    if (k >= kStages) hopper::barrier_wait(&shared.empty[stage], (k / kStages - 1) & 1);
-    hopper::Barrier* full = &shared.full[stage];
-    constexpr int kBytes = sizeof(KeyTile), kValueBytes = kKeys * kWidth * 2, kOwnBytes = sizeof(OwnTile);
-    hopper::barrier_arrive_expecting(full, kBytes + (with_values ? kValueBytes : 0) + (k == 0 ? kOwnBytes : 0));
-    if (with_values)
-        hopper::load_box(shared.values[stage], tiles.values, tiles.head * kWidth, tiles.first_token(k), full);
-    hopper::load_bytes(&shared.keys[stage], &tiles(k).keys, kBytes, full);
-    if (k == 0) hopper::load_bytes(&shared.own, &tiles.own(), kOwnBytes, full);
-}
-
-struct Problem {
-    CUtensorMap values, results;  // V and o, [tokens, heads D]
-    AttentionForward<bf16> p;
-    const StoredTile* tiles;
-    int sequences, together;  // (sequence, head) pairs whose V stays in L2 together
+// What attend() asks for (attention_forward_tile_sm90.cuh).
+struct Way {
+    using Shared = attention_forward_sm90_tile::Shared;
+    using Queries = attention_forward_sm90_tile::Queries;
+    using Numbers = float4;  // c', G, F, the spread
+    static constexpr int kOwnBytes = sizeof(OwnTile);
+    static __device__ const References& of(const Shared& shared) { return shared.own.of; }
+    static __device__ const KeyTile& keys(const StoredTile& tile) { return tile.keys; }
+    static __device__ Numbers numbers(const Shared& shared, int stage) {
+        return *reinterpret_cast<const float4*>(&shared.keys[stage].centre);
+    }
+    static __device__ float least(const Numbers& x) { return x.z; }
+    static __device__ float least(const KeyTile& x) { return x.least; }
+    static __device__ bool bounded(const References& of, const Numbers& x) {
+        return of.bounded && -beyond(x.z, of.gate) <= kGateRange && x.w <= kTileSpread;
+    }
+    static __device__ Powers by(const References& of, const Numbers& x) { return Powers(of, x); }
+    static __device__ void begin_carefully(Queries& queries, const AttentionForward<bf16>& p,
+                                           const Tiles<StoredTile>& tiles, bool summed) {
+        queries.begin_carefully(p, tiles.head, tiles.first, summed);
+    }
+    static __device__ void load_own(Shared& shared, hopper::Barrier* full) {
+        const Tiles<StoredTile>& tiles = shared.tiles;
+        hopper::load_bytes(&shared.own, &tiles.data[std::int64_t(tiles.first / kKeys) * tiles.heads].own, kOwnBytes,
+                           full);
+    }
 };
 
 // Blocks start in the order x, y, z: within the pairs that stay together, those with the longest rows come first.
 __global__ void __launch_bounds__(kThreads, tuning::kAttentionForwardSm90Blocks)
-    attention_forward_sm90_kernel(const __grid_constant__ Problem problem) {
+    attention_forward_sm90_kernel(const __grid_constant__ ForwardProblem<StoredTile> problem) {
     extern __shared__ __align__(1024) unsigned char memory[];
     auto& shared = *reinterpret_cast<Shared*>(memory);
     const AttentionForward<bf16>& p = problem.p;
@@ -98,125 +102,27 @@ __global__ void __launch_bounds__(kThreads, tuning::kAttentionForwardSm90Blocks)
     if (sequence >= problem.sequences) return;
     const int first = (sequence * of_sequence + in_sequence) * kQueries;
     const float faded = p.skip ? kFaded : INFINITY;
-    const auto counts = [=](float reach, float least) { return !(reach - least < -faded); };
-    const Tiles& tiles = shared.tiles;
-    const References& of = shared.own.of;
     const bool loads = threadIdx.x == 0;
-    float least = 0.f;  // of the tile that is asked for next, thread 0
-    if (loads) {
-        const int count = p.causal ? in_sequence + 1 : of_sequence;
-        shared.tiles = {
-            problem.tiles + head, &problem.values, p.heads, head, sequence * of_sequence + count - 1, count, first};
-        for (int i = 0; i < kStages; ++i)
-            hopper::barrier_init(&shared.full[i], 1), hopper::barrier_init(&shared.empty[i], kWarps);
-        hopper::barrier_init_done();
-    }
+    float least = 0.f;
+    if (loads) begin_tiles<Way>(shared, problem, head, first, sequence * of_sequence, in_sequence, of_sequence);
     static_assert(sizeof(shared.ones) == kThreads * sizeof(uint4));
     reinterpret_cast<uint4*>(shared.ones)[threadIdx.x] = {kTwoOnes, kTwoOnes, kTwoOnes, kTwoOnes};
     shared.sum[threadIdx.x] = 0.f;
     hopper::publish_shared();
     __syncthreads();
-    if (loads) {
-        wait_for_previous();  // the factors; what other threads read is older
-        // Causal: no query is far from itself; otherwise there is no gate. The second tile's values come in any case, too:
-        // whether they count would have to be waited for.
-        load(shared, 0, true);
-        if (tiles.count > 1) load(shared, 1, true);
-        if (tiles.count > 2) least = tiles.least(2);
-    }
-    Queries queries(shared);
-    int k = 0, stage = 0, parity = 0;  // the tile, its place in the ring
-    const auto tile = [&] {            // its numbers, when it is there
-        hopper::barrier_wait(&shared.full[stage], parity);
-        return *reinterpret_cast<const float4*>(&shared.keys[stage].centre);
-    };
-    const auto ask = [&] {  // for the tile after the next
-        if (!loads || k + 2 >= tiles.count) return;
-        const bool with_values = counts(of.reach, least);
-        if (k + 3 < tiles.count) least = tiles.least(k + 3);
-        load(shared, k + 2, with_values);
-    };
-    const auto done = [&] {
-        __syncwarp();
-        if (threadIdx.x % kWarp == 0) hopper::barrier_arrive(&shared.empty[stage]);
-        if (++stage == kStages) stage = 0, parity ^= 1;
-        ++k;
-    };
-    const auto bounded = [&](const float4& of_tile) {
-        return of.bounded && -beyond(of_tile.z, of.gate) <= kGateRange && of_tile.w <= kTileSpread;
-    };
-    if (p.causal) {
-        const float4 of_tile = tile();
-        if (bounded(of_tile)) {
-            ask();
-            queries.add_diagonal(stage, Powers(of, of_tile));
-            done();
-        }
-    }
-    if (!p.causal || k > 0) {  // a loop of its own: products in a row want that nothing else changes their sums in it
-#pragma unroll 1
-        for (; k < tiles.count; done()) {
-            const float4 of_tile = tile();
-            const bool seen = counts(of.reach, of_tile.z);
-            if (seen && !bounded(of_tile)) break;
-            ask();
-            if (seen) queries.add(stage, Powers(of, of_tile));
-        }
-    }
-    const bool careful = k < tiles.count;
-    if (careful) {
-        queries.begin_carefully(p, tiles.head, tiles.first, k > 0);
-#pragma unroll 1
-        for (; k < tiles.count; done()) {
-            ask();
-            if (counts(of.reach, tile().z))
-                queries.add_carefully(p, tiles.head, stage, tiles.first_token(k), p.causal && k == 0);
-        }
-    }
-    queries.finish(p, tiles.head, tiles.first, careful);
-    hopper::publish_shared();
-    __syncwarp();
-    if (threadIdx.x % kWarp == 0) {
-#pragma unroll
-        for (int m = 0; m < kProducts; ++m) {
-            const int row = Queries::row(m, 0);  // of lane 0: the warp's first of the product
-            hopper::store_box(&problem.results, tiles.head * kWidth, tiles.first + row,
-                              shared.values[0] + row * kWidth);
-        }
-        hopper::store_wait();
-    }
+    if (loads) least = load_first<Way>(shared, shared.tiles.count);
+    attend<Way>(shared, problem, loads, least, faded);
 }
 
 }  // namespace
 
 bool attention_forward_sm90_takes(const Cuda& device, const AttentionForward<bf16>& p) {
-    return device.arch == 90 && p.v.cols == std::int64_t(p.heads) * kWidth && p.scalars == 1 && p.window == 0 &&
-           p.seq.length > 0 && p.seq.length % kQueries == 0 &&
-           p.scratch.size >= attention_forward_scratch_elements(p.v.rows, p.heads, 1) &&
-           reinterpret_cast<std::uintptr_t>(p.scratch.data) % alignof(StoredTile) == 0;
+    return p.scalars == 1 && takes(device, p, alignof(StoredTile));
 }
 
 void attention_forward_sm90(const Cuda& device, const AttentionForward<bf16>& p) {
-    constexpr int kBytes = offsetof(Shared, empty) + sizeof(Shared::empty);  // sizeof() ends at a multiple of 1024
-    static_assert(tuning::kAttentionForwardSm90Blocks * (kBytes + 1024) <= 227 * 1024);
-    const auto map = [](const auto& m, cuuint32_t rows) {
-        return tensor_map<2>(m.data, {cuuint64_t(m.cols), cuuint64_t(m.rows)}, {cuuint64_t(m.ld) * 2}, {kWidth, rows});
-    };
-    auto* tiles = reinterpret_cast<StoredTile*>(p.scratch.data);
-    const dim3 grid(static_cast<unsigned>(p.heads), static_cast<unsigned>(p.seq.tokens / kKeys));
-    attention_factors_kernel<<<grid, kKeys, 0, stream_of(device)>>>(p, tiles);
-    LAUNCH_CHECK("attention_factors");
-    // As Order::of of the other architectures.
-    const std::int64_t pairs = std::int64_t(p.seq.count) * p.heads;
-    const std::int64_t fitting = attention_forward_tile::kResident / (std::int64_t(p.seq.length) * kWidth * 2);
-    const Problem problem{map(p.v, kKeys), map(p.o, 16), p,
-                          tiles,           p.seq.count,  static_cast<int>(std::clamp<std::int64_t>(fitting, 1, pairs))};
-    const dim3 blocks(static_cast<unsigned>(problem.together), static_cast<unsigned>(p.seq.length / kQueries),
-                      static_cast<unsigned>(ceil_div(pairs, std::int64_t(problem.together))));
-    CUDA_CHECK(
-        cudaFuncSetAttribute(attention_forward_sm90_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-    launch_dependent(attention_forward_sm90_kernel, blocks, kThreads, kBytes, stream_of(device), problem);
-    LAUNCH_CHECK("attention_forward_sm90");
+    launch<Way, tuning::kAttentionForwardSm90Blocks>(device, p, reinterpret_cast<StoredTile*>(p.scratch.data),
+                                                     attention_factors_kernel, attention_forward_sm90_kernel);
 }
 
 }  // namespace fiedler

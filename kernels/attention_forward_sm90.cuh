@@ -1,11 +1,7 @@
 // kernels/attention_forward_sm90.cuh: what a block of the forward pass of scalar-distance attention for sm_90a keeps, and
 // the weights of its queries (the kernel is in attention_forward_sm90.cu).
 //
-// A block is one warpgroup and owns 128 queries of a head, two products of 64 rows; tiles of 128 keys stream through it:
-//     o, r += P [V 1]  [64, 72]    A: P, from registers; B: V, 16 keys of 64 columns as they lie in memory, and beside it
-//                                  ones, for the sums of the rounded weights
-// Of the 64 queries of a product, warp w has 16 w .. 16 w + 15; a thread holds rows g and g + 8 of these and, of each 8
-// columns, 2t and 2t + 1.
+// Blocks, tiles and the product with V are those of attention_forward_tile_sm90.cuh.
 //
 // Weights are p'_ij = min(rho_i u_j, w_j), and what was said in attention_forward_stage.cuh holds, with c the block's. The
 // factors are made once for all blocks, relative to the middles of their tile, c' of its scalars and G of its gates, and
@@ -26,17 +22,12 @@
 // The 64 own keys of a product's queries (causal), where a query may see few, have factors and weights in f32, and are
 // summed so for lse. The running maximum likewise, with a_i as it is.
 #pragma once
-#include "kernels/attention_forward_stage.cuh"
-#include "kernels/hopper.cuh"
+#include "kernels/attention_forward_tile_sm90.cuh"
 
 namespace fiedler::attention_forward_sm90_tile {
 
-using namespace attention_tile;
-using attention_forward_tile::from_ordered;
-using attention_forward_tile::largest_of_warp;
+using namespace attention_forward_of_128;
 
-constexpr int kWidth = 64, kQueries = 128, kKeys = 128, kProducts = kQueries / 64, kStages = 3,
-              kWarps = kThreads / kWarp;
 constexpr float kRange = 16.f, kOwnDistance = 24.f, kTileSpread = 22.f;
 constexpr float kGateRange = attention_forward_tile::kGateRange<1>;
 static_assert(-87.3f + kTileSpread + kRange + kOwnDistance < -kFaded);
@@ -97,7 +88,6 @@ __device__ inline std::uint32_t least_two(std::uint32_t x, std::uint32_t y) {
     asm("min.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
     return z;
 }
-constexpr std::uint32_t kTwoOnes = 0x3f803f80u;  // bf16
 __device__ inline std::uint32_t twice(float x) { return pack_bf16(x, x); }
 __device__ inline float first_of_two(std::uint32_t x) { return __uint_as_float(x << 16); }
 
@@ -110,19 +100,6 @@ struct Powers {
     }
 };
 
-// The tiles of keys that a block sees, in its order: number k is `last` - k of the token axis.
-struct Tiles {
-    const StoredTile* data;  // of the head and the token axis' first tile
-    const CUtensorMap* values;
-    int heads, head, last, count;
-    int first;  // token of the block's queries
-
-    __device__ const StoredTile& operator()(int k) const { return data[std::int64_t(last - k) * heads]; }
-    __device__ const OwnTile& own() const { return data[std::int64_t(first / kKeys) * heads].own; }
-    __device__ float least(int k) const { return (*this)(k).keys.least; }
-    __device__ int first_token(int k) const { return (last - k) * kKeys; }
-};
-
 // What is the same for all threads, or needed now and then, is here since registers are short.
 struct Shared {
     alignas(hopper::kTileAlignment) nv_bf16 values[kStages][kKeys * kWidth];  // at the end the first is of results
@@ -132,34 +109,16 @@ struct Shared {
     float a[kQueries], gate[kQueries];  // of queries that have a running maximum
     // For lse: what the sum of a query's rounded weights lacks of that of its weights; with a running maximum, all of it.
     float sum[kQueries];
-    Tiles tiles;
+    Tiles<StoredTile> tiles;
     hopper::Barrier full[kStages], empty[kStages];
+    __device__ float* tops() { return own.top; }
 };
 
 // A thread's part of the block's queries.
-struct Queries {
-    static constexpr int M = kProducts;
-    using Weights = float[2][4];  // of 16 queries and 16 keys: two C tiles
-    using Packed = std::uint32_t[4];
-    using Sums = float[2];  // of the thread's two rows of a product
-
-    Shared& shared;
-    float o[M][9][4] = {};  // [8]: sums of the rounded weights
-
-    __device__ explicit Queries(Shared& s) : shared(s) {
+struct Queries : OutputSums<Shared, false> {
+    __device__ explicit Queries(Shared& s) : OutputSums(s) {
 #pragma unroll
         for (int m = 0; m < M; ++m) hopper::pin(products(m));  // or zeros are made anew on every way from here
-    }
-    static __device__ int warp() { return attention_forward_tile::thread_number() / kWarp; }
-    static __device__ int lane() { return attention_forward_tile::thread_number() % kWarp; }
-    static __device__ int row(int m, int k) { return 64 * m + 16 * warp() + 8 * k + lane() / 4; }
-
-    __device__ float (&products(int m))[36] { return reinterpret_cast<float(&)[36]>(o[m]); }
-    // Sums may be read and written.
-    __device__ void wait() {
-        hopper::product_wait<0>();
-#pragma unroll
-        for (int m = 0; m < M; ++m) hopper::pin(products(m));
     }
 
     // A tile within the bounds that every query sees.
@@ -200,42 +159,11 @@ struct Queries {
         __syncwarp();
     }
 
-    // lse, and the outputs into shared memory as TMA stores them. careful: the maximum ran.
     __device__ void finish(const AttentionForward<bf16>& p, int head, int first, bool careful) {
-        // Of the four rows that four lanes share, each has one.
-        const int of_warp = lane(), which = of_warp % 4, i = row(which / 2, which % 2);
-        float rounded = o[0][8][0];
-        if (which == 1) rounded = o[0][8][2];
-        if (which == 2) rounded = o[1][8][0];
-        if (which == 3) rounded = o[1][8][2];
-        const float total = careful ? shared.sum[i] : shared.sum[i] + rounded;
-        p.lse.data[std::int64_t(first + i) * p.lse.ld + head] =
-            attention_forward_tile::lse_of(total, double(shared.own.top[i]));
-        __syncthreads();  // the products of all warps are over: values become results
-        const int matrix = of_warp / 8, at = warp() * 16 + matrix % 2 * 8 + of_warp % 8;
-#pragma unroll
-        for (int m = 0; m < M; ++m) {
-            const float scale[2] = {__fdividef(1.f, o[m][8][0]), __fdividef(1.f, o[m][8][2])};
-#pragma unroll
-            for (int n = 0; n < 8; n += 2) {
-                const auto pack = [&](int column, int k) {
-                    return pack_bf16(o[m][column][2 * k] * scale[k], o[m][column][2 * k + 1] * scale[k]);
-                };
-                const int to = at + 64 * m, piece = (n + matrix / 2) ^ to % 8;
-                hopper::store_matrices(shared.values[0] + to * kWidth + piece * 8, pack(n, 0), pack(n, 1),
-                                       pack(n + 1, 0), pack(n + 1, 1));
-            }
-        }
+        OutputSums::finish(p, head, first, careful, [&](int i) { return double(shared.own.top[i]); });
     }
 
   private:
-    // Sums of whole rows.
-    __device__ void keep_sums(int m, const Sums& x) {
-        if (lane() % 4 == 0)
-#pragma unroll
-            for (int k = 0; k < 2; ++k) shared.sum[row(m, k)] = x[k];
-        __syncwarp();
-    }
     // Begins the products from `from` on of a tile's first `keys` keys, which all their queries see.
     template <int from, int keys>
     __device__ void multiply_seen(int stage, const Powers& by) {
@@ -260,14 +188,7 @@ struct Queries {
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
                     packed[m][i] = least_two(multiply_two(of_rows[m][i % 2], u[i / 2]), w[i / 2]);
-            // The upper half of an operand is the same for all: fewer instructions than adding to 64 bits.
-            const std::uint64_t first = hopper::beside(shared.values[stage], shared.ones);
-            const std::uint64_t b =
-                first >> 32 << 32 | (static_cast<std::uint32_t>(first) + chunk * hopper::kBesideStep);
-            hopper::product_begin();
-#pragma unroll
-            for (int m = from; m < M; ++m) hopper::multiply_registers(products(m), packed[m], b, true);
-            hopper::product_commit();
+            multiply_chunk<from>(packed, stage, chunk);
         }
     }
     // The 64 own keys of a product's 64 queries, with weights in f32. Nothing has been summed for these yet.
@@ -292,17 +213,7 @@ struct Queries {
             if (chunk == last) hide(w, 0, 0.f);
             multiply_in_warp<m>(w, sum, stage, 4 * m + chunk);
         }
-#pragma unroll
-        for (int k = 0; k < 2; ++k) sum[k] = row_sum(sum[k]) - o[m][8][2 * k];
-        keep_sums(m, sum);
-    }
-    // The keys of 16 that a query does not see. beyond: by how many 16 tokens they are past the warp's 16 queries.
-    __device__ static void hide(Weights& w, int beyond, float nothing) {
-        const int of = lane(),
-                  last = of / 4 - of % 4 * 2 - 16 * beyond;  // of the thread's columns, that its first row sees
-#pragma unroll
-        for (int e = 0; e < 8; ++e)
-            if (e / 4 * 8 + e % 2 > last + e % 4 / 2 * 8) w[e / 4][e % 4] = nothing;
+        keep_own_sums(m, sum);
     }
     template <int m>
     __device__ void add_chunk_carefully(const AttentionForward<bf16>& p, int head, int stage, int chunk, int first,
@@ -317,55 +228,7 @@ struct Queries {
             for (int k = 0; k < 2; ++k)
                 s[i / 2][2 * k + i % 2] = (shared.gate[row(m, k)] - F) - fabsf(shared.a[row(m, k)] - b);
         }
-        if (diagonal) hide(s, chunk - 4 * m - warp(), -INFINITY);
-        Sums sum = {}, before;
-        soften<m>(before, s);
-        multiply_in_warp<m>(s, sum, stage, chunk);
-#pragma unroll
-        for (int k = 0; k < 2; ++k) sum[k] = before[k] + row_sum(sum[k]);
-        keep_sums(m, sum);
-    }
-    // Scores to weights relative to the running maximum; all sums follow it, those of weights to `before`.
-    template <int m>
-    __device__ void soften(Sums& before, Weights& s) {
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-            float& kept = shared.own.top[row(m, k)];
-            float best = -INFINITY;
-#pragma unroll
-            for (int e = 0; e < 4; ++e) best = fmaxf(best, s[e / 2][2 * k + e % 2]);
-            const auto [shift, rescale] = raise_top(kept, best);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                float& w = s[e / 2][2 * k + e % 2];
-                w = exp2_fast((w - shift) * kLog2e);
-            }
-            before[k] = shared.sum[row(m, k)] * rescale;
-#pragma unroll
-            for (int n = 0; n < 9; ++n) o[m][n][2 * k] *= rescale, o[m][n][2 * k + 1] *= rescale;
-        }
-    }
-    // Adds weights to their sums and, rounded, times 16 keys' values, at once: no product of the warpgroup may be open.
-    template <int m>
-    __device__ void multiply_in_warp(const Weights& w, Sums& sum, int stage, int chunk) {
-        Packed packed;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float first = w[i / 2][i % 2 * 2], second = w[i / 2][i % 2 * 2 + 1];
-            sum[i % 2] += first;
-            sum[i % 2] += second;
-            packed[i] = pack_bf16(first, second);
-        }
-        const int of = lane();
-        const nv_bf16* from = shared.values[stage] + (16 * chunk + of % 16) * kWidth;
-#pragma unroll
-        for (int n = 0; n < 8; n += 2) {
-            std::uint32_t b[4];
-            ldmatrix_x4_trans(b, from + ((n + of / 16) ^ of % 8) * 8);
-            mma_bf16(o[m][n], packed, b[0], b[1]);
-            mma_bf16(o[m][n + 1], packed, b[2], b[3]);
-        }
-        mma_bf16(o[m][8], packed, kTwoOnes, kTwoOnes);
+        add_scores<m>(s, stage, chunk, diagonal);
     }
 };
 

@@ -61,6 +61,20 @@ __device__ inline Raised raise_top(float& kept, float best) {
     __syncwarp();
     return {shift, exp2_fast((old - shift) * kLog2e)};
 }
+// Scores of row k of 16 keys (two C tiles) to weights relative to the running maximum. Returns what all that has been
+// summed for the row is to be multiplied by.
+__device__ inline float soften_row(float (&s)[2][4], int k, float& kept) {
+    float best = -INFINITY;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) best = fmaxf(best, s[e / 2][2 * k + e % 2]);
+    const auto [shift, rescale] = raise_top(kept, best);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+        float& w = s[e / 2][2 * k + e % 2];
+        w = exp2_fast((w - shift) * kLog2e);
+    }
+    return rescale;
+}
 
 // What a run of rows [first, last] sees: nothing outside [lo, hi), and every row all of [full_lo, full_hi). Sight's
 // ends never decrease along the tokens, so the first and the last row decide.

@@ -36,17 +36,21 @@ __device__ inline void barrier_arrive_expecting(Barrier* b, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(b)), "r"(bytes)
                  : "memory");
 }
+// By pointer, or by the address that it has in shared memory.
+#define FIEDLER_BARRIER_WAIT                                     \
+    "{\n.reg .pred done;\n"                                      \
+    "again:\n"                                                   \
+    "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n" \
+    "@done bra over;\n"                                          \
+    "bra again;\n"                                               \
+    "over:\n}\n"
 __device__ inline void barrier_wait(Barrier* b, int parity) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra over;\n"
-        "bra again;\n"
-        "over:\n}\n" ::"r"(shared_address(b)),
-        "r"(parity)
-        : "memory");
+    asm volatile(FIEDLER_BARRIER_WAIT ::"r"(shared_address(b)), "r"(parity) : "memory");
 }
+__device__ inline void barrier_wait(std::uint32_t address, int parity) {
+    asm volatile(FIEDLER_BARRIER_WAIT ::"r"(address), "r"(parity) : "memory");
+}
+#undef FIEDLER_BARRIER_WAIT
 // Numbered barriers of the block: `threads` threads in all, of which some wait and the others only announce themselves.
 __device__ inline void named_wait(int number, int threads) {
     asm volatile("bar.sync %0, %1;\n" ::"r"(number), "r"(threads) : "memory");

@@ -25,6 +25,7 @@ edge_report = load("edge_report")
 planted_graph = load("planted_graph")
 check_results = load("check_results")
 check_ptxas = load("check_ptxas")
+same_code = load("same_code")
 
 
 class SourcesHash(Folder):
@@ -101,6 +102,31 @@ class CheckPtxas(unittest.TestCase):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             self.assertEqual(check_ptxas.main(["/nowhere/log", "80"]), 2)
         self.assertIn("/nowhere/log", out.getvalue())
+
+
+class SameCode(Folder):
+    SOURCE = """namespace { template <int n> __global__ void add_kernel(float* x) { x[threadIdx.x] += n; } }
+        void launch(float* x) { add_kernel<1><<<1, 32>>>(x), add_kernel<2><<<1, 32>>>(x); }"""
+
+    @unittest.skipUnless(pathlib.Path(same_code.NVCC).exists(), "needs nvcc")
+    def test_instructions_are_compared_and_nothing_else(self):
+        def compiled(text):
+            (self.folder / "f.cu").write_text(text)
+            return same_code.compiled(self.folder, "f.cu", "90a")
+        first = compiled(self.SOURCE)
+        self.assertEqual(len(first), 2)
+        self.assertEqual(first, compiled("// said otherwise\n\n" + self.SOURCE))
+        self.assertEqual(first, compiled(self.SOURCE.replace("float* x", "float* other").replace("x[", "other[")
+                                         .replace("(x)", "(other)")))
+        other = compiled(self.SOURCE.replace("+= n", "+= n + 1"))
+        self.assertEqual(first.keys(), other.keys())
+        self.assertTrue(all(first[name] != other[name] for name in first))
+
+    def test_no_such_revision(self):
+        with contextlib.redirect_stderr(io.StringIO()) as said, self.assertRaises(SystemExit) as ended:
+            same_code.git("diff", "--name-only", "no-such-revision")
+        self.assertEqual(ended.exception.code, 2)
+        self.assertIn("no-such-revision", said.getvalue())
 
 
 class BenchPeers(unittest.TestCase):
