@@ -168,7 +168,7 @@ void launch_for(const Cuda& device, const AttentionForward<bf16>& p) {
 }  // namespace
 
 bool attention_forward_packed_sm90_takes(const Cuda& device, const AttentionForward<bf16>& p) {
-    return p.scalars >= 2 && p.scalars <= 8 && p.seq.tokens / kKeys < 65536 && takes(device, p, alignof(KeyTile<8>));
+    return p.scalars >= 2 && p.scalars <= 8 && takes(device, p, alignof(KeyTile<8>));
 }
 
 void attention_forward_packed_sm90(const Cuda& device, const AttentionForward<bf16>& p) {

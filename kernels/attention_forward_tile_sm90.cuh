@@ -198,6 +198,7 @@ struct OutputSums : Rows<kOpposite> {
 // Way, what a kernel has of its own:
 //   Shared      values, keys, ones, sum, tiles, full, empty; of(shared): what all weights of the block are relative to,
 //               with `reach`: keys with F_j beyond that + kFaded are nothing
+//   Queries     OutputSums with add(stage, by), add_diagonal(stage, by), add_carefully(p, head, stage, first, diagonal)
 //   Stored      of 128 tokens of a head, as a first kernel made it; keys(stored): what goes to a stage's Shared::keys
 //   Numbers     of a tile; numbers(shared, stage); least(numbers), least(keys): its least F
 //   bounded(of, numbers)                           whether weights may be relative to `of`
@@ -317,7 +318,7 @@ __device__ void attend(typename Way::Shared& shared, const ForwardProblem<Stored
 // Can both kernels' shapes be had?
 inline bool takes(const Cuda& device, const AttentionForward<bf16>& p, std::size_t alignment) {
     return device.arch == 90 && p.v.cols == std::int64_t(p.heads) * kWidth && p.window == 0 && p.seq.length > 0 &&
-           p.seq.length % kQueries == 0 &&
+           p.seq.length % kQueries == 0 && p.seq.tokens / kKeys < 65536 &&  // blocks of a grid along y
            p.scratch.size >= attention_forward_scratch_elements(p.v.rows, p.heads, p.scalars) &&
            reinterpret_cast<std::uintptr_t>(p.scratch.data) % alignment == 0;
 }
