@@ -204,7 +204,7 @@ void attention_backward_one_sm90(const Cuda& device, const AttentionBackward<bf1
     const dim3 parts(static_cast<unsigned>(p.seq.tokens / kNumbersTokens), static_cast<unsigned>(p.heads));
     attention_numbers_kernel<<<parts, kNumbersThreads, 0, stream_of(device)>>>(p, queries);
     LAUNCH_CHECK("attention_backward_one_sm90, numbers");
-    launch_dependent(kernel, blocks_of(p, problem.groups), kThreads, bytes, stream_of(device), problem);
+    launch_dependent(device, kernel, blocks_of(p, problem.groups), kThreads, bytes, problem);
     LAUNCH_CHECK("attention_backward_one_sm90");
     const dim3 grid(static_cast<unsigned>(ceil_div(p.seq.tokens, 256)), static_cast<unsigned>(p.heads));
     attention_da_kernel<1><<<grid, 256, 0, stream_of(device)>>>(p, problem.groups, kKeys);

@@ -156,7 +156,7 @@ void launch(const Cuda& device, const AttentionBackward<bf16>& p) {
     const Problem problem{map(p.do_, kTile), map(p.v, kKeys), scalars, p, groups_of(p, kKeys, 0)};
     const auto kernel = attention_backward_sm90_kernel;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    launch_dependent(kernel, blocks_of(p, problem.groups), kThreads, bytes, stream_of(device), problem);
+    launch_dependent(device, kernel, blocks_of(p, problem.groups), kThreads, bytes, problem);
     LAUNCH_CHECK("attention_backward_sm90");
     const dim3 grid(static_cast<unsigned>(ceil_div(std::int64_t(p.seq.tokens) * R, std::int64_t(256))),
                     static_cast<unsigned>(p.heads));

@@ -1,8 +1,7 @@
 // kernels/attention_forward_packed_sm90.cu: the forward pass of scalar-distance attention for sm_90a, several scalars; what a
 // block does with its tiles is in attention_forward_packed_sm90.cuh.
 //
-// A first kernel packs all keys. Then blocks stream tiles of keys as those of attention_forward_sm90.cu do: latest first, a
-// thread asks TMA for them two tiles ahead, into a ring of three stages; warps tell each other that a stage is free.
+// A first kernel packs all keys.
 #include "kernels/attention_forward_packed_sm90.h"
 
 #include "kernels/attention_forward_packed_sm90.cuh"

@@ -1,10 +1,7 @@
 // kernels/attention_forward_sm90.cu: the forward pass of scalar-distance attention for sm_90a, one scalar; what a block
 // does with its tiles is in attention_forward_sm90.cuh.
 //
-// A first kernel makes the factors of all keys, and what a block must know of its queries. Then blocks stream tiles of
-// keys, latest first, so that the queries' own tokens come before those that the gate may have closed: a thread asks TMA
-// for values and factors two tiles ahead, into a ring of three stages; warps tell each other that a stage is free, and meet
-// nowhere else but in their products and at the end.
+// A first kernel makes the factors of all keys, and what a block must know of its queries.
 #include "kernels/attention_forward_sm90.h"
 
 #include "kernels/attention_forward_sm90.cuh"

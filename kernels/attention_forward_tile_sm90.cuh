@@ -343,7 +343,7 @@ void launch(const Cuda& device, const AttentionForward<bf16>& p, Stored* tiles, 
     const dim3 grid_of_pairs(static_cast<unsigned>(problem.together), static_cast<unsigned>(p.seq.length / kQueries),
                              static_cast<unsigned>(ceil_div(pairs, std::int64_t(problem.together))));
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-    launch_dependent(kernel, grid_of_pairs, kThreads, kBytes, stream_of(device), problem);
+    launch_dependent(device, kernel, grid_of_pairs, kThreads, kBytes, problem);
     LAUNCH_CHECK("attention_forward_sm90");
 }
 

@@ -145,10 +145,7 @@ static __global__ __launch_bounds__(kFinishColumns* kFinishRows) void finish_ker
 inline void add_partials(const Cuda& dev, float* dw, const float* partial, std::int64_t blocks, std::int64_t channels) {
     const std::int64_t n = channels * kTaps;
     const dim3 grid(unsigned(ceil_div(n, std::int64_t(kFinishColumns)))), block(kFinishColumns, kFinishRows);
-    if (dev.arch >= 90)
-        launch_dependent(finish_kernel, grid, block, 0, stream_of(dev), dw, partial, blocks, n);
-    else
-        finish_kernel<<<grid, block, 0, stream_of(dev)>>>(dw, partial, blocks, n);
+    launch_dependent(dev, finish_kernel, grid, block, 0, dw, partial, blocks, n);
     LAUNCH_CHECK("conv_finish");
 }
 

@@ -24,20 +24,21 @@ __device__ inline void wait_for_previous() {
 #endif
 }
 
-// kernel<<<grid, block, bytes, stream>>>(args...), dependent on the kernel that was launched last; one after the other in
-// a graph that is being recorded: there a convolution and its finish kernel were no faster so.
+// kernel<<<grid, block, bytes, stream>>>(args...), dependent on the kernel that was launched last. One after the other before
+// sm_90, and in a graph that is being recorded: there a convolution and its finish kernel were no faster so.
 template <class... Parameters, class... Args>
-void launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 block, int bytes, cudaStream_t stream,
+void launch_dependent(const Cuda& device, void (*kernel)(Parameters...), dim3 grid, dim3 block, int bytes,
                       const Args&... args) {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = grid, config.blockDim = block;
-    config.dynamicSmemBytes = static_cast<std::size_t>(bytes), config.stream = stream;
+    config.dynamicSmemBytes = static_cast<std::size_t>(bytes), config.stream = stream_of(device);
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
-    config.attrs = &attribute, config.numAttrs = status == cudaStreamCaptureStatusNone ? 1 : 0;
+    CUDA_CHECK(cudaStreamIsCapturing(config.stream, &status));
+    config.attrs = &attribute;
+    config.numAttrs = device.arch >= 90 && status == cudaStreamCaptureStatusNone ? 1 : 0;
     CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(args)...));
 }
 

@@ -408,10 +408,7 @@ void embedding_backward(const Cuda& dev, const EmbeddingBackward<bf16>& p) {
                        n,
                        int(p.dx.cols)};
     const dim3 grid(unsigned(parts.blocks), unsigned(parts.slices));
-    if (dev.arch >= 90)
-        launch_dependent(scatter_kernel, grid, kThreads, 0, stream_of(dev), args);
-    else
-        scatter_kernel<<<grid, kThreads, 0, stream_of(dev)>>>(args);
+    launch_dependent(dev, scatter_kernel, grid, kThreads, 0, args);
     LAUNCH_CHECK("embedding_backward");
 }
 
