@@ -158,12 +158,7 @@ struct Queries : OutputSums<Shared<R>, true> {
         for (int m = from; m < to; ++m) {
             std::uint32_t d[2][R];
 #pragma unroll
-            for (int k = 0; k < 2; ++k)
-#pragma unroll
-                for (int r = 0; r < R; r += 2) {
-                    d[k][r] = difference2(y[r], twice_low(x[m][k][r / 2]));
-                    d[k][r + 1] = difference2(y[r + 1], twice_high(x[m][k][r / 2]));
-                }
+            for (int k = 0; k < 2; ++k) packed_differences<R>(d[k], y, x[m][k]);
             packed_scores<R, true>(s[m][n], d, c, diagonal);
         }
     }

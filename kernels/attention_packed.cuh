@@ -72,6 +72,16 @@ __device__ inline std::uint32_t difference2(std::uint32_t x, std::uint32_t y) {
     asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(x), "r"(y));
     return d;
 }
+// d = y - x of two keys' scalars y, of each two of a query's scalars x.
+template <int R>
+__device__ void packed_differences(std::uint32_t (&d)[R], const std::uint32_t (&y)[R],
+                                   const std::uint32_t (&x)[R / 2]) {
+#pragma unroll
+    for (int r = 0; r < R; r += 2) {
+        d[r] = difference2(y[r], twice_low(x[r / 2]));
+        d[r + 1] = difference2(y[r + 1], twice_high(x[r / 2]));
+    }
+}
 // |x| + |y| of both halves.
 __device__ inline std::uint32_t add_sizes2(std::uint32_t x, std::uint32_t y) {
     std::uint32_t sum;
