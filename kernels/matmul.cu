@@ -7,6 +7,7 @@
 // pieces of rows, one batched product gives a partial sum for each, and add_pieces adds them in the order of the rows.
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <map>
 #include <memory>
 #include <type_traits>
@@ -223,31 +224,53 @@ int propose(const Cuda& dev, const Product& p, const Plan& plan, Proposals& prop
     return found;
 }
 
+std::int32_t setting_of(const cublasLtMatmulAlgo_t& algorithm, cublasLtMatmulAlgoConfigAttributes_t which) {
+    std::int32_t value = 0;
+    std::size_t written = 0;
+    CUBLAS_CHECK(cublasLtMatmulAlgoConfigGetAttribute(&algorithm, which, &value, sizeof value, &written));
+    return value;
+}
+bool splits(const cublasLtMatmulAlgo_t& algorithm) {
+    return setting_of(algorithm, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) > 1;
+}
+
 // ---- search among the proposals ----------------------------------------------------------------------------------
 //
 // The heuristic's first proposal may take half as long again as the best. Algorithms that do not split the inner
 // dimension add up every element in one order, in the same steps of the tensor cores: which of them runs is not seen in
 // the result. So they are timed at the first use of a shape; one is taken only if its result has the bits of the first's.
+//
+// A product that adds to its own output cannot be run twice there: what is timed are as many of its columns as half of the
+// workspace holds, made there from what the output is now.
 
 constexpr double kSearchFlops = 1e9;  // smaller products are not worth it
 constexpr int kMostTried = 12, kTimedRuns = 3, kRounds = 4;
 
+bool in_place(const Product& p) { return p.c.data != nullptr && p.c.data == p.d.data; }
+constexpr std::size_t kFingerprintBytes = 256;  // at the begin of the workspace; alignment of what follows
+// See above: p itself, or columns of it.
+Product searched(const Cuda& dev, const Product& p) {
+    if (!in_place(p)) return p;
+    const std::int64_t of_column = p.d.ld * (p.d.type == CUDA_R_32F ? 4 : 2);
+    const auto half = static_cast<std::int64_t>(dev.workspace_bytes / 2);
+    constexpr std::int64_t kWhole = 256;  // columns of the widest tile
+    const std::int64_t fitting = half / of_column / kWhole * kWhole;
+    Product columns = p;
+    if (p.d.cols > fitting) columns.d.cols = (columns.b.op == CUBLAS_OP_N ? columns.b.cols : columns.b.rows) = fitting;
+    columns.d.data = static_cast<std::byte*>(dev.workspace) + kFingerprintBytes;
+    columns.reserved = kFingerprintBytes + static_cast<std::size_t>(columns.d.cols * of_column);
+    columns.reserved = (columns.reserved + kFingerprintBytes - 1) / kFingerprintBytes * kFingerprintBytes;
+    return columns;
+}
+
 bool can_search(const Cuda& dev, const Product& p) {
     const double inner = double(p.a.op == CUBLAS_OP_N ? p.a.cols : p.a.rows);
-    if (!dev.workspace || p.c.data == p.d.data || 2 * double(p.d.rows) * double(p.d.cols) * inner < kSearchFlops)
-        return false;
+    if (!dev.workspace || 2 * double(p.d.rows) * double(p.d.cols) * inner < kSearchFlops) return false;
+    if (in_place(p) && (p.batch.count > 1 || p.reserved > 0)) return false;
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     CUDA_CHECK(cudaStreamIsCapturing(stream_of(dev), &status));
     return status == cudaStreamCaptureStatusNone;
 }
-bool splits(const cublasLtMatmulAlgo_t& algorithm) {
-    std::int32_t pieces = 1;
-    std::size_t written = 0;
-    CUBLAS_CHECK(cublasLtMatmulAlgoConfigGetAttribute(&algorithm, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &pieces,
-                                                      sizeof pieces, &written));
-    return pieces > 1;
-}
-
 // Adds up the words of a matrix, each times a number of its place.
 template <class Word>
 __global__ void __launch_bounds__(256)
@@ -279,15 +302,21 @@ double seconds_of(const Cuda& dev, const Plan& plan, const cublasLtMatmulAlgo_t&
     for (int i = 0; i < kTimedRuns; ++i) CUBLAS_CHECK(launch(dev, plan, algorithm, p));
     return timer_stop_seconds(dev) / kTimedRuns;
 }
-// first: the proposal whose result is in d now. Leaves the result of the one that is returned, with the same bits.
+// first: the proposal whose result is in d now. What is there in the end has the same bits.
 //
 // In rounds, of which the best counts: a GPU that has been waiting takes a while to reach its clock, and leaves it again.
-int fastest(const Cuda& dev, const Product& p, const Plan& plan, const Proposals& proposals, int first, int found) {
+int fastest(const Cuda& dev, const Product& whole, const Proposals& proposals, int first, int found) {
+    const Product p = searched(dev, whole);
+    const Plan plan = describe(p);
     const auto algorithm = [&](int i) -> const cublasLtMatmulAlgo_t& {
         return proposals[static_cast<std::size_t>(i)].algo;
     };
-    if (splits(algorithm(first))) return first;
+    if (splits(algorithm(first)) || p.d.cols == 0) return first;
     constexpr double kWorthIt = 0.98;
+    if (in_place(whole) && launch(dev, plan, algorithm(first), p) != CUBLAS_STATUS_SUCCESS) {
+        (void)cudaGetLastError();
+        return first;
+    }
     const unsigned long long bits = fingerprint(dev, p);
     struct Timed {
         int proposal;
@@ -307,24 +336,55 @@ int fastest(const Cuda& dev, const Product& p, const Plan& plan, const Proposals
     Timed best = timed.front();
     for (const Timed& t : timed)
         if (t.seconds < kWorthIt * best.seconds) best = t;
-    CUBLAS_CHECK(launch(dev, plan, algorithm(best.proposal), p));
     return best.proposal;
 }
 
 // A long sum with too few tiles for the multiprocessors is better split, and the heuristic does not always say so first.
-// Which one is taken must not depend on times: the first that splits.
+// Which one is taken must not depend on times: of those that split into a block for nearly every multiprocessor, the one
+// whose blocks read least (one of 64 x 96 reads a third less than three of 64 x 32); else the first that splits.
 bool wants_split(const Cuda& dev, const Product& p) {
     constexpr std::int64_t kTile = 128, kLong = 4096;
     const std::int64_t inner = p.a.op == CUBLAS_OP_N ? p.a.cols : p.a.rows;
     return dev.workspace && inner >= kLong &&
            p.batch.count * ceil_div(p.d.rows, kTile) * ceil_div(p.d.cols, kTile) < dev.sm_count;
 }
-void put_splitting_first(Proposals& proposals, int found) {
-    const auto begin = proposals.begin();
-    const auto at = std::find_if(begin, begin + found, [](const cublasLtMatmulHeuristicResult_t& x) {
-        return x.state == CUBLAS_STATUS_SUCCESS && splits(x.algo);
-    });
-    if (at != begin + found) std::rotate(begin, at, at + 1);
+// What all blocks read for one step of the inner dimension; infinity where they are not about as many as multiprocessors,
+// or the tile is none of these.
+double reads_of(const Cuda& dev, const Product& p, const cublasLtMatmulAlgo_t& algorithm) {
+    struct Tile {
+        cublasLtMatmulTile_t id;
+        std::int64_t rows, cols;
+    };
+#define FIEDLER_TILE(m, n) \
+    { CUBLASLT_MATMUL_TILE_##m##x##n, m, n }
+    static constexpr Tile kTiles[] = {
+        FIEDLER_TILE(32, 32),   FIEDLER_TILE(32, 64),   FIEDLER_TILE(64, 32),   FIEDLER_TILE(32, 128),
+        FIEDLER_TILE(64, 64),   FIEDLER_TILE(128, 32),  FIEDLER_TILE(64, 128),  FIEDLER_TILE(128, 64),
+        FIEDLER_TILE(64, 256),  FIEDLER_TILE(128, 128), FIEDLER_TILE(256, 64),  FIEDLER_TILE(128, 256),
+        FIEDLER_TILE(256, 128), FIEDLER_TILE(64, 96),   FIEDLER_TILE(96, 64),   FIEDLER_TILE(96, 128),
+        FIEDLER_TILE(128, 160), FIEDLER_TILE(160, 128), FIEDLER_TILE(192, 128), FIEDLER_TILE(128, 192),
+        FIEDLER_TILE(128, 96),  FIEDLER_TILE(64, 192),  FIEDLER_TILE(192, 64),  FIEDLER_TILE(192, 192),
+        FIEDLER_TILE(64, 384),  FIEDLER_TILE(384, 64)};
+#undef FIEDLER_TILE
+    const auto id = setting_of(algorithm, CUBLASLT_ALGO_CONFIG_TILE_ID);
+    const auto* const tile =
+        std::find_if(std::begin(kTiles), std::end(kTiles), [&](const Tile& t) { return t.id == id; });
+    if (tile == std::end(kTiles)) return INFINITY;
+    const std::int64_t down = ceil_div(p.d.rows, tile->rows), across = ceil_div(p.d.cols, tile->cols);
+    const std::int64_t blocks = p.batch.count * down * across * setting_of(algorithm, CUBLASLT_ALGO_CONFIG_SPLITK_NUM);
+    if (blocks > dev.sm_count || 10 * blocks < 9 * dev.sm_count) return INFINITY;
+    return double(p.d.rows) * double(across) + double(p.d.cols) * double(down);
+}
+void put_splitting_first(const Cuda& dev, const Product& p, Proposals& proposals, int found) {
+    const auto begin = proposals.begin(), end = begin + found;
+    auto best = end;
+    double least = INFINITY;
+    for (auto x = begin; x != end; ++x) {
+        if (x->state != CUBLAS_STATUS_SUCCESS || !splits(x->algo)) continue;
+        const double reads = reads_of(dev, p, x->algo);
+        if (best == end || reads < least) best = x, least = reads;
+    }
+    if (best != end) std::rotate(begin, best, best + 1);
 }
 
 // The first use of a shape: of the heuristic's proposals, in its order (one that splits first where wants_split), the first
@@ -338,7 +398,7 @@ Planned plan_and_run(const Cuda& dev, const Product& p, int choice) {
     Plan plan = describe(p);
     Proposals proposals{};
     const int found = propose(dev, p, plan, proposals);
-    if (choice == kByHeuristic && wants_split(dev, p)) put_splitting_first(proposals, found);
+    if (choice == kByHeuristic && wants_split(dev, p)) put_splitting_first(dev, p, proposals, found);
     const int first = choice == kByHeuristic ? 0 : choice, end = choice == kByHeuristic ? found : choice + 1;
     for (int i = first; i < std::min(end, found); ++i) {
         if (proposals[i].state != CUBLAS_STATUS_SUCCESS) continue;
@@ -346,7 +406,7 @@ Planned plan_and_run(const Cuda& dev, const Product& p, int choice) {
             (void)cudaGetLastError();  // the refusal is answered by the next proposal and must not surface elsewhere
             continue;
         }
-        const int taken = choice == kByHeuristic && can_search(dev, p) ? fastest(dev, p, plan, proposals, i, found) : i;
+        const int taken = choice == kByHeuristic && can_search(dev, p) ? fastest(dev, p, proposals, i, found) : i;
         plan.algorithm = proposals[static_cast<std::size_t>(taken)].algo;
         plans_of(dev).emplace(key_of(dev, p, choice), std::move(plan));
         return {true, found};

@@ -470,6 +470,25 @@ TEST(Matmul, GpuSearchKeepsTheBits) {
     EXPECT_TRUE(identical(dx.host().data(), first_dx.host().data(), dx.bytes()));
 }
 
+// The same where the output is added to: 18 MB of it, of which the search sees the columns that fit in half the workspace.
+TEST(Matmul, GpuSearchOfSumsInPlaceKeepsTheBits) {
+    FIEDLER_GPU_OR_SKIP();
+    constexpr std::int64_t n = 512, in = 384, out = 12288;
+    ASSERT_GT(in * out * std::int64_t(sizeof(float)), static_cast<std::int64_t>(gpu().workspace_bytes / 2));
+    const Buffer<bf16, Cuda> x(gpu(), random_values(std::size_t(n * in), 1)),
+        dy(gpu(), random_values(std::size_t(n * out), 2));
+    const auto start = random_values(std::size_t(in * out), 3);
+    const Buffer<float, Cuda> dw(gpu(), start), first(gpu(), start);
+    const MatmulDw<bf16> product{.dw = dw.mat(out, in), .dy = dy.mat(n, out), .x = x.mat(n, in)};
+    MatmulDw<bf16> by_first = product;
+    by_first.dw = first.mat(out, in);
+    for (int run = 0; run < 2; ++run) {
+        ASSERT_TRUE(matmul_by_algorithm(gpu(), by_first, 0));
+        matmul_dw(gpu(), product);
+        EXPECT_TRUE(identical(dw.host().data(), first.host().data(), dw.bytes())) << "run " << run;
+    }
+}
+
 #endif
 
 }  // namespace
