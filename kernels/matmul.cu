@@ -340,8 +340,8 @@ int fastest(const Cuda& dev, const Product& whole, const Proposals& proposals, i
 }
 
 // A long sum with too few tiles for the multiprocessors is better split, and the heuristic does not always say so first.
-// Which one is taken must not depend on times: of those that split into a block for nearly every multiprocessor, the one
-// whose blocks read least (one of 64 x 96 reads a third less than three of 64 x 32); else the first that splits.
+// Which one is taken must not depend on times: the first that splits; where that has a block for nearly every
+// multiprocessor, of those that have, too, the one whose blocks read least (one of 64 x 96: less than three of 64 x 32).
 bool wants_split(const Cuda& dev, const Product& p) {
     constexpr std::int64_t kTile = 128, kLong = 4096;
     const std::int64_t inner = p.a.op == CUBLAS_OP_N ? p.a.cols : p.a.rows;
@@ -377,12 +377,13 @@ double reads_of(const Cuda& dev, const Product& p, const cublasLtMatmulAlgo_t& a
 }
 void put_splitting_first(const Cuda& dev, const Product& p, Proposals& proposals, int found) {
     const auto begin = proposals.begin(), end = begin + found;
-    auto best = end;
-    double least = INFINITY;
-    for (auto x = begin; x != end; ++x) {
+    auto best = std::find_if(begin, end, [](const cublasLtMatmulHeuristicResult_t& x) {
+        return x.state == CUBLAS_STATUS_SUCCESS && splits(x.algo);
+    });
+    double least = best == end ? 0. : reads_of(dev, p, best->algo);
+    for (auto x = best; x != end && least < INFINITY; ++x) {
         if (x->state != CUBLAS_STATUS_SUCCESS || !splits(x->algo)) continue;
-        const double reads = reads_of(dev, p, x->algo);
-        if (best == end || reads < least) best = x, least = reads;
+        if (const double reads = reads_of(dev, p, x->algo); reads < least) best = x, least = reads;
     }
     if (best != end) std::rotate(begin, best, best + 1);
 }
