@@ -389,8 +389,7 @@ void put_splitting_first(const Cuda& dev, const Product& p, Proposals& proposals
 }
 
 // The first use of a shape: of the heuristic's proposals, in its order (one that splits first where wants_split), the first
-// that can be launched, or one that is
-// faster and gives the same, is kept, or the chosen one.
+// that can be launched, or one that is faster and gives the same, is kept, or the chosen one.
 struct Planned {
     bool done = false;
     int proposals = 0;
