@@ -342,6 +342,7 @@ int fastest(const Cuda& dev, const Product& whole, const Proposals& proposals, i
 // A long sum with too few tiles for the multiprocessors is better split, and the heuristic does not always say so first.
 // Which one is taken must not depend on times: the first that splits; where that has a block for nearly every
 // multiprocessor, of those that have, too, the one whose blocks read least (one of 64 x 96: less than three of 64 x 32).
+// Rows that are not multiples of 16 bytes take kernels of another kind, two or more of whose blocks share a multiprocessor.
 bool wants_split(const Cuda& dev, const Product& p) {
     constexpr std::int64_t kTile = 128, kLong = 4096;
     const std::int64_t inner = p.a.op == CUBLAS_OP_N ? p.a.cols : p.a.rows;
@@ -380,7 +381,8 @@ void put_splitting_first(const Cuda& dev, const Product& p, Proposals& proposals
     auto best = std::find_if(begin, end, [](const cublasLtMatmulHeuristicResult_t& x) {
         return x.state == CUBLAS_STATUS_SUCCESS && splits(x.algo);
     });
-    double least = best == end ? 0. : reads_of(dev, p, best->algo);
+    const bool aligned = alignment_a(p) >= 16 && p.a.ld * bytes_of(p.a) % 16 == 0 && p.b.ld * bytes_of(p.b) % 16 == 0;
+    double least = best != end && aligned ? reads_of(dev, p, best->algo) : INFINITY;
     for (auto x = best; x != end && least < INFINITY; ++x) {
         if (x->state != CUBLAS_STATUS_SUCCESS || !splits(x->algo)) continue;
         if (const double reads = reads_of(dev, p, x->algo); reads < least) best = x, least = reads;
