@@ -195,7 +195,7 @@ TEST(Gate, BrokenContractThrows) {
 }
 
 #if FIEDLER_CUDA
-// Lengths around a warp's, a block's and several tiles' tokens (a block has 32 to 1024 threads, four tokens each), and
+// Lengths around a warp's, a block's and several tiles' tokens (a sequence has 32 to 512 threads, two tokens each), and
 // around where sequences are cut into chunks of 2048 tokens and more.
 const std::vector<std::pair<Lengths, int>> kGpuShapes = {{{1}, 1},
                                                          {{3}, 6},
@@ -243,6 +243,24 @@ TEST(Gate, GpuMatchesReference) {
             SCOPED_TRACE(testing::Message() << lengths.size() << " x " << lengths[0] << ", heads " << heads << uniform);
             expect_gpu_matches(Problem(lengths, heads), uniform);
         }
+}
+
+// Pairs of heads are read and written at once where they are aligned.
+TEST(Gate, GpuDoesNotDependOnAddresses) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const auto& [lengths, heads] : std::vector<std::pair<Lengths, int>>{
+             {{70, 3, 10}, 6}, {{70, 3, 10}, 5}, {{900, 1100}, 6}, {{20, 9000}, 4}, {{9000}, 6}, {{9000}, 1}}) {
+        const Problem q(lengths, heads);
+        const bool uniform = is_uniform(lengths);
+        const Values F = forward<float>(gpu(), q, uniform);
+        const Gradients g = backward<bf16>(gpu(), q, uniform);
+        for (const std::int64_t gap : {1, 2, 3, 4}) {
+            EXPECT_EQ(forward<float>(gpu(), q, uniform, gap), F) << heads << " heads, gap " << gap;
+            const Gradients moved = backward<bf16>(gpu(), q, uniform, gap);
+            EXPECT_EQ(moved.dz, g.dz) << heads << " heads, gap " << gap;
+            EXPECT_EQ(moved.dbias, g.dbias) << heads << " heads, gap " << gap;
+        }
+    }
 }
 
 TEST(Gate, GpuLongSequence) {
