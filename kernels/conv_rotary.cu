@@ -5,6 +5,9 @@
 // window of dm, and one of x, from which m is computed again. The three tokens after a run are walked as well: its dx
 // needs their dm.
 //
+// Turned channels take twice the instructions of others, and blocks that start late leave multiprocessors idle at the end:
+// where it pays, each block does a long run of turned channels and a short one of others, and all blocks run at once.
+//
 // All threads of a warp take every step of their runs, though there be no token or no channel: the sums over heads need
 // them. Rows are then 0, columns those of the block's first head, and nothing is written. Steps of four tokens near which
 // no sequence begins, in both runs of the warp, are taken without asking at each token.
@@ -13,17 +16,23 @@
 // only steps near the ends of sequences need, are not kept in them.
 #include "kernels/conv_rotary.h"
 
+#include <algorithm>
+#include <cstddef>
+
 #include "kernels/conv_rotary_rows.cuh"
+#include "kernels/dynamic_shared.cuh"
 
 namespace fiedler {
 namespace {
 
 using namespace turned_rows;
-constexpr int kForwardRun = 16;    // tokens of a run
+constexpr int kForwardRun = 16;  // tokens of a run
+// Backward a run is one part or two, of which the last may have no tokens.
+constexpr int kBackwardPart = kConvRotaryBlockTokens / kRuns, kMaxParts = 2;
 constexpr int kAfter = kTaps - 1;  // tokens after a run, whose dm its dx needs
-constexpr int kBackwardRun = kConvRotaryBlockTokens / kRuns;
-constexpr int kStep = 4;  // tokens after which the windows are as before
-// Rows on their way, and the one at hand. Backward as many as leave the block's shared memory below 48 KiB.
+constexpr int kStep = 4;           // tokens after which the windows are as before
+constexpr int kPair = 2;  // rows that are turned together, forward: their sums over heads do not wait for each other
+// Rows on their way, and the one at hand. Backward as many as leave room for two blocks in 99 KiB of shared memory.
 constexpr int kForwardDepth = 8;
 template <int D>
 constexpr int kBackwardDepth = D < 128 ? 8 : 4;
@@ -37,28 +46,52 @@ constexpr int kBackwardBlocks = D < 128 ? 3 : 2;
 template <int D>
 constexpr int kBackwardBlocks = 2;
 #endif
-static_assert(kForwardRun % kStep == 0 && kBackwardRun % kStep == 0 && kStep % kTaps == 0);
-static_assert(kForwardDepth % kStep == 0);
+static_assert(kForwardRun % kStep == 0 && kBackwardPart % kStep == 0 && kStep % kTaps == 0);
+static_assert(kForwardDepth % kStep == 0 && kStep % kPair == 0);
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
-// Norm and rotation of a row of m, in place.
-template <int D, class T>
-__device__ void turn_row(Row& y, const Args& a, const Columns<D>& columns, const T& turns) {
+// As rsqrtf, without its care for numbers below 2^-126.
+__device__ float inverse_root(float x) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Norm and rotation of N rows of m that follow one another, in place; turns: at the first, then at the one after the last.
+template <int D, int N, class T>
+__device__ void turn_rows(Row (&y)[N], const Args& a, const Columns<D>& columns, T& turns) {
     if (a.normalise) {
-        const float squares = product_of_head<D / 8>(y, y, kWholeWarp);
-        const float r = columns.turns ? inverse_rms_of_head<D>(squares, a.eps) : 1.f;
+        float squares[N] = {};
 #pragma unroll
-        for (int e = 0; e < kPackSize; ++e) y[e] *= r;
+        for (int n = 0; n < N; ++n)
+#pragma unroll
+            for (int e = 0; e < kPackSize; ++e) squares[n] = fmaf(y[n][e], y[n][e], squares[n]);
+#pragma unroll
+        for (int step = D / 16; step > 0; step /= 2)  // all at once: none waits for another
+#pragma unroll
+            for (int n = 0; n < N; ++n) squares[n] += __shfl_xor_sync(kWholeWarp, squares[n], step);
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            const float r = columns.turns ? inverse_root(fmaf(squares[n], 1.f / D, a.eps)) : 1.f;
+#pragma unroll
+            for (int e = 0; e < kPackSize; ++e) y[n][e] *= r;
+        }
     }
-    float cosine[kAngles], sine[kAngles];
-    turns.at(cosine, sine);
-    turn(y, cosine, sine);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        float cosine[kAngles], sine[kAngles];
+        turns.at(cosine, sine);
+        turn(y[n], cosine, sine);
+        turns.move(1);
+    }
 }
 
 template <int D>
 struct ForwardMemory {
-    Table<D, kForwardRun> table;
     Ring<kForwardDepth> x;
+    Weights weights;
+    Table<D, kForwardRun> table;
+    static constexpr std::size_t bytes() { return offsetof(ForwardMemory, table) + Table<D, kForwardRun>::bytes(1); }
 };
 
 // One thread's rows of x, from its run's first on.
@@ -85,52 +118,67 @@ __device__ void forward_run(const Row (&w)[kTaps], const uint4 (&before)[kAfter]
     for (int o = 1; o < kTaps; ++o) unpack(window[o], before[o - 1]);
     const int known = min(start, a.tokens - 1), first = a.seq.first(known);
     int boundary = a.seq.last(known);  // where the next sequence begins
-    Turn<D, kForwardRun> turns(table, columns);
-    if (kTurned) turns.begin(start, start, first);
+    KeptTurn<D, kForwardRun> turns(table, columns);
+    if (kTurned) turns.begin(start, threadIdx.y, start, first);
 
-    const auto take_token = [&](int i, unsigned slot, bool written) {
-        stream.send((slot + kForwardDepth - 1) % kForwardDepth);  // where the token before was: it has been used
-        wait_for_rows<kForwardDepth - 1>();
+    const Rows<D> out{a.out, a.ld_out, columns.first};
+    // Asks for kPair more rows, where those before were, which have been used; then those of `slot` are there.
+    const auto advance = [&](unsigned slot) {
+#pragma unroll
+        for (int s = 0; s < kPair; ++s) stream.send((slot + kForwardDepth - kPair + s) % kForwardDepth);
+        wait_for_rows<kForwardDepth - kPair>();
+    };
+    const auto convolve_next = [&](Row& y, unsigned slot) {
         unpack(window[0], stream.ring[slot][thread]);
-        Row y;
         weighted_sum(y, window, w);
-        if (kTurned) turn_row(y, a, columns, turns);
-        turns.move(1);
-        if (written) Rows<D>{a.out, a.ld_out, columns.first}.store(i, y);
         shift(window);
     };
-    for (int step = 0; step < kForwardRun; step += kStep) {  // known to be the same for all threads of a warp
+#pragma unroll 1
+    for (int step = 0; step < kForwardRun; step += kStep) {
         const int i0 = start + step;
         const unsigned slot = unsigned(step) % kForwardDepth;
+        // Known to be the same for all threads of a warp.
         if (__all_sync(kWholeWarp, i0 + kStep <= min(boundary, a.tokens))) {
 #pragma unroll
-            for (int s = 0; s < kStep; ++s) take_token(i0 + s, slot + s, columns.inside);
+            for (int s = 0; s < kStep; s += kPair) {
+                Row y[kPair];
+                advance(slot + s);
+#pragma unroll
+                for (int k = 0; k < kPair; ++k) convolve_next(y[k], slot + s + k);
+                if (kTurned) turn_rows(y, a, columns, turns);
+#pragma unroll
+                for (int k = 0; k < kPair; ++k) out.store_if(columns.inside, i0 + s + k, y[k]);
+            }
             continue;
         }
-#pragma unroll
+#pragma unroll 1
         for (int s = 0; s < kStep; ++s) {
             const int i = i0 + s;
             if (i == boundary && i < a.tokens) {
                 clear(window);
                 boundary = a.seq.last(i);
-                if (kTurned) turns.begin(i, start, i);
+                if (kTurned) turns.begin(i, threadIdx.y, start, i);
             }
-            take_token(i, slot + s, columns.inside && i < a.tokens);
+            if (s % kPair == 0) advance(slot + s);
+            Row y[1];
+            convolve_next(y[0], slot + s);
+            if (kTurned) turn_rows(y, a, columns, turns);
+            out.store_if(columns.inside && i < a.tokens, i, y[0]);
         }
     }
 }
 
 template <int D>
 __global__ __launch_bounds__(kThreads, kForwardBlocks) void forward_kernel(const Args a) {
-    __shared__ ForwardMemory<D> shared;
-    __shared__ Weights weights;
+    extern __shared__ __align__(16) unsigned char memory[];
+    auto& shared = *reinterpret_cast<ForwardMemory<D>*>(memory);
     const Place at(a.channels);
-    weights.send(a.w, a.channels, at.first_channel);
+    shared.weights.send(a.w, a.channels, at.first_channel);
     const int start = (at.token_block * kRuns + threadIdx.y) * kForwardRun;
     const Columns<D> columns(a, at.first_channel);
     ForwardStream<D> stream{{a.in, a.ld_in, columns.first}, shared.x, start, min(start + kForwardRun, a.tokens)};
 #pragma unroll
-    for (int s = 0; s < kForwardDepth - 1; ++s) stream.send(s);
+    for (int s = 0; s < kForwardDepth - kPair; ++s) stream.send(s);
     uint4 before[kAfter];
     const int first = a.seq.first(min(start, a.tokens - 1));
 #pragma unroll
@@ -139,10 +187,10 @@ __global__ __launch_bounds__(kThreads, kForwardBlocks) void forward_kernel(const
         before[o - 1] = wanted ? stream.in.load(start - o) : uint4{0, 0, 0, 0};
     }
     if (at.first_channel < a.turned) shared.table.fill(a, at.token_block, kForwardRun);
-    wait_for_rows<kForwardDepth - 2>();  // for the first one, and with it the weights
+    wait_for_rows<kForwardDepth - kPair - 1>();  // for the first one, and with it the weights
     __syncthreads();
     Row w[kTaps];
-    weights.read(w, columns.own);
+    shared.weights.read(w, columns.own);
     if (at.first_channel < a.turned)
         forward_run<D, true>(w, before, a, columns, shared.table, stream, start);
     else
@@ -159,13 +207,6 @@ __device__ void convolve(Row& m, const Row (&x)[kTaps], int distance, const Row 
 #pragma unroll
         for (int e = 0; e < kPackSize; ++e) m[e] += w[kTaps - 1 - o][e] * x[o][e];
     }
-}
-
-// As rsqrtf, without its care for numbers below 2^-126.
-__device__ float inverse_root(float x) {
-    float y;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 // A thread's piece of a row, from its place in a ring.
@@ -207,11 +248,15 @@ __device__ void turn_gradient(Row& g, Row (&x)[kTaps], unsigned from, int distan
 
 template <int D>
 struct BackwardMemory {
-    Table<D, kBackwardRun + kAfter> table;
     Ring<kBackwardDepth<D>> dy, x;
-    // Of each thread: where its run begins, where the sequence of the token at hand does, and where that of the run's last
-    // token ends.
-    volatile int start[kThreads], first[kThreads], end[kThreads];
+    // Of each thread: where its run begins and the part at hand does, where the sequence of the token at hand does, and where
+    // that of the run's last token ends.
+    volatile int start[kThreads], part[kThreads], first[kThreads], end[kThreads];
+    Weights weights;
+    Table<D, kBackwardPart + kAfter> table;
+    static constexpr std::size_t bytes(int parts) {
+        return offsetof(BackwardMemory, table) + Table<D, kBackwardPart + kAfter>::bytes(parts);
+    }
 };
 
 // One thread's rows of dy, from the last token after its run on back to the run's first, and those of x as far before
@@ -223,7 +268,7 @@ struct BackwardStream {
                               kX = kDepth * kPlace;  // from a row to the next; to x's
     Rows<D> dy, x;
     BackwardMemory<D>& shared;
-    int start, tokens;
+    int start, length, tokens;
 
     __device__ static int thread() { return threadIdx.y * kLanes + threadIdx.x; }
     __device__ void send(int slot, int token, int first) const {
@@ -233,7 +278,7 @@ struct BackwardStream {
     }
     // What is on its way when the walk begins.
     __device__ void begin() const {
-        const int after = start + kBackwardRun + kAfter - 1;
+        const int after = start + length + kAfter - 1;
 #pragma unroll
         for (int s = 0; s < kAhead; ++s) send((kDepth - kAfter + s) % kDepth, after - s, start);
     }
@@ -255,7 +300,7 @@ struct BackwardStream {
 // One thread's share of backward: dx of its run, and its run's terms of dw.
 template <int D, bool kTurned>
 struct BackwardWalk {
-    static constexpr int kSteps = kBackwardRun + kAfter;
+    static constexpr int kSteps = kBackwardPart + kAfter;
     static constexpr int kBefore = kTurned ? kAfter : 0;  // rows of x before a token that are needed with it
     using Stream = BackwardStream<D, kBefore>;
     static constexpr int kDepth = Stream::kDepth, kAhead = Stream::kAhead;
@@ -275,16 +320,21 @@ struct BackwardWalk {
     __device__ BackwardWalk(Row (&sums)[kTaps], const Row (&weights)[kTaps], const uint4 (&newest)[kAfter],
                             const Args& args, const Columns<D>& own, const Stream& rows)
         : a(args), columns(own), stream(rows), w(weights), dw(sums), turns(rows.shared.table, own) {
-        const int last = min(rows.start + kBackwardRun, a.tokens) - 1, me = Stream::thread();
+        const int last = min(rows.start + rows.length, a.tokens) - 1, me = Stream::thread();
         rows.shared.start[me] = rows.start;
+        rows.shared.part[me] = rows.start + rows.length - kBackwardPart;
         ring = shared_address(&stream.shared.dy[0][Stream::thread()]);
-        i = rows.start + kSteps - 1;
+        i = rows.start + rows.length + kAfter - 1;
         const int first = a.seq.first(last);
         rows.shared.first[me] = first, rows.shared.end[me] = a.seq.last(last);
         clear(window);
 #pragma unroll
         for (int o = 0; o < kBefore; ++o) unpack(before[o], newest[o]);
-        if (kTurned) turns.begin(i, rows.start, first);
+        begin_turns(parts_of(a, kTurned) - 1, first);
+    }
+    // first: of the sequence of the token at hand.
+    __device__ void begin_turns(int part, int first) {
+        if (kTurned) turns.begin(i, threadIdx.y * a.parts + part, stream.shared.part[Stream::thread()], first);
     }
     __device__ void write() {
         Row row;
@@ -334,7 +384,7 @@ struct BackwardWalk {
                 clear(window);
                 first = a.seq.first(i);
                 stream.shared.first[me] = first;
-                if (kTurned) turns.begin(i, stream.shared.start[me], first);
+                begin_turns((stream.shared.part[me] - stream.shared.start[me]) / kBackwardPart, first);
             }
             if constexpr (kTurned)
                 turn_gradient<D>(window[0], before, ring + (slot + s) * kPlace + Stream::kX, i - first, w, a, turns);
@@ -347,30 +397,34 @@ struct BackwardWalk {
         }
     }
     __device__ void all() {
-        take<true, kAfter>(kDepth - kAfter, kSteps - 1);
+        const int all = parts_of(a, kTurned) * kBackwardPart;
+        take<true, kAfter>(kDepth - kAfter, all + kAfter - 1);
 #pragma unroll 1
-        for (int step = 0; step < kBackwardRun; step += kStep)
-            take<false, kStep>(step % kDepth, kBackwardRun - 1 - step);
+        for (int left = all - 1; left >= 0; left -= kStep) {  // tokens before the step's first in the run
+            if (kTurned && left == kBackwardPart - 1) begin_first_part();
+            take<false, kStep>(unsigned(kBackwardPart - 1 - left) % kDepth, left);
+        }
+    }
+
+  private:
+    __device__ void begin_first_part() {
+        const int me = Stream::thread();
+        stream.shared.part[me] = stream.shared.start[me];
+        begin_turns(0, stream.shared.first[me]);
     }
 };
 
-template <int D>
-__global__ __launch_bounds__(kThreads, kBackwardBlocks<D>) void backward_kernel(const Args a) {
-    dependents_may_start();
-    __shared__ union Memory {
-        BackwardMemory<D> rows;
-        Sums sums;
-        __device__ Memory() {}
-    } shared;
-    __shared__ Weights weights;
-    const Place at(a.channels);
-    weights.send(a.w, a.channels, at.first_channel);
-    const int start = (at.token_block * kRuns + threadIdx.y) * kBackwardRun;
+// kJob: see place_of.
+template <int D, int kJob>
+__device__ void backward_job(const Args& a, BackwardMemory<D>& shared) {
+    const Place at = place_of(a, kJob);
+    const bool turned = kJob == 0 && at.first_channel < a.turned;
+    const int run = parts_of(a, turned) * kBackwardPart, start = (at.token_block * kRuns + threadIdx.y) * run;
+    shared.weights.send(a.w, a.channels, at.first_channel);
     const Columns<D> columns(a, at.first_channel);
-    const bool turned = at.first_channel < a.turned;
     const BackwardStream<D, kAfter> rows_of_turned{
-        {a.in, a.ld_in, columns.first}, {a.x, a.ld_x, columns.first}, shared.rows, start, a.tokens};
-    const BackwardStream<D, 0> stream{rows_of_turned.dy, rows_of_turned.x, shared.rows, start, a.tokens};
+        {a.in, a.ld_in, columns.first}, {a.x, a.ld_x, columns.first}, shared, start, run, a.tokens};
+    const BackwardStream<D, 0> stream{rows_of_turned.dy, rows_of_turned.x, shared, start, run, a.tokens};
     if (turned)
         rows_of_turned.begin();
     else
@@ -378,23 +432,68 @@ __global__ __launch_bounds__(kThreads, kBackwardBlocks<D>) void backward_kernel(
     uint4 newest[kAfter];
 #pragma unroll
     for (int o = 0; o < kAfter; ++o) {
-        const int row = start + kBackwardRun + kAfter - 1 - o;
+        const int row = start + run + kAfter - 1 - o;
         newest[o] = turned && row < a.tokens ? rows_of_turned.x.load(row) : uint4{0, 0, 0, 0};
     }
-    if (turned) shared.rows.table.fill(a, at.token_block, kBackwardRun);
+    if (turned) shared.table.fill(a, at.token_block, kBackwardPart);
     wait_for_rows<kBackwardDepth<D> - 2>();  // for the first ones, and with them the weights
     __syncthreads();
     Row w[kTaps], dw[kTaps] = {};
-    weights.read(w, columns.own);
+    shared.weights.read(w, columns.own);
     if (turned)
         BackwardWalk<D, true>(dw, w, newest, a, columns, rows_of_turned).all();
     else
         BackwardWalk<D, false>(dw, w, newest, a, columns, stream).all();
     wait_for_rows<0>();
     __syncthreads();  // table and rows have been read
-    store_partial(shared.sums, dw, a.partial, a.channels, Place(a.channels), columns.own);
+    // Partial sums are those of kBackwardPart tokens of each run: the first of a block with two parts has both.
+    const Place place = place_of(a, kJob);
+    const int parts = kJob == 0 ? a.parts : 1, row = place.token_block * parts;
+    store_partial(*reinterpret_cast<Sums*>(&shared), dw, a.partial, a.channels, Place(row, place.first_channel),
+                  columns.own);
+    if (parts == 2 && (row + 1) * kRuns * kBackwardPart < a.tokens)
+        clear_partial(a.partial, a.channels, Place(row + 1, place.first_channel));
 }
 
+// Whether a block of two jobs has this one: the last ones may not.
+__device__ inline bool has_place(const Args& a, int job) {
+    return place_of(a, job).token_block * kRuns * kBackwardPart * (job == 0 ? 2 : 1) < a.tokens;
+}
+
+template <int D>
+__global__ __launch_bounds__(kThreads, kBackwardBlocks<D>) void backward_kernel(const Args a) {
+    dependents_may_start();
+    extern __shared__ __align__(16) unsigned char memory[];
+    auto& shared = *reinterpret_cast<BackwardMemory<D>*>(memory);
+    if (a.parts == 2) {
+        if (has_place(a, 1)) backward_job<D, 1>(a, shared);
+        __syncthreads();  // its sums have been read
+        if (!has_place(a, 0)) return;
+    }
+    backward_job<D, 0>(a, shared);
+}
+
+// How a launch of the backward pass is cut.
+struct Cut {
+    int parts;  // of a run of turned channels, and jobs of a block (see place_of)
+    unsigned blocks;
+};
+// Blocks come in waves of as many as run at a time, and a wave takes as long as its runs and what each begins with. On an
+// H200 one wave of blocks with two jobs is the best for 32,768 tokens, but for heads of 128, of which two blocks run at a
+// time; elsewhere the shared memory of two parts may cost a block its room.
+template <int D>
+Cut cut_for(const Cuda& dev, std::int64_t tokens, std::int64_t channels, std::int64_t turned) {
+    constexpr int kWave = 132 * 3, kBeginning = 10;  // kBackwardBlocks on an H200; in tokens
+    const std::int64_t others = channels - turned;
+    const Cut one{1, grid_for(tokens, channels, kBackwardPart)};
+    if (D == 128 || dev.arch != 90 || turned != 2 * others || others == 0 || others % kBlockChannels != 0) return one;
+    const Cut two{2, std::max(grid_for(tokens, turned, 2 * kBackwardPart), grid_for(tokens, others, kBackwardPart))};
+    const auto cost = [&](const Cut& cut) {
+        const int runs = cut.parts == 1 ? 1 : 3;  // parts that a block walks
+        return ceil_div(int(cut.blocks), kWave) * (runs * kBackwardPart + cut.parts * kBeginning);
+    };
+    return cost(two) < cost(one) ? two : one;
+}
 template <class T>
 int row_bytes(const Mat<T>& m) {
     return int(m.ld * std::int64_t(sizeof(T)));
@@ -422,7 +521,9 @@ void conv_rotary_forward(const Cuda& dev, const ConvRotaryForward<bf16>& p) {
         Args args = common_args(p);
         args.out = nv(p.y.data), args.ld_out = row_bytes(p.y);
         args.in = args.x, args.ld_in = args.ld_x;
-        forward_kernel<D><<<grid_for(p.x.rows, p.x.cols, kForwardRun), dim3(kLanes, kRuns), 0, stream_of(dev)>>>(args);
+        args.parts = 1;
+        forward_kernel<D><<<grid_for(p.x.rows, p.x.cols, kForwardRun), dim3(kLanes, kRuns), ForwardMemory<D>::bytes(),
+                            stream_of(dev)>>>(args);
         LAUNCH_CHECK("conv_rotary_forward");
     });
 }
@@ -438,10 +539,13 @@ void conv_rotary_backward(const Cuda& dev, const ConvRotaryBackward<bf16>& p) {
         args.out = nv(p.dx.data), args.ld_out = row_bytes(p.dx);
         args.in = nv(p.dy.data), args.ld_in = row_bytes(p.dy);
         args.partial = p.scratch.data;
-        backward_kernel<D>
-            <<<grid_for(p.x.rows, p.x.cols, kBackwardRun), dim3(kLanes, kRuns), 0, stream_of(dev)>>>(args);
+        const Cut cut = cut_for<D>(dev, p.x.rows, p.x.cols, args.turned);
+        args.parts = cut.parts;
+        using Memory = BackwardMemory<D>;
+        allow_shared<Memory::bytes(kMaxParts)>(backward_kernel<D>);
+        backward_kernel<D><<<cut.blocks, dim3(kLanes, kRuns), Memory::bytes(args.parts), stream_of(dev)>>>(args);
         LAUNCH_CHECK("conv_rotary_backward");
-        add_partials(dev, p.dw.data, p.scratch.data, token_blocks(p.x.rows, kBackwardRun), p.x.cols);
+        add_partials(dev, p.dw.data, p.scratch.data, token_blocks(p.x.rows, kBackwardPart), p.x.cols);
     });
 }
 

@@ -75,7 +75,7 @@ Traffic traffic(const ConvRotaryBackward<T>& p) {
     return {3 * n * sizeof(T) + 12.0 * double(p.x.cols) * sizeof(acc_t<T>), 16 * n + (8 + 9) * turned};
 }
 
-inline constexpr std::int64_t kConvRotaryBlockTokens = 256;  // tokens whose part of dw one block sums, on Cuda
+inline constexpr std::int64_t kConvRotaryBlockTokens = 256;  // tokens of a partial sum of dw, on Cuda
 inline std::int64_t conv_rotary_scratch_elements(std::int64_t tokens, std::int64_t channels) {
     return (tokens + kConvRotaryBlockTokens - 1) / kConvRotaryBlockTokens * channels * 4;
 }

@@ -18,11 +18,24 @@ struct Args {
     float* partial;                // [blocks of tokens][channels][4] (backward)
     int ld_out, ld_in, ld_x;       // in bytes: an address is then one product and a sum
     int tokens, channels, turned;  // tokens below 2^30, so that a block may count beyond them; turned: channels
+    int parts;                     // of a run of turned channels, 1 or 2; as many jobs has a block (backward)
     bool normalise, rotate;
     float eps;
     Packed seq;
     Frequencies frequencies;
 };
+
+// What a block works on. With two jobs, which need twice as many turned channels as others: number 0 is runs of two parts
+// of turned channels, number 1 runs of one part of others, so that all blocks have the same work.
+__device__ inline Place place_of(const Args& a, int job) {
+    if (a.parts == 1) return Place(a.channels);
+    int block;  // read anew each time, as in Place
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    const int turned = a.turned / kBlockChannels, others = turned / 2;
+    return job == 0 ? Place(block / turned, block % turned * kBlockChannels)
+                    : Place(block / others, a.turned + block % others * kBlockChannels);
+}
+__device__ inline int parts_of(const Args& a, bool turned) { return turned ? a.parts : 1; }
 
 // A thread's columns, and whether they exist and are turned.
 template <int D>
@@ -118,44 +131,49 @@ __device__ void wait_for_rows() {
     asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
-// cos and sin of the angles of kSteps tokens from the first of a sequence on, then of the first token of each run, in
-// fours. Without rotation all angles are 0, as those of row 0 always are.
+// cos and sin of the angles of kSteps tokens from the first of a sequence on, then of the first token of each part of each
+// run, in fours. Without rotation all angles are 0, as those of row 0 always are. The last of a block's shared memory:
+// there are as many rows as runs have parts.
 template <int D, int kSteps>
 struct Table {
-    static constexpr int kRows = kSteps + kRuns, kFours = D / 8;
-    float4 cosine[kRows][kFours], sine[kRows][kFours];
+    static constexpr int kFours = D / 8;
+    struct Row {
+        float4 cosine[kFours], sine[kFours];
+    };
+    static constexpr std::size_t bytes(int parts) { return (kSteps + kRuns * parts) * sizeof(Row); }
+    Row row[1];
 
-    // All threads of the block take part, without a barrier. run: tokens of each.
-    __device__ void fill(const Args& a, int token_block, int run) {
+    // All threads of the block take part, without a barrier. length: tokens of a part.
+    __device__ void fill(const Args& a, int token_block, int length) {
         static_assert(kThreads % (D / 2) == 0);
-        const int thread = threadIdx.y * kLanes + threadIdx.x, d = thread % (D / 2);
+        const int thread = threadIdx.y * kLanes + threadIdx.x, d = thread % (D / 2), all = kRuns * a.parts;
         const float frequency = a.rotate ? a.frequencies.value[d] : 0.f;
-        for (int row = thread / (D / 2); row < kRows; row += kThreads / (D / 2)) {
-            int position = row;
-            if (row >= kSteps) {
-                const int start = min((token_block * kRuns + row - kSteps) * run, a.tokens - 1);
+        for (int k = thread / (D / 2); k < kSteps + all; k += kThreads / (D / 2)) {
+            int position = k;
+            if (k >= kSteps) {
+                const int start = min((token_block * all + k - kSteps) * length, a.tokens - 1);
                 position = start - a.seq.first(start);
             }
-            sincosf(float(position) * frequency, &sine[row][d / 4].x + d % 4, &cosine[row][d / 4].x + d % 4);
+            sincosf(float(position) * frequency, &row[k].sine[d / 4].x + d % 4, &row[k].cosine[d / 4].x + d % 4);
         }
     }
 };
 
-// The angles of a thread at the token at hand: those at the sequence's first token, or the run's first, and what they have
+// The angles of a thread at the token at hand: those at the sequence's first token, or its part's first, and what they have
 // grown by since. In a thread that turns nothing they stay 0. All of them stay in shared memory: registers are dearer.
 template <int D, int kSteps>
 struct Turn {
     using Angles = Table<D, kSteps>;
-    static constexpr unsigned kRowBytes = Angles::kFours * sizeof(float4);
+    static constexpr unsigned kRowBytes = sizeof(typename Angles::Row);
     const Angles& table;
     unsigned origin, place;  // where the two lie in the table, in bytes of shared memory
     unsigned row;            // from a token's to the next one's
 
     __device__ Turn(const Angles& t, const Columns<D>& columns)
         : table(t), origin(column(t)), place(column(t)), row(columns.turns ? kRowBytes : 0) {}
-    // At `token` of a run from `start` on, whose sequence begins at `first`.
-    __device__ void begin(int token, int start, int first) {
-        origin = column(table) + (first <= start ? kSteps + threadIdx.y : 0) * row;
+    // At `token` of part number `part` of the block, which begins at `start`, of a sequence that does at `first`.
+    __device__ void begin(int token, int part, int start, int first) {
+        origin = column(table) + (first <= start ? kSteps + part : 0) * row;
         place = column(table) + unsigned(token - max(start, first)) * row;
     }
     __device__ void move(int tokens) { place += unsigned(tokens) * row; }
@@ -165,13 +183,22 @@ struct Turn {
         two<2>(c, s);
     }
 
-  private:
-    static constexpr int kSine = sizeof(Angles::cosine);
+  protected:
+    static constexpr int kSine = sizeof(Angles::Row::cosine);
+    static __device__ void load_four(float (&v)[kAngles], unsigned from) {
+        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+                     : "r"(from));
+    }
+    static __device__ void add(float& c, float& s, float cosine, float sine, float by_cosine, float by_sine) {
+        c = fmaf(cosine, by_cosine, -sine * by_sine);
+        s = fmaf(sine, by_cosine, cosine * by_sine);
+    }
     // Where the thread's column of the table begins: found anew each time, as addresses of rows are.
     __device__ static unsigned column(const Angles& table) {
         unsigned lane;
         asm volatile("mov.u32 %0, %%tid.x;" : "=r"(lane));
-        return shared_address(&table.cosine[0][lane % Angles::kFours]);
+        return shared_address(&table.row[0].cosine[lane % Angles::kFours]);
     }
     template <int kFirst>
     __device__ void two(float (&c)[kAngles], float (&s)[kAngles]) const {
@@ -182,13 +209,32 @@ struct Turn {
         load<4 * kFirst + kSine>(by_sine, place);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            c[kFirst + i] = fmaf(cosine[i], by_cosine[i], -sine[i] * by_sine[i]);
-            s[kFirst + i] = fmaf(sine[i], by_cosine[i], cosine[i] * by_sine[i]);
+            add(c[kFirst + i], s[kFirst + i], cosine[i], sine[i], by_cosine[i], by_sine[i]);
         }
     }
     template <int kOffset>
     __device__ static void load(float (&v)[2], unsigned from) {
         asm volatile("ld.shared.v2.f32 {%0, %1}, [%2 + %3];" : "=f"(v[0]), "=f"(v[1]) : "r"(from), "n"(kOffset));
+    }
+};
+
+// The same where there are registers for the angles at the first token.
+template <int D, int kSteps>
+struct KeptTurn : Turn<D, kSteps> {
+    using Base = Turn<D, kSteps>;
+    float cosine[kAngles], sine[kAngles];
+    using Base::Base;
+    __device__ void begin(int token, int part, int start, int first) {
+        Base::begin(token, part, start, first);
+        Base::load_four(cosine, this->origin);
+        Base::load_four(sine, this->origin + Base::kSine);
+    }
+    __device__ void at(float (&c)[kAngles], float (&s)[kAngles]) const {
+        float by_cosine[kAngles], by_sine[kAngles];
+        Base::load_four(by_cosine, this->place);
+        Base::load_four(by_sine, this->place + Base::kSine);
+#pragma unroll
+        for (int i = 0; i < kAngles; ++i) Base::add(c[i], s[i], cosine[i], sine[i], by_cosine[i], by_sine[i]);
     }
 };
 

@@ -27,6 +27,7 @@ struct Place {
         token_block = block / blocks;
         first_channel = (block - token_block * blocks) * kBlockChannels;
     }
+    __device__ Place(int block_of_tokens, int channel) : token_block(block_of_tokens), first_channel(channel) {}
 };
 
 // A thread's channels, counted from the block's first: four from `lower` on, four from `upper` on.
@@ -119,6 +120,13 @@ __device__ inline void store_partial(Sums& sums, const Row (&dw)[kTaps], float* 
         for (int run = 0; run < kRuns; ++run) sum += sums[run][t % kTaps][t / kTaps];
         partial[t] = sum;
     }
+}
+
+// The same of a block without a share.
+__device__ inline void clear_partial(float* partial, int channels, Place at) {
+    const int count = min(kBlockChannels, channels - at.first_channel) * kTaps;
+    partial += (std::int64_t(at.token_block) * channels + at.first_channel) * kTaps;
+    for (int t = threadIdx.y * kLanes + threadIdx.x; t < count; t += kThreads) partial[t] = 0.f;
 }
 
 // dw += sum over blocks of partial[block], each element by kFinishRows threads in fixed order.

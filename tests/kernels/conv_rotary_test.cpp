@@ -251,6 +251,16 @@ TEST(ConvRotary, GpuMatchesReference) {
         }
 }
 
+// Whole blocks of channels, of which two thirds are turned.
+TEST(ConvRotary, GpuQueriesKeysAndValues) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const Lengths& lengths : kGpuLengths)
+        for (const std::int64_t width : {16, 64, 128})
+            expect_gpu_matches(Problem(lengths, width, 384 / width, 256 / width), false);
+    for (const Lengths& lengths : {Lengths{511}, {512, 512}, {513, 700}, {300, 1, 800}})
+        expect_gpu_matches(Problem(lengths, 64, 6, 4), false);
+}
+
 // Heads that fill a block's 128 channels, or less or more, and blocks whose heads are turned in part or not at all.
 TEST(ConvRotary, GpuSharesOfHeads) {
     FIEDLER_GPU_OR_SKIP();
@@ -265,6 +275,30 @@ TEST(ConvRotary, GpuManyBlocksAndFarPositions) {  // dw from more blocks than th
     expect_gpu_matches(Problem(Lengths(9, 1024), 64, 3, 2), true);
     expect_gpu_matches(Problem({9000}, 64, 3, 2), true);
     expect_gpu_matches(Problem({1, 70000, 30}, 16, 3, 2), false);
+}
+
+// So many tokens that on an H200 the blocks have two jobs each; against the same sequences a few at a time.
+TEST(ConvRotary, GpuLargeBatchIsItsSequences) {
+    FIEDLER_GPU_OR_SKIP();
+    constexpr int kCount = 100, kLength = 680, kParts = 5;
+    const Problem whole(Lengths(kCount, kLength), 64, 6, 4);
+    const Gradients all = backward<bf16>(gpu(), whole, true), again = backward<bf16>(gpu(), whole, true);
+    EXPECT_EQ(all.dx, again.dx);
+    EXPECT_EQ(all.dw, again.dw);
+    Values dx, dw = whole.dw0;
+    for (int part = 0; part < kParts; ++part) {
+        Problem few(Lengths(kCount / kParts, kLength), 64, 6, 4);
+        const auto size = std::ptrdiff_t(few.x.size()), first = part * size;
+        few.x.assign(whole.x.begin() + first, whole.x.begin() + first + size);
+        few.dy.assign(whole.dy.begin() + first, whole.dy.begin() + first + size);
+        few.w = whole.w;
+        few.dw0.assign(few.dw0.size(), 0.0);
+        const Gradients g = backward<bf16>(gpu(), few, true);
+        dx.insert(dx.end(), g.dx.begin(), g.dx.end());
+        for (std::size_t i = 0; i < dw.size(); ++i) dw[i] += g.dw[i];
+    }
+    EXPECT_TRUE(close_to(all.dx, dx, 8e-3));  // one bf16 may be rounded the other way
+    EXPECT_TRUE(close_to(all.dw, dw, 1e-5));
 }
 
 TEST(ConvRotary, GpuSequencesDoNotSeeEachOther) {
