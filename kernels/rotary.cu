@@ -12,30 +12,25 @@ namespace {
 
 using namespace turning;
 constexpr int kHalf = 8;  // values of each half of a head in a thread
-// The next head is on its way from memory while one is turned; but forward, with heads of 64, it is faster to have more
-// threads instead.
-template <int D>
-constexpr bool kForwardAhead = D != 64;
-template <int D>
-constexpr int kForwardThreads = kForwardAhead<D> ? 128 : 256;
-template <int D>
-constexpr int kForwardBlocks = kForwardAhead<D> ? 7 : 1;  // that fit on a multiprocessor at least
-constexpr int kBackwardThreads = 128, kBackwardBlocks = 4;
+// Heads that are on their way from memory while one is turned; forward the next one is.
+constexpr int kBackwardAhead = 2;
+// Blocks: that fit on a multiprocessor at least.
+constexpr int kThreads = 128, kForwardBlocks = 7, kBackwardBlocks = 4;
 using Share = float[2 * kHalf];
 
-// A thread's share of a head as it lies in memory.
+// A thread's share of a head as it lies in memory: raw words, two bf16 to a register (a Pack may be spread over twice as
+// many).
 struct RawShare {
-    Pack<nv_bf16> lower, upper;
+    uint4 lower, upper;
     __device__ void load(const bf16* head, int part, int half) {
         const auto* x = reinterpret_cast<const nv_bf16*>(head) + part * kHalf;
-        lower = load16(x), upper = load16(x + half);
+        lower = *reinterpret_cast<const uint4*>(x), upper = *reinterpret_cast<const uint4*>(x + half);
     }
     __device__ void unpack(Share& s) const {
+        const unsigned words[kHalf] = {lower.x, lower.y, lower.z, lower.w, upper.x, upper.y, upper.z, upper.w};
 #pragma unroll
-        for (int i = 0; i < kHalf; ++i) {
-            s[i] = to_float(lower.v[i]);
-            s[i + kHalf] = to_float(upper.v[i]);
-        }
+        for (int i = 0; i < 2 * kHalf; ++i)
+            s[i] = __uint_as_float(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
     }
 };
 __device__ inline void store_share(bf16* head, int part, int half, const Share& s) {
@@ -79,9 +74,9 @@ template <int D>
 struct Place {
     std::int64_t token;
     int first, part;
-    __device__ explicit Place(int threads) {
+    __device__ Place() {
         constexpr int lanes = D / 16;
-        const std::int64_t at = std::int64_t(blockIdx.x) * threads + threadIdx.x;
+        const std::int64_t at = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
         token = at / (lanes * kTogether<D>);
         first = int(at / lanes % kTogether<D>);
         part = int(at % lanes);
@@ -89,22 +84,21 @@ struct Place {
 };
 
 template <int D>
-__global__ void __launch_bounds__(kForwardThreads<D>, kForwardBlocks<D>)
+__global__ void __launch_bounds__(kThreads, kForwardBlocks)
     forward_kernel(const RotaryForward<bf16> p, const Frequencies f) {
-    const Place<D> at(kForwardThreads<D>);
+    const Place<D> at;
     if (at.token >= p.x.rows || at.first >= p.heads) return;
     const bf16* x = p.x.data + at.token * p.x.ld + at.first * D;
     bf16* y = p.y.data + at.token * p.y.ld + at.first * D;
     constexpr int kNext = kTogether<D> * D;
     RawShare next;
-    if (kForwardAhead<D>) next.load(x, at.part, D / 2);
+    next.load(x, at.part, D / 2);
     const int token = int(at.token);
     const Angles angles(f, at.part, token - p.seq.first(token) + p.position_offset, p.rotate);
     for (int head = at.first; head < p.heads; head += kTogether<D>, x += kNext, y += kNext) {
         Share s;
-        if (!kForwardAhead<D>) next.load(x, at.part, D / 2);
         next.unpack(s);
-        if (kForwardAhead<D> && head + kTogether<D> < p.heads) next.load(x + kNext, at.part, D / 2);
+        if (head + kTogether<D> < p.heads) next.load(x + kNext, at.part, D / 2);
         if (p.normalise) {
             const float r = inverse_rms_of_head<D>(sum_of_head<D>(s, s), p.eps);
 #pragma unroll
@@ -116,39 +110,49 @@ __global__ void __launch_bounds__(kForwardThreads<D>, kForwardBlocks<D>)
 }
 
 template <int D>
-__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks)
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     backward_kernel(const RotaryBackward<bf16> p, const Frequencies f) {
-    const Place<D> at(kBackwardThreads);
+    const Place<D> at;
     if (at.token >= p.x.rows || at.first >= p.heads) return;
     const bf16* x = p.x.data + at.token * p.x.ld + at.first * D;
     const bf16* dy = p.dy.data + at.token * p.dy.ld + at.first * D;
     bf16* dx = p.dx.data + at.token * p.dx.ld + at.first * D;
     constexpr int kNext = kTogether<D> * D;
-    RawShare next_dy, next_x{};
-    next_dy.load(dy, at.part, D / 2);
-    if (p.normalise) next_x.load(x, at.part, D / 2);
+    // Heads on their way, beside the one at hand.
+    RawShare next_dy[kBackwardAhead], next_x[kBackwardAhead] = {};
+#pragma unroll
+    for (int n = 0; n < kBackwardAhead; ++n)
+        if (at.first + n * kTogether<D> < p.heads) {
+            next_dy[n].load(dy + n * kNext, at.part, D / 2);
+            if (p.normalise) next_x[n].load(x + n * kNext, at.part, D / 2);
+        }
     const int token = int(at.token);
     const Angles angles(f, at.part, token - p.seq.first(token) + p.position_offset, p.rotate);
-    for (int head = at.first; head < p.heads; head += kTogether<D>, x += kNext, dy += kNext, dx += kNext) {
-        Share g, s;
-        next_dy.unpack(g);
-        next_x.unpack(s);
-        if (head + kTogether<D> < p.heads) {
-            next_dy.load(dy + kNext, at.part, D / 2);
-            if (p.normalise) next_x.load(x + kNext, at.part, D / 2);
+    for (int head = at.first; head < p.heads;) {
+#pragma unroll
+        for (int n = 0; n < kBackwardAhead; ++n) {
+            if (head >= p.heads) return;
+            Share g, s;
+            next_dy[n].unpack(g);
+            next_x[n].unpack(s);
+            if (head + kBackwardAhead * kTogether<D> < p.heads) {
+                next_dy[n].load(dy + kBackwardAhead * kNext, at.part, D / 2);
+                if (p.normalise) next_x[n].load(x + kBackwardAhead * kNext, at.part, D / 2);
+            }
+            turn_back(g, angles.cosine, angles.sine);
+            if (p.normalise) {
+                const float r = inverse_rms_of_head<D>(sum_of_head<D>(s, s), p.eps);
+                normalise_back<D>(g, s, r, sum_of_head<D>(g, s));
+            }
+            store_share(dx, at.part, D / 2, g);
+            head += kTogether<D>, x += kNext, dy += kNext, dx += kNext;
         }
-        turn_back(g, angles.cosine, angles.sine);
-        if (p.normalise) {
-            const float r = inverse_rms_of_head<D>(sum_of_head<D>(s, s), p.eps);
-            normalise_back<D>(g, s, r, sum_of_head<D>(g, s));
-        }
-        store_share(dx, at.part, D / 2, g);
     }
 }
 
 template <class P>
-unsigned blocks_for(const P& p, int threads_of_token, int threads) {
-    return unsigned(ceil_div(p.x.rows * threads_of_token, std::int64_t(threads)));
+unsigned blocks_for(const P& p, int threads_of_token) {
+    return unsigned(ceil_div(p.x.rows * threads_of_token, std::int64_t(kThreads)));
 }
 
 }  // namespace
@@ -160,9 +164,7 @@ void rotary_forward(const Cuda& cuda, const RotaryForward<bf16>& p) {
     const Frequencies f = frequencies(width, p.theta);
     for_width("rotary", width, [&](auto d) {
         constexpr int D = decltype(d)::value;
-        forward_kernel<D>
-            <<<blocks_for(p, D / 16 * kTogether<D>, kForwardThreads<D>), kForwardThreads<D>, 0, stream_of(cuda)>>>(p,
-                                                                                                                   f);
+        forward_kernel<D><<<blocks_for(p, D / 16 * kTogether<D>), kThreads, 0, stream_of(cuda)>>>(p, f);
         LAUNCH_CHECK("rotary_forward");
     });
 }
@@ -174,8 +176,7 @@ void rotary_backward(const Cuda& cuda, const RotaryBackward<bf16>& p) {
     const Frequencies f = frequencies(width, p.theta);
     for_width("rotary", width, [&](auto d) {
         constexpr int D = decltype(d)::value;
-        backward_kernel<D>
-            <<<blocks_for(p, D / 16 * kTogether<D>, kBackwardThreads), kBackwardThreads, 0, stream_of(cuda)>>>(p, f);
+        backward_kernel<D><<<blocks_for(p, D / 16 * kTogether<D>), kThreads, 0, stream_of(cuda)>>>(p, f);
         LAUNCH_CHECK("rotary_backward");
     });
 }
