@@ -106,8 +106,8 @@ Traffic traffic(const EnergyBackward<T>& p) {
             2 * n * energy_flops_per_vector(p.lap, p.scalars)};
 }
 
-// Blocks of one launch at most, on Cuda: about four a multiprocessor of the largest card. Fixed, so that the order of
-// the sums is fixed too.
+// Blocks of one launch at most, on Cuda: four a multiprocessor of an H200. Fixed, so that the order of the sums is fixed
+// too.
 inline constexpr std::int64_t kEnergyBlocks = 528;
 inline std::int64_t energy_scratch_elements(std::int64_t, std::int64_t heads, std::int64_t scalars) {
     return (scalars + 1) * (heads < kEnergyBlocks ? kEnergyBlocks : heads);
