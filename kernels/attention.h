@@ -34,13 +34,12 @@
 //            Cuda, sm_90, D = 64, R = 2 .. 8, no window, equal sequences of a multiple of 128 tokens, and scratch: the
 //            forward pass is a kernel of its own (attention_forward_packed_sm90.cu). There lse is from the sum of the rounded
 //            weights but for those of 64 own tokens (causal): within 2^-9 beside what packing costs; typically 2^-11.
-//            Cuda, sm_90, D = 64, R = 1 or 4, no window, equal sequences of a multiple of 64 tokens, R = 1: and room for
-//            attention_numbers_elements: the backward pass is a kernel of its own, scores, and ds of da, db and dF, in
-//            f32. R = 4 (attention_backward_sm90.cu) has lse of rounded scalars, so that a row of its p adds up to
-//            exp(the difference), within the bound above. R = 1 (attention_backward_one_sm90.cu): do . v - delta is one
-//            product, which takes delta in three parts of bf16: off by 2^-26 of delta and the rounding of f32 sums. da and
-//            db are sums of sign ds as it stands; equal scalars alone have sign 0. The way depends on shapes, scratch and
-//            the device alone.
+//            Cuda, sm_90, D = 64, R = 1 .. 8, no window, equal sequences of a multiple of 64 tokens, and room for
+//            attention_numbers_elements: the backward pass is a kernel of its own. R > 1
+//            (attention_backward_packed_sm90.cu): numbers as above. R = 1 (attention_backward_one_sm90.cu): scores, and ds
+//            of da, db and dF, in f32; do . v - delta is one product, which takes delta in three parts of bf16: off by
+//            2^-26 of delta and the rounding of f32 sums. da and db are sums of sign ds as it stands; equal scalars alone
+//            have sign 0. The way depends on shapes, scratch and the device alone.
 // skip       Cuda: tiles in which the gate alone puts every weight under e^-25 (2^-36) of what its query has from itself are
 //            left out: less than the rounding of f32, a thousand of them together. false: all are computed.
 // decode     one query, `length` cached keys of one sequence (query i = length - 1), causal: o as above.
@@ -193,10 +192,14 @@ inline AttentionSlabs attention_slabs(const Packed& seq, std::int32_t longest, s
 inline std::int64_t attention_slab_elements(std::int64_t tokens, std::int32_t heads, std::int32_t scalars) {
     return (tokens + 63) / 64 * 64 * heads * attention_padded_scalars(scalars);
 }
-// What the kernel of sm_90 for one scalar needs of `partial` beside slabs; without it the general way is taken.
+// What the kernels of sm_90 need of `partial` beside slabs; without it the general way is taken.
+constexpr std::int32_t attention_numbers_of_token(std::int32_t scalars) {
+    const std::int32_t R = attention_padded_scalars(scalars);
+    return R <= 2 ? 8 : R == 4 ? 11 : R == 8 ? 15 : 0;
+}
 inline std::int64_t attention_numbers_elements(std::int64_t tokens, std::int32_t heads, std::int64_t width,
                                                std::int32_t scalars) {
-    return width == 64 && scalars == 1 ? 8 * tokens * heads : 0;
+    return width == 64 ? attention_numbers_of_token(scalars) * tokens * heads : 0;
 }
 // `partial` for the best speed; any size from attention_slab_elements on works. Fewer slabs make larger groups of keys.
 inline std::int64_t attention_partial_elements(const Packed& seq, std::int32_t longest, std::int32_t heads,

@@ -1,5 +1,6 @@
 // Scalar-distance attention on the GPU, backward: delta, one pass over the pairs, and the sum of da over groups of keys.
 #include "kernels/attention_backward_packed.cuh"
+#include "kernels/attention_backward_packed_sm90.h"
 #include "kernels/attention_backward_sm90.h"
 #include "kernels/dynamic_shared.cuh"
 
@@ -57,9 +58,7 @@ void launch_backward(const Cuda& device, const AttentionBackward<bf16>& p) {
     allow_shared<bytes>(kernel);
     kernel<<<static_cast<unsigned>(groups.count * p.heads), Way::kBlockThreads, bytes, stream_of(device)>>>(p, groups);
     LAUNCH_CHECK("attention_backward");
-    const dim3 grid(static_cast<unsigned>(ceil_div(std::int64_t(p.seq.tokens) * R, std::int64_t(256))),
-                    static_cast<unsigned>(p.heads));
-    attention_da_kernel<R><<<grid, 256, 0, stream_of(device)>>>(p, groups, kKeys);
+    attention_da_kernel<R><<<blocks_of_da<R>(p), 256, 0, stream_of(device)>>>(p, groups, kKeys);
     LAUNCH_CHECK("attention_backward, da");
 }
 
@@ -76,11 +75,11 @@ void run_delta(const Cuda& device, const AttentionBackward<bf16>& p) {
         p, parts);
     LAUNCH_CHECK("attention_delta");
 }
-#if FIEDLER_SM90A  // kernels/attention_backward_sm90.cu is in this build
+#if FIEDLER_SM90A  // the kernels of attention_backward_sm90.h and attention_backward_packed_sm90.h are in this build
 bool try_sm90(const Cuda& device, const AttentionBackward<bf16>& p) {
-    if (!attention_backward_sm90_takes(device, p)) return false;
-    if (p.scalars > 1) run_delta(device, p);
-    attention_backward_sm90(device, p);
+    if (attention_backward_packed_sm90_takes(device, p)) return attention_backward_packed_sm90(device, p), true;
+    if (!attention_backward_one_sm90_takes(device, p)) return false;
+    attention_backward_one_sm90(device, p);
     return true;
 }
 #else

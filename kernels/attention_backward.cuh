@@ -361,21 +361,37 @@ __global__ void __launch_bounds__(kThreads, BackwardShape<D>::kBlocks)
     }
 }
 
-// da from its slabs: one thread a number; those of the groups of keys that the query sees.
+// da from its slabs: those of the groups of keys that the query sees. A thread has up to four numbers of a query.
+template <int R>
+constexpr int kSumsOfThread = R < 4 ? R : 4;
 template <int R>
 __global__ void __launch_bounds__(256) attention_da_kernel(AttentionBackward<bf16> p, BackwardGroups groups, int keys) {
+    constexpr int kCount = kSumsOfThread<R>, kOfQuery = R / kCount;
+    using Numbers = std::conditional_t<kCount == 1, float, std::conditional_t<kCount == 2, float2, float4>>;
     const std::int64_t item = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    const int r = static_cast<int>(item % R);
-    const int token = static_cast<int>(item / R), head = static_cast<int>(blockIdx.y);
-    if (token >= p.seq.tokens || r >= p.scalars) return;
+    const int r = static_cast<int>(item % kOfQuery) * kCount;
+    const int token = static_cast<int>(item / kOfQuery), head = static_cast<int>(blockIdx.y);
+    if (token >= p.seq.tokens) return;
     const Sight sight = Sight::of_queries(p.seq, p.window, p.causal);
     const int span = groups.tiles * keys, end = (sight.hi(token) - 1) / span;
     const std::int64_t padded = ceil_div(p.seq.tokens, kTile) * std::int64_t(kTile);
     const float* in = groups.partial + (head * padded + token) * R + r;
-    float sum = 0.f;
+    float sum[kCount] = {};
 #pragma unroll 4
-    for (int g = sight.lo(token) / span; g <= end; ++g) sum += in[g % groups.slabs * groups.slab_floats];
-    p.da.data[token * p.da.ld + head * p.scalars + r] = sum;
+    for (int g = sight.lo(token) / span; g <= end; ++g) {
+        const Numbers part = *reinterpret_cast<const Numbers*>(in + g % groups.slabs * groups.slab_floats);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) sum[i] += reinterpret_cast<const float*>(&part)[i];
+    }
+    float* to = p.da.data + token * p.da.ld + head * p.scalars + r;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+        if (r + i < p.scalars) to[i] = sum[i];
+}
+template <int R>
+dim3 blocks_of_da(const AttentionBackward<bf16>& p) {
+    const std::int64_t threads = std::int64_t(p.seq.tokens) * (R / kSumsOfThread<R>);
+    return dim3(static_cast<unsigned>(ceil_div(threads, std::int64_t(256))), static_cast<unsigned>(p.heads));
 }
 
 }  // namespace fiedler::attention_tile

@@ -18,16 +18,6 @@ namespace fiedler {
 // Not without a name: that would have the path in it, and what ptxas makes of registers depends on names.
 namespace attention_backward_one_tile {
 
-// Tiles of queries that see the keys from `first` on.
-struct Range {
-    int begin, end;
-    __device__ Range(const AttentionBackward<bf16>& p, int first) {
-        const unsigned length = static_cast<unsigned>(p.seq.length), before = unsigned(first) / length * length;
-        end = static_cast<int>((before + length) / kTile);
-        begin = static_cast<int>((p.causal ? unsigned(first) : before) / kTile);
-    }
-};
-
 struct Problem {
     CUtensorMap gradients, values, results;  // dO, V, dv, [tokens, heads D]
     AttentionBackward<bf16> p;
@@ -206,8 +196,7 @@ void attention_backward_one_sm90(const Cuda& device, const AttentionBackward<bf1
     LAUNCH_CHECK("attention_backward_one_sm90, numbers");
     launch_dependent(device, kernel, blocks_of(p, problem.groups), kThreads, bytes, problem);
     LAUNCH_CHECK("attention_backward_one_sm90");
-    const dim3 grid(static_cast<unsigned>(ceil_div(p.seq.tokens, 256)), static_cast<unsigned>(p.heads));
-    attention_da_kernel<1><<<grid, 256, 0, stream_of(device)>>>(p, problem.groups, kKeys);
+    attention_da_kernel<1><<<blocks_of_da<1>(p), 256, 0, stream_of(device)>>>(p, problem.groups, kKeys);
     LAUNCH_CHECK("attention_backward_one_sm90, da");
 }
 

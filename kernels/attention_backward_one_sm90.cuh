@@ -27,12 +27,13 @@ using attention_backward_sm90_tile::kWidth;
 using attention_backward_sm90_tile::lane_of_row;
 using attention_backward_sm90_tile::multiply_turned;
 using attention_backward_sm90_tile::place_of_turned;
+using attention_backward_sm90_tile::Range;
 using attention_backward_sm90_tile::scatter_sums;
 using attention_backward_sm90_tile::store_turned;
 using namespace warpgroup_tile;
 
 constexpr unsigned kStages = 4;
-constexpr int kKeys = tuning::attention_backward_sm90(1).keys, kBlocks = tuning::attention_backward_sm90(1).blocks;
+constexpr int kKeys = tuning::attention_backward_sm90().keys, kBlocks = tuning::attention_backward_sm90().blocks;
 constexpr int kColumns = kKeys / 4;  // of a thread
 
 // ---- operands of X -----------------------------------------------------------------------------------------------

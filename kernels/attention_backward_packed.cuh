@@ -65,16 +65,6 @@ __device__ inline std::uint32_t turned(std::uint32_t x) {
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(y) : "r"(x));
     return y;
 }
-__device__ inline std::uint32_t step2(std::uint32_t d) {
-    std::uint32_t y;
-    asm("fma.rn.sat.f16x2 %0, %1, %2, %3;\n" : "=r"(y) : "r"(d), "r"(0x78007800u), "r"(0x3b803b80u));
-    return y;
-}
-__device__ inline std::uint32_t fma_bf16(std::uint32_t x, std::uint32_t y, std::uint32_t z) {
-    std::uint32_t w;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(w) : "r"(x), "r"(y), "r"(z));
-    return w;
-}
 
 // Bringing 64 queries into shared memory: start asks for them, finish makes what the pairs need of what the thread
 // itself has asked for.

@@ -1,16 +1,14 @@
-// kernels/attention_backward_sm90.h: the backward pass of attention.h on sm_90's own instructions
-// (attention_backward_sm90.cu and, one scalar, attention_backward_one_sm90.cu, compiled for sm_90a alone).
+// kernels/attention_backward_sm90.h: the backward pass of attention.h with one scalar on sm_90's own instructions
+// (attention_backward_one_sm90.cu and attention_backward_sm90.cu, compiled for sm_90a alone).
 #pragma once
 #include "kernels/attention.h"
 
 namespace fiedler {
 
-// Can it be asked for this problem? An sm_90 device; D = 64; R = 1 or 4; no window; equal sequences of a multiple
-// of 64 tokens; a aligned to 16 bytes; R = 1: partial too, and room in it for attention_numbers_elements and a slab.
-bool attention_backward_sm90_takes(const Cuda&, const AttentionBackward<bf16>&);
-// R = 4: delta is there already. R = 1: it is made on the way.
-void attention_backward_sm90(const Cuda&, const AttentionBackward<bf16>&);
-void attention_backward_one_sm90(const Cuda&, const AttentionBackward<bf16>&);  // its part for R = 1
+// Can it be asked for this problem? An sm_90 device; D = 64; R = 1; no window; equal sequences of a multiple of 64 tokens; a
+// and partial aligned to 16 bytes, and room in partial for attention_numbers_elements and a slab.
+bool attention_backward_one_sm90_takes(const Cuda&, const AttentionBackward<bf16>&);
+void attention_backward_one_sm90(const Cuda&, const AttentionBackward<bf16>&);
 
 // For tests: the two products of its operands' layouts. x: 64 x 64; y: `keys` x 64, keys 32 or 64; p: keys x 64.
 // xy = x y' (64 x keys), xp = x' p' (64 x keys), f32; pt: p as it comes back from registers, keys x 64.

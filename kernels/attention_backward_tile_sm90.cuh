@@ -1,5 +1,5 @@
 // kernels/attention_backward_tile_sm90.cuh: what both kernels of the backward pass of scalar-distance attention for sm_90a
-// share, that of one scalar (attention_backward_one_sm90.cu) and that of four (attention_backward_sm90.cu).
+// share, that of one scalar (attention_backward_one_sm90.cu) and that of several (attention_backward_packed_sm90.cu).
 #pragma once
 #include <algorithm>
 
@@ -65,6 +65,16 @@ __device__ void scatter_sums(float* x, int& offset) {
         scatter_sums<V / 2, mask / 2>(x, offset);
     }
 }
+
+// Tiles of queries that see the keys from `first` on.
+struct Range {
+    int begin, end;
+    __device__ Range(const AttentionBackward<bf16>& p, int first) {
+        const unsigned length = static_cast<unsigned>(p.seq.length), before = unsigned(first) / length * length;
+        end = static_cast<int>((before + length) / kTile);
+        begin = static_cast<int>((p.causal ? unsigned(first) : before) / kTile);
+    }
+};
 
 // How the blocks share the work: groups of tiles of `keys` keys. before: floats of `partial` that are not slabs.
 inline BackwardGroups groups_of(const AttentionBackward<bf16>& p, int keys, std::int64_t before) {

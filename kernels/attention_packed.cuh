@@ -95,6 +95,17 @@ __device__ inline std::uint32_t add2(std::uint32_t x, std::uint32_t y) {
     asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(x), "r"(y));
     return sum;
 }
+// sat(2^15 d + 15/16), for signs in the backward pass: read as bf16, 0, 2^-8 (d = 0) or 2^-7.
+__device__ inline std::uint32_t step2(std::uint32_t d) {
+    std::uint32_t y;
+    asm("fma.rn.sat.f16x2 %0, %1, %2, %3;\n" : "=r"(y) : "r"(d), "r"(0x78007800u), "r"(0x3b803b80u));
+    return y;
+}
+__device__ inline std::uint32_t fma_bf16(std::uint32_t x, std::uint32_t y, std::uint32_t z) {
+    std::uint32_t w;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(w) : "r"(x), "r"(y), "r"(z));
+    return w;
+}
 
 // B operand -1 on the diagonal of 8 x 8: k = 2t, 2t + 1, n = g.
 __device__ inline std::uint32_t minus_diagonal() {

@@ -62,17 +62,18 @@ constexpr AttentionBackward attention_backward(int width, int scalars) {
     return {8, 1, false, 2};
 }
 
-// The same on sm_90a, D = 64 (kernels/attention_backward_sm90.cuh, four scalars; kernels/attention_backward_one_sm90.cuh): a
-// block is one warpgroup.
+// The same on sm_90a, D = 64: a block is one warpgroup. One scalar: kernels/attention_backward_one_sm90.cuh; two to eight:
+// kernels/attention_backward_packed_sm90.cuh.
 struct AttentionBackwardSm90 {
     int keys;    // of a block at a time
     int blocks;  // that fit on a multiprocessor
 };
 
-// keys: sums of R + 1 numbers for keys / 4 of them stay in a thread, and dv and dP of as many. One scalar leaves room for
-//   64; 32 make the products read twice as much shared memory for a pair, which costs nothing where pairs are dear.
-// blocks: registers. While one warpgroup waits for its products or at its barrier, the others compute.
-constexpr AttentionBackwardSm90 attention_backward_sm90(int scalars) { return {scalars == 1 ? 64 : 32, 3}; }
+// keys: dv and dP of keys / 2 numbers each stay in a thread, and of one scalar's sums two for keys / 4 of them. Measured with
+//   eight scalars, 64 x 1,024 tokens: 32 keys and four blocks of 128 registers take 3 % longer; what a round costs beside
+//   the pairs is shared by fewer of them.
+// blocks: registers, 168 a thread. While one warpgroup waits for its products or at its barrier, the others compute.
+constexpr AttentionBackwardSm90 attention_backward_sm90() { return {64, 3}; }
 
 // The sum of the rounded weights: as a product with ones, an eighth more tensor-core work for D = 64, or with two more
 // instructions a pair. arch: 80 to 120. GeForce cards take 32 cycles for a product that others do in 8 or less. On

@@ -170,7 +170,7 @@ TEST(Attention, DecodeMatchesForward) {
 bool sm90_takes(const Case& c) {
     const auto R = c.scalars;
     return FIEDLER_SM90A && gpu().arch == 90 && c.width == 64 && c.window == 0 && c.uniform() &&
-           c.lengths[0] % 64 == 0 && (R == 1 || R == 4);
+           c.lengths[0] % 64 == 0 && R <= 8;
 }
 void backward(const Trial<bf16, Cuda>& run, std::optional<AttentionPath> path) {
     if (path)
@@ -188,7 +188,7 @@ void check_gpu(const Inputs& in, std::optional<AttentionPath> path = {}) {
     const Values o = round_to<bf16>(want_o), lse = round_to<float>(want_lse);
     reference.give(o, lse);
     reference.backward();
-    const bool packs = path ? *path == AttentionPath::general : !sm90_takes(c);
+    const bool packs = c.scalars > 1 || (path ? *path == AttentionPath::general : !sm90_takes(c));
     const Outputs want = reference.outputs(), low = naive<float, bf16, bf16>(in, o, lse, packs);
     const Outputs low_forward = naive<float, bf16, bf16>(in, {}, {}, true);
 
@@ -294,12 +294,14 @@ TEST(Attention, GpuMatchesReferenceWithSomeScalarsOutOfRange) {
     FIEDLER_GPU_OR_SKIP();
     for (const std::int32_t scalars : {2, 3, 8, 16})
         for (const bool causal : {true, false}) {
-            Inputs in({.lengths = {300}, .heads = 2, .scalars = scalars, .width = 64, .causal = causal});
-            const auto hr = std::size_t(2 * scalars);
-            in.a[37 * hr] += 40;            // a query's first scalar of the first head
-            in.b[250 * hr + hr - 1] -= 35;  // a key's last of the other
-            in.a = round_to<float>(in.a), in.b = round_to<float>(in.b);
-            check_gpu(in);
+            for (const std::int32_t length : {300, 320}) {
+                Inputs in({.lengths = {length}, .heads = 2, .scalars = scalars, .width = 64, .causal = causal});
+                const auto hr = std::size_t(2 * scalars);
+                in.a[37 * hr] += 40;            // a query's first scalar of the first head
+                in.b[250 * hr + hr - 1] -= 35;  // a key's last of the other
+                in.a = round_to<float>(in.a), in.b = round_to<float>(in.b);
+                check_gpu(in);
+            }
         }
 }
 TEST(Attention, GpuScalarGradientsOfEqualScalarsAreExactlyZero) {
@@ -361,7 +363,7 @@ void check_gpu_paths(const Inputs& in) {
 }
 TEST(Attention, GpuBackwardMatchesReferenceOnEveryPath) {
     FIEDLER_GPU_OR_SKIP();
-    for (const std::int32_t scalars : {1, 4}) {
+    for (const std::int32_t scalars : {1, 2, 3, 4, 5, 8}) {
         for (const std::int32_t length : {64, 128, 192, 448})
             for (const bool causal : {true, false})
                 for (const std::int32_t count : {1, 3}) {
@@ -400,11 +402,12 @@ TEST(Attention, GpuBackwardMatchesReferenceOnEveryPath) {
     }
     check_gpu_paths(Inputs({.lengths = {1024}, .heads = 2, .scalars = 1, .width = 64, .gate = true}));
     check_gpu_paths(Inputs({.lengths = {1024}, .heads = 2, .scalars = 4, .width = 64, .gate = true}));
+    check_gpu_paths(Inputs({.lengths = {1024}, .heads = 2, .scalars = 8, .width = 64, .gate = true}));
 }
 // Inside the bound within which weights are relative to their keys, at it, outside, and changing on the way.
 TEST(Attention, GpuBackwardMatchesReferenceWithAnyGate) {
     FIEDLER_GPU_OR_SKIP();
-    for (const std::int32_t scalars : {1, 4}) {
+    for (const std::int32_t scalars : {1, 2, 4, 8}) {
         const Case c{.lengths = {448}, .heads = 2, .scalars = scalars, .width = 64, .gate = true};
         const auto check = [&](const char* what, double step, double jump) {
             SCOPED_TRACE(what);
@@ -449,7 +452,7 @@ TEST(Attention, GpuSkippingChangesNothingInFloat) {
 }
 TEST(Attention, GpuScalarGradientsOfEqualScalarsAreExactlyZeroOnEveryPath) {
     FIEDLER_GPU_OR_SKIP();
-    for (const std::int32_t scalars : {1, 4}) {
+    for (const std::int32_t scalars : {1, 2, 4, 7, 8}) {
         Inputs in({.lengths = {256}, .heads = 2, .scalars = scalars, .width = 64, .gate = true});
         std::fill(in.a.begin(), in.a.end(), 0.7f);
         std::fill(in.b.begin(), in.b.end(), 0.7f);
@@ -468,7 +471,7 @@ TEST(Attention, GpuPathRefusesWhatItDoesNotTake) {
     FIEDLER_GPU_OR_SKIP();
     for (const Case& c : std::vector<Case>{{.lengths = {65}, .width = 64},
                                            {.lengths = {64, 128}, .width = 64},
-                                           {.lengths = {64}, .scalars = 3, .width = 64},
+                                           {.lengths = {64}, .scalars = 9, .width = 64},
                                            {.lengths = {64}, .width = 32},
                                            {.lengths = {128}, .width = 64, .window = 20}}) {
         const Inputs in(c);
@@ -476,14 +479,16 @@ TEST(Attention, GpuPathRefusesWhatItDoesNotTake) {
         run.forward();
         EXPECT_FALSE(attention_backward_by_path(gpu(), run.backward_arguments(), AttentionPath::sm90)) << c.name();
     }
-    // One scalar: a slab, and no room for the numbers of queries. The general way needs no more.
-    const Inputs in({.lengths = {128}, .width = 64});
-    Trial<bf16, Cuda> run(gpu(), in);
-    run.forward();
-    auto p = run.backward_arguments();
-    p.partial.size = attention_slab_elements(in.tokens(), in.c.heads, in.c.scalars);
-    EXPECT_FALSE(attention_backward_by_path(gpu(), p, AttentionPath::sm90));
-    EXPECT_TRUE(attention_backward_by_path(gpu(), p, AttentionPath::general));
+    // A slab, and no room for the numbers of queries. The general way needs no more.
+    for (const std::int32_t scalars : {1, 8}) {
+        const Inputs in({.lengths = {128}, .scalars = scalars, .width = 64});
+        Trial<bf16, Cuda> run(gpu(), in);
+        run.forward();
+        auto p = run.backward_arguments();
+        p.partial.size = attention_slab_elements(in.tokens(), in.c.heads, in.c.scalars);
+        EXPECT_FALSE(attention_backward_by_path(gpu(), p, AttentionPath::sm90));
+        EXPECT_TRUE(attention_backward_by_path(gpu(), p, AttentionPath::general));
+    }
 }
 #if FIEDLER_SM90A
 // The sm_90 kernel's operands, as they lie in shared memory, on integers: x y', x' p' and p turned on its way.

@@ -1,0 +1,320 @@
+// kernels/attention_backward_packed_sm90.cu: the backward pass of scalar-distance attention for sm_90a, several scalars; what
+// a block does with its tiles is in attention_backward_packed_sm90.cuh.
+//
+// A kernel before makes delta, and puts together what queries and keys are about (OfQueries, OfKeys). A round has one tile of
+// queries and one barrier. At the barrier every warp has
+//   * written its weights of the tile, for dv,
+//   * begun the product dP of the next tile, be it for the same keys or for the next ones,
+//   * waited for the product dv of the tile before, whose place and weights are free from there on.
+// After it the loads of the tile after the next begin, by TMA. dv of this tile begins once the next dP is there, and goes on
+// behind the arithmetic of the next tile.
+#include "kernels/attention_backward_packed_sm90.h"
+
+#include "kernels/attention_backward_packed_sm90.cuh"
+#include "kernels/dependent_launch.cuh"
+#include "kernels/tensor_map.h"
+
+namespace fiedler {
+// Not without a name: that would have the path in it, and what ptxas makes of registers depends on names.
+namespace attention_backward_packed_sm90_tile {
+
+template <int R>
+struct Problem {
+    CUtensorMap gradients, values, results;  // dO, V, dv, [tokens, heads D]
+    AttentionBackward<bf16> p;
+    BackwardGroups groups;
+    const OfQueries<R>* queries;  // [heads][tiles]
+    const OfKeys<R>* keys;
+    int pairs, together;  // of sequence and head; of these whose dO stays in L2 together
+};
+
+// Of every token and head: delta = dO . o, and what goes with it. Eight lanes share one; a block has a tile of keys.
+constexpr int kNumbersThreads = kKeys * 8;
+template <int R>
+__global__ void __launch_bounds__(kNumbersThreads)
+    attention_packed_numbers_kernel(AttentionBackward<bf16> p, OfQueries<R>* queries, OfKeys<R>* keys) {
+    dependents_may_start();
+    __shared__ float most[kNumbersThreads / kWarp];
+    const int head = static_cast<int>(blockIdx.x), part = static_cast<int>(threadIdx.x) % 8;
+    const int key = static_cast<int>(threadIdx.x) / 8, token = static_cast<int>(blockIdx.y) * kKeys + key;
+    const auto g = load16(nv(p.do_.data) + token * p.do_.ld + head * kWidth + part * 8);
+    const auto o = load16(nv(p.o.data) + token * p.o.ld + head * kWidth + part * 8);
+    const std::int64_t number = std::int64_t(token) * p.heads + head;
+    // Two scalars each of a and b.
+    float a[2] = {}, b[2] = {};
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+        if (part < R / 2 && 2 * part + i < p.scalars)
+            a[i] = p.a.data[number * p.scalars + 2 * part + i], b[i] = p.b.data[number * p.scalars + 2 * part + i];
+    QueryNumbers numbers{};
+    float centre = 0.f;
+    if (part == 0) numbers.lse = p.lse.data[number];
+    if (p.F.data != nullptr) {
+        numbers.gate = p.F.data[number];
+        centre = p.F.data[number + (kKeys / 2 - key) * p.heads];
+    }
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum = fmaf(to_float(g.v[i]), to_float(o.v[i]), sum);
+    for (int i = 4; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
+    const unsigned far = __ballot_sync(0xffffffffu, !packs(a[0]) | !packs(a[1])) >> (threadIdx.x & 24) & 255;
+    OfQueries<R>& tile = queries[head * std::int64_t(p.seq.tokens / kTile) + token / kTile];
+    if (part < R / 2) tile.a[token % kTile][part] = pack_half(packed_number(a[0]), packed_number(a[1]));
+    if (part == 0) {
+        numbers.delta = p.delta.data[number] = sum;
+        numbers.far = far != 0 ? 1.f : 0.f;
+        *reinterpret_cast<float4*>(&tile.numbers[token % kTile]) = *reinterpret_cast<const float4*>(&numbers);
+    }
+    // Of two keys each packs one scalar of both.
+    OfKeys<R>& of = keys[head * std::int64_t(p.seq.tokens / kKeys) + blockIdx.y];
+    const bool odd = key % 2 != 0;
+    const float own = packed_number(odd ? b[1] : b[0]), send = packed_number(odd ? b[0] : b[1]);
+    const float other = __shfl_xor_sync(0xffffffffu, send, 8);
+    KeyPair<R>& pair = of.pairs[key / 8][key % 8 / 2];
+    if (part < R / 2) pair.b[2 * part + odd] = odd ? pack_half(other, own) : pack_half(own, other);
+    const float apart = centre - numbers.gate, of_warp = warp_max(apart);
+    if (part == 0) (&pair.gate.x)[odd] = -apart * kLog2e;
+    if (threadIdx.x % kWarp == 0) most[threadIdx.x / kWarp] = of_warp;
+    const bool out = __syncthreads_or(!packs(b[0]) | !packs(b[1])) != 0;
+    if (threadIdx.x == 0) {
+        float x = most[0];
+#pragma unroll
+        for (int w = 1; w < kNumbersThreads / kWarp; ++w) x = fmaxf(x, most[w]);
+        const float faded = p.F.data != nullptr && p.skip ? -(kFaded + x) * kLog2e : -INFINITY;
+        *reinterpret_cast<float4*>(&of.centre) = make_float4(centre, faded, out ? 1.f : 0.f, 0.f);
+    }
+}
+
+// One thread: the next tile of queries is on its way to a place, and with the first of them V and OfKeys.
+template <int R>
+__device__ void load_queries(const Problem<R>& problem, Shared<R>& shared, int place) {
+    auto& next = shared.next;
+    if (next.left == 0) return;
+    const AttentionBackward<bf16>& p = problem.p;
+    const int head = next.head, query = next.query, first = next.first, keys = next.keys;
+    constexpr int kBytes = kTileElements * 2 + int(sizeof(OfQueries<R>)),
+                  kKeyBytes = kKeys * kRowBytes + int(sizeof(OfKeys<R>));
+    hopper::Barrier* full = &shared.full[place];
+    hopper::barrier_arrive_expecting(full, next.begins ? kBytes + kKeyBytes : kBytes);
+    hopper::load_box(shared.gradients[place], &problem.gradients, head * kWidth, query * kTile, full);
+    hopper::load_bytes(&shared.queries[place], problem.queries + (head * std::int64_t(p.seq.tokens / kTile) + query),
+                       sizeof(OfQueries<R>), full);
+    if (next.begins) {
+        hopper::load_box(shared.values[keys], &problem.values, head * kWidth, first, full);
+        hopper::load_bytes(&shared.keys[keys],
+                           problem.keys + (head * std::int64_t(p.seq.tokens / kKeys) + first / kKeys),
+                           sizeof(OfKeys<R>), full);
+    }
+    next.query = query + 1, next.begins = query + 1 == next.end;
+    if (!next.begins) return;
+    const Range range(p, first + kKeys);
+    next.first = first + kKeys, next.keys = keys ^ 1, next.query = range.begin, next.end = range.end;
+    next.left = next.first < p.seq.tokens ? next.left - 1 : 0;
+}
+
+// A lane's sums da of a tile, in the slab of the head.
+template <int R>
+using SumsOfLane = std::conditional_t<R == 2, float2, float4>;
+__device__ inline void add_sums(float2& to, const float (&x)[4]) { to.x += x[0], to.y += x[2]; }
+__device__ inline void add_sums(float4& to, const float (&x)[4]) {
+    to.x += x[0], to.y += x[2], to.z += x[1], to.w += x[3];
+}
+
+// The block's tiles of queries, one a round.
+template <int R>
+struct Rounds {
+    using S = Shared<R>;
+    using Sums = SumsOfLane<R>;
+    static constexpr int kStageBytes = kTileElements * 2, kWeightBytes = kKeys * kRowBytes;
+    const Problem<R>& problem;
+    S& shared;
+    int place = 0, parity = 0, buffer = 0;  // of the round; of its weights
+    typename Keys<R>::Products dp;
+    const Operand operands;  // they are named by the first of them
+
+    __device__ Rounds(const Problem<R>& p, S& s) : problem(p), shared(s), operands(operand_of(s.gradients)) {}
+
+    __device__ static int after(int place) { return place == kPlaces - 1 ? 0 : place + 1; }
+    __device__ static int before(int place) { return place == 0 ? kPlaces - 1 : place - 1; }
+    __device__ Operand gradients(int of) const { return advance(operands, of * kStageBytes); }
+    __device__ void multiply(int of, int keys) {  // dP
+        multiply_rows<kKeys>(dp, gradients(of), advance(operands, int(offsetof(S, values)) + keys * kWeightBytes));
+    }
+    __device__ void multiply_results(Keys<R>& keys) {  // dv of the round before
+        multiply_turned<kKeys>(keys.dv, gradients(before(place)),
+                               advance(operands, int(offsetof(S, weights)) + (buffer ^ 1) * kWeightBytes));
+    }
+    __device__ Sums* sums_of(int q) const {
+        return reinterpret_cast<Sums*>(shared.slab + (q * (kTile * R) + Keys<R>::sums_place(thread_anew())));
+    }
+    // What an earlier tile of keys left in the slab, if any did, without registers.
+    __device__ static void ask_for_sums(float4* to, const Sums* from, bool any) {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;\n" ::"r"(shared_address(to)), "l"(from),
+                     "n"(sizeof(Sums)), "r"(any ? int(sizeof(Sums)) : 0)
+                     : "memory");
+        cp_async_commit();
+    }
+    __device__ void wait() { hopper::barrier_wait(&shared.full[place], parity); }
+
+    // The queries of one tile of keys, the first of which is `first`. more: another tile of keys follows.
+    __device__ void run(Keys<R>& keys, int of_keys, int first, const Range& range, bool more) {
+        const int head = shared.next.head;
+        const AttentionBackward<bf16>& p = problem.p;
+        // Products begin on one way alone, which ptxas asks for: the first round has a product dv with weights that are zeros.
+        for (int i = threadIdx.x; i < kWeightBytes / 16; i += kThreads)
+            reinterpret_cast<uint4*>(shared.weights[buffer ^ 1])[i] = {0, 0, 0, 0};
+        hopper::publish_shared();
+        __syncthreads();
+        const OfKeys<R>& of = shared.keys[of_keys];
+#pragma unroll 1
+        for (int q = range.begin; q < range.end; ++q) {
+            const bool ends = q + 1 == range.end;
+            // What the thread's number tells is made anew each time: registers are short.
+            const int row = static_cast<int>(first_row(thread_anew())), shift = p.causal ? q * kTile - first : kTile,
+                      next = after(place);
+            const std::uint32_t turned =
+                shared_address(shared.weights) + place_of_turned(thread_anew()) + buffer * kWeightBytes;
+            const OfQueries<R>& queries = shared.queries[place];
+            const typename Keys<R>::Rows rows(of, queries, row);
+            if (Keys<R>::has_sums(thread_anew()))
+                ask_for_sums(&shared.left[thread_anew()], sums_of(q), q < shared.written);
+            hopper::product_wait<0>();
+            hopper::pin(dp);
+            multiply_results(keys);
+            float da[4] = {};
+            if (!rows.seen) {
+                __syncwarp();  // a branch, not predicates
+                keys.add_nothing(turned);
+            } else if (rows.far) {
+                keys.add_far(da, dp, p, of, turned, head, q * kTile, first, row, shift, rows);
+            } else if (shift < kKeys) {
+                keys.template add<true>(da, dp, shared.lanes[thread_anew() % kWarp], of, queries, turned, row, shift,
+                                        rows);
+            } else {
+                keys.template add<false>(da, dp, shared.lanes[thread_anew() % kWarp], of, queries, turned, row, shift,
+                                         rows);
+            }
+            if (!ends || more) hopper::barrier_wait(&shared.full[next], next == 0 ? parity ^ 1 : parity);
+            multiply(next, of_keys ^ int(ends));
+            hopper::product_wait<1>();
+            hopper::pin(keys.dv);
+            hopper::publish_shared();
+            __syncthreads();
+            cp_async_wait<0>();
+            Sums left = *reinterpret_cast<const Sums*>(&shared.left[thread_anew()]);
+            add_sums(left, da);
+            if (Keys<R>::has_sums(thread_anew()))
+                *sums_of(q) = left;  // here, since publishing waits for what was stored
+            if (thread_anew() == 0) load_queries(problem, shared, before(place));
+            if (next == 0) parity ^= 1;
+            place = next, buffer ^= 1;
+        }
+        hopper::product_wait<0>();
+        hopper::pin(dp);
+        multiply_results(keys);
+        hopper::product_wait<0>();
+        hopper::pin(keys.dv);
+    }
+};
+
+template <int R>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    attention_backward_packed_sm90_kernel(const __grid_constant__ Problem<R> problem) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    auto& shared = *reinterpret_cast<Shared<R>*>(memory);
+    const AttentionBackward<bf16>& p = problem.p;
+    const BackwardGroups& groups = problem.groups;
+    const int pair = static_cast<int>(blockIdx.z) * problem.together + static_cast<int>(blockIdx.x);
+    if (pair >= problem.pairs) return;
+    const int head = pair % p.heads,
+              group = pair / p.heads * static_cast<int>(gridDim.y) + static_cast<int>(blockIdx.y);
+    int first = group * groups.tiles * kKeys;
+    for (int i = threadIdx.x; i < kPlaces * kTileElements / 8; i += kThreads)  // what has not come goes times zero
+        reinterpret_cast<uint4*>(shared.gradients)[i] = {0, 0, 0, 0};
+    if (threadIdx.x < kWarp) shared.lanes[threadIdx.x].make(threadIdx.x);
+    hopper::publish_shared();
+    if (threadIdx.x == 0) {
+        const unsigned slab = unsigned(group) % unsigned(groups.slabs);
+        shared.slab = groups.partial + slab * groups.slab_floats + std::int64_t(head) * p.seq.tokens * R;
+        shared.written = 0;
+        const Range range(p, first);
+        shared.next = {first, groups.tiles, range.begin, range.end, 0, head, true};
+        for (int s = 0; s < kPlaces; ++s) hopper::barrier_init(&shared.full[s], 1);
+        hopper::barrier_init_done();
+    }
+    __syncthreads();
+    wait_for_previous();
+    if (threadIdx.x == 0) load_queries(problem, shared, 0), load_queries(problem, shared, 1);
+    Rounds<R> rounds(problem, shared);
+    rounds.wait();
+    rounds.multiply(0, 0);
+    hopper::product_wait<0>();
+    hopper::pin(rounds.dp);
+#pragma unroll 1
+    for (int k = 0; k < groups.tiles && first < p.seq.tokens; ++k, first += kKeys) {
+        const Range range(p, first);
+        Keys<R> keys;
+        rounds.run(keys, k & 1, first, range, k + 1 < groups.tiles && first + kKeys < p.seq.tokens);
+        keys.store(p, &problem.results, shared, head, first);
+        if (threadIdx.x == 0) shared.written = max(shared.written, range.end);
+    }
+}
+
+// Blocks of so many (sequence, head) pairs run together that their dO, of so many bytes, stays in L2.
+constexpr std::int64_t kResident = 16 << 20;
+template <int R>
+void launch_for(const Cuda& device, const AttentionBackward<bf16>& p) {
+    constexpr int bytes = sizeof(Shared<R>);
+    static_assert(kBlocks * (bytes + 1024) <= 227 * 1024);
+    auto* queries = reinterpret_cast<OfQueries<R>*>(p.partial.data);
+    const auto map = [](const auto& m, cuuint32_t rows) {
+        return tensor_map<2>(m.data, {cuuint64_t(m.cols), cuuint64_t(m.rows)}, {cuuint64_t(m.ld) * 2}, {kWidth, rows});
+    };
+    const std::int64_t before = attention_numbers_elements(p.seq.tokens, p.heads, kWidth, p.scalars);
+    auto* keys = reinterpret_cast<OfKeys<R>*>(queries + std::int64_t(p.heads) * (p.seq.tokens / kTile));
+    const BackwardGroups groups = groups_of(p, kKeys, before);
+    const int of_sequence = groups.per_sequence > 0 ? groups.per_sequence : groups.count,
+              pairs = groups.count / of_sequence * p.heads;
+    const std::int64_t fitting = kResident / (std::int64_t(p.seq.length) * kWidth * 2);
+    const int together = static_cast<int>(std::clamp<std::int64_t>(fitting, 1, pairs));
+    const Problem<R> problem{map(p.do_, kTile), map(p.v, kKeys), map(p.dv, kKeys), p, groups, queries, keys, pairs,
+                             together};
+    const auto kernel = attention_backward_packed_sm90_kernel<R>;
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    const dim3 parts(static_cast<unsigned>(p.heads), static_cast<unsigned>(p.seq.tokens / kKeys));
+    attention_packed_numbers_kernel<R><<<parts, kNumbersThreads, 0, stream_of(device)>>>(p, queries, keys);
+    LAUNCH_CHECK("attention_backward_packed_sm90, numbers");
+    const dim3 grid_of_pairs(static_cast<unsigned>(together), static_cast<unsigned>(of_sequence),
+                             static_cast<unsigned>(ceil_div(pairs, together)));
+    launch_dependent(device, kernel, grid_of_pairs, kThreads, bytes, problem);
+    LAUNCH_CHECK("attention_backward_packed_sm90");
+    attention_da_kernel<R><<<blocks_of_da<R>(p), 256, 0, stream_of(device)>>>(p, problem.groups, kKeys);
+    LAUNCH_CHECK("attention_backward_packed_sm90, da");
+}
+
+}  // namespace attention_backward_packed_sm90_tile
+
+bool attention_backward_packed_sm90_takes(const Cuda& device, const AttentionBackward<bf16>& p) {
+    using namespace attention_backward_packed_sm90_tile;
+    return device.arch == 90 && p.v.cols == std::int64_t(p.heads) * kWidth && p.scalars >= 2 && p.scalars <= 8 &&
+           p.seq.tokens < 65536 * 32 &&  // groups are counted in 16 bits
+           p.window == 0 && p.seq.length > 0 && p.seq.length % kTile == 0 && p.lse.ld == p.heads &&
+           p.delta.ld == p.heads && (!p.F || (p.F.ld == p.heads && p.dF.ld == p.heads)) &&
+           reinterpret_cast<std::uintptr_t>(p.partial.data) % 16 == 0 &&
+           p.partial.size >= attention_numbers_elements(p.seq.tokens, p.heads, kWidth, p.scalars) +
+                                 attention_slab_elements(p.seq.tokens, p.heads, p.scalars);
+}
+
+void attention_backward_packed_sm90(const Cuda& device, const AttentionBackward<bf16>& p) {
+    using namespace attention_backward_packed_sm90_tile;
+    switch (attention_padded_scalars(p.scalars)) {
+        case 2:
+            return launch_for<2>(device, p);
+        case 4:
+            return launch_for<4>(device, p);
+        default:
+            return launch_for<8>(device, p);
+    }
+}
+
+}  // namespace fiedler
