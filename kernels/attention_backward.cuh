@@ -14,6 +14,7 @@
 // take three instructions where |d|, scale and ex2 take three as well, one of them in a pipe that is idle.
 #pragma once
 #include "kernels/attention_tile.cuh"
+#include "kernels/dependent_launch.cuh"
 
 namespace fiedler::attention_tile {
 
@@ -371,6 +372,7 @@ __global__ void __launch_bounds__(256) attention_da_kernel(AttentionBackward<bf1
     const std::int64_t item = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     const int r = static_cast<int>(item % kOfQuery) * kCount;
     const int token = static_cast<int>(item / kOfQuery), head = static_cast<int>(blockIdx.y);
+    wait_for_previous();  // where it is launched dependent on the pass over the pairs
     if (token >= p.seq.tokens) return;
     const Sight sight = Sight::of_queries(p.seq, p.window, p.causal);
     const int span = groups.tiles * keys, end = (sight.hi(token) - 1) / span;

@@ -8,7 +8,8 @@
 //   * waited for the product dv of the tile before, whose stage and weights are free from there on.
 // After it the loads of a later tile begin, by TMA. dv of this tile begins once X is there, and goes on behind the
 // arithmetic of the next tile. So that products begin on one way through the loop alone, which ptxas asks for, the first
-// tile has a product dv with weights that are zeros, and the last one begins an X that nobody reads.
+// tile has a product dv with weights that are zeros, and the last one begins an X that nobody reads. What can be the same for
+// all lanes is asked so that the compiler knows it (a vote): else addresses are made anew in each lane.
 #include "kernels/attention_backward_one_sm90.cuh"
 #include "kernels/attention_backward_sm90.h"
 #include "kernels/dependent_launch.cuh"
@@ -23,6 +24,7 @@ struct Problem {
     AttentionBackward<bf16> p;
     BackwardGroups groups;
     const OfQueries* queries;
+    int of_sequence;  // groups of keys
 };
 
 // Of every token and head: delta = dO . o, and what goes with it. Eight lanes share one.
@@ -37,7 +39,7 @@ __global__ void __launch_bounds__(kNumbersThreads)
     const std::int64_t number = std::int64_t(token) * p.heads + head;
     float4 x{};
     if (part == 0) {
-        x.x = p.lse.data[number], x.z = p.a.data[number];
+        x.x = p.lse.data[number], x.z = p.a.data[number], x.w = Keys::scaled_scalar(x.z);
         if (p.F.data != nullptr) x.y = p.F.data[number];
     }
     float sum = 0.f;
@@ -71,6 +73,12 @@ __device__ void load_queries(const Problem& problem, Shared& shared, unsigned n,
     if (key >= 0) hopper::load_box(shared.values, &problem.values, head * kWidth, key, full);
 }
 
+// The first tiles of queries, and V, of a tile of keys; all stages are free.
+__device__ void load_first(const Problem& problem, Shared& shared, unsigned n, const Range& range, int first) {
+    for (int i = 0; i < int(kStages) - 1; ++i)
+        if (range.begin + i < range.end) load_queries(problem, shared, n + i, range.begin + i, i == 0 ? first : -1);
+}
+
 // The queries of one tile of keys. n: number of its first tile of queries, of those that the block has loaded; then, of the
 // next one's.
 __device__ void add_queries(const Problem& problem, Shared& shared, Keys& keys, unsigned& n, const Range& range,
@@ -79,10 +87,10 @@ __device__ void add_queries(const Problem& problem, Shared& shared, Keys& keys, 
     const Operand gradients = operand_of(shared.gradients), weights = operand_of(shared.weights),
                   values = operand_of(shared.values);
     const Operand deltas = delta_of(shared.queries[0].delta), ones = ones_of(shared.ones);
-    // One register for three numbers, taken apart anew for each tile: the thread's place in the turned weights, whether t is
-    // odd, and the first of its rows.
+    // One register for four numbers, taken apart anew for each tile: the thread's place in the turned weights, whether t is
+    // odd, Shared::again, and the first of its rows.
     std::uint32_t where = (shared_address(shared.weights) + place_of_turned(thread_anew())) << 8 |
-                          (thread_anew() & 1) << 7 | first_row(thread_anew());
+                          (thread_anew() & 1) << 7 | unsigned(shared.again) << 6 | first_row(thread_anew());
     const std::uint32_t base = __shfl_sync(0xffffffffu, shared_address(&shared), 0);  // or it is made anew each time
     const auto multiply_x = [&](unsigned stage) {
         multiply_differences(keys.x, advance(gradients, stage * kStageBytes), values,
@@ -92,30 +100,27 @@ __device__ void add_queries(const Problem& problem, Shared& shared, Keys& keys, 
     multiply_x(n % kStages);
     Keys::Rows rows = keys.rows(base, n % kStages, where & 63);
     int q = range.begin;
-    unsigned before = n % kStages;  // before: the stage of the tile before
+    unsigned before = n % kStages;  // the stage of the tile before
 #pragma unroll 1
     do {
         asm volatile("" : "+r"(where));
         const int turned = (q & 1) * kWeightBytes, row = static_cast<int>(where & 63);
         const unsigned stage = n % kStages, next = (n + 1) % kStages;
         const std::uint32_t place = (where >> 8) + turned;
-        const int shift = problem.p.causal ? q * kTile - first : kTile;
         float of_rows[2] = {0.f, 0.f};
-        if (q + 1 < range.end)
-            hopper::barrier_wait(base + offsetof(Shared, full) + next * sizeof(hopper::Barrier), parity_of(n + 1));
         hopper::product_wait<0>();
         hopper::pin(keys.x);
         multiply_turned<kKeys>(keys.dv, advance(gradients, before * kStageBytes),
                                advance(weights, kWeightBytes - turned));
+        const int shift = problem.p.causal ? q * kTile - first : kTile;
         keys.add(shift == 0, of_rows, shared, stage, place, row, shift, rows);
-        const std::uint64_t to = load_address(base + offsetof(Shared, slab)) +
+        const std::uint64_t to = load_address(base + std::uint32_t(offsetof(Shared, slab))) +
                                  (unsigned(q) * (kTile * 4) + unsigned(row) * 4 + (where & 128) / 4);
-        const bool any = q < static_cast<int>(load_word(base + offsetof(Shared, written)));
         float left = 0.f;  // what an earlier tile of keys left in the slab
-        if (any) {
-            __syncwarp();  // a branch, not predicates
-            left = load_global(to);
-        }
+        if (__any_sync(0xffffffffu, where & 64)) left = load_global(to);  // known to be the same for all lanes
+        if (q + 1 < range.end)
+            hopper::barrier_wait(base + std::uint32_t(offsetof(Shared, full)) + next * sizeof(hopper::Barrier),
+                                 parity_of(n + 1));
         hopper::product_wait<0>();  // dv began a tile ago
         hopper::pin(keys.dv);
         multiply_x(next);
@@ -126,7 +131,7 @@ __device__ void add_queries(const Problem& problem, Shared& shared, Keys& keys, 
         hopper::publish_shared();
         __syncthreads();
         if (!(threadIdx.x & 2)) store_global(to, left - sum);  // here, since publishing waits for what was stored
-        if (q + kStages - 1 < range.end) load_queries(problem, shared, n + kStages - 1, q + kStages - 1);
+        if (q + int(kStages) - 1 < range.end) load_queries(problem, shared, n + kStages - 1, q + int(kStages) - 1);
         before = stage, ++n;
     } while (++q < range.end);
     multiply_turned<kKeys>(keys.dv, advance(gradients, before * kStageBytes),
@@ -142,13 +147,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     auto& shared = *reinterpret_cast<Shared*>(memory);
     const AttentionBackward<bf16>& p = problem.p;
     const BackwardGroups& groups = problem.groups;
-    const int head = static_cast<int>(blockIdx.x), group = static_cast<int>(blockIdx.y * gridDim.z + blockIdx.z);
-    static_assert(sizeof(shared.ones) == kThreads * sizeof(uint4));
-    const bool of_zeros = threadIdx.x / 8 % 2 != 0;  // a row of 8 each
-    reinterpret_cast<uint4*>(shared.ones)[threadIdx.x] = of_zeros ? uint4{} : uint4{0x3f803f80u, 0x3f80u, 0, 0};
+    dependents_may_start();
+    const int head = static_cast<int>(blockIdx.x), z = static_cast<int>(blockIdx.z), of = problem.of_sequence;
+    const int sequence = z / of * static_cast<int>(gridDim.y) + static_cast<int>(blockIdx.y),
+              group = sequence * of + z % of;
+    if (group >= groups.count) return;
+    if (threadIdx.x < sizeof(shared.ones) / sizeof(uint4))  // a row of 8 each
+        reinterpret_cast<uint4*>(shared.ones)[threadIdx.x] =
+            threadIdx.x / 8 != 0 ? uint4{} : uint4{0x3f803f80u, 0x3f80u, 0, 0};
     hopper::publish_shared();
     if (threadIdx.x == 0) {
-        for (int s = 0; s < kStages; ++s) hopper::barrier_init(&shared.full[s], 1);
+        for (unsigned s = 0; s < kStages; ++s) hopper::barrier_init(&shared.full[s], 1);
         hopper::barrier_init_done();
     }
     __syncthreads();
@@ -156,22 +165,28 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         const unsigned slab = unsigned(group) % unsigned(groups.slabs);
         shared.slab = std::uint64_t(
             __cvta_generic_to_global(groups.partial + slab * groups.slab_floats + std::int64_t(head) * p.seq.tokens));
-        shared.written = 0;
+        shared.again = false;
     }
     int first = group * groups.tiles * kKeys;
     unsigned n = 0;
+    wait_for_previous();
+    Range range(p, first);
+    load_first(problem, shared, n, range, first);
 #pragma unroll 1
-    for (int k = 0; k < groups.tiles && first < p.seq.tokens; ++k, first += kKeys) {
-        const Keys::Numbers numbers(p, head, first);
-        if (k == 0) wait_for_previous();
-        const Range range(p, first);
-        for (int i = 0; i < int(kStages) - 1; ++i)
-            if (range.begin + i < range.end) load_queries(problem, shared, n + i, range.begin + i, i == 0 ? first : -1);
+    for (int left = groups.tiles;;) {
         Keys keys;
-        keys.begin(p, shared, numbers, range.begin);
+        keys.begin(p, shared, Keys::Numbers(p, head, first), range.begin);
         add_queries(problem, shared, keys, n, range, first);
-        keys.store(p, &problem.results, shared, head, first);
-        if (threadIdx.x == 0) shared.written = max(shared.written, range.end);
+        const int of_keys = first, end = range.end;
+        first += kKeys;
+        const bool last = --left == 0 || first >= p.seq.tokens;
+        if (!last) {  // on their way while the results are stored
+            range = Range(p, first);
+            load_first(problem, shared, n, range, first);
+            if (threadIdx.x == 0) shared.again = range.end == end;
+        }
+        keys.store(p, &problem.results, shared, head, of_keys);
+        if (last) return;
         __syncthreads();
     }
 }
@@ -188,15 +203,22 @@ void attention_backward_one_sm90(const Cuda& device, const AttentionBackward<bf1
     };
     static_assert(kKeys == kTile);
     const std::int64_t before = attention_numbers_elements(p.seq.tokens, p.heads, kWidth, 1);
-    const Problem problem{map(p.do_), map(p.v), map(p.dv), p, groups_of(p, kKeys, before), queries};
+    const BackwardGroups groups = groups_of(p, kKeys, before);
+    dim3 blocks = blocks_of(p, groups);
+    const Problem problem{map(p.do_), map(p.v), map(p.dv), p, groups, queries, static_cast<int>(blocks.z)};
+    // Blocks start in the order x, y, z. Not all sequences at once, or each reads dO from memory anew for every tile of keys.
+    constexpr std::int64_t kResident = 24 << 20;  // bytes, half of L2
+    const std::int64_t fitting = kResident / (std::int64_t(std::max(p.seq.length, 1)) * p.heads * kWidth * 2);
+    const auto together = static_cast<unsigned>(std::clamp<std::int64_t>(fitting, 1, blocks.y));
+    blocks.z *= (blocks.y + together - 1) / together, blocks.y = together;
     const auto kernel = attention_backward_one_sm90_kernel;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     const dim3 parts(static_cast<unsigned>(p.seq.tokens / kNumbersTokens), static_cast<unsigned>(p.heads));
     attention_numbers_kernel<<<parts, kNumbersThreads, 0, stream_of(device)>>>(p, queries);
     LAUNCH_CHECK("attention_backward_one_sm90, numbers");
-    launch_dependent(device, kernel, blocks_of(p, problem.groups), kThreads, bytes, problem);
+    launch_dependent(device, kernel, blocks, kThreads, bytes, problem);
     LAUNCH_CHECK("attention_backward_one_sm90");
-    attention_da_kernel<1><<<blocks_of_da<1>(p), 256, 0, stream_of(device)>>>(p, problem.groups, kKeys);
+    launch_dependent(device, attention_da_kernel<1>, blocks_of_da<1>(p), 256, 0, p, groups, kKeys);
     LAUNCH_CHECK("attention_backward_one_sm90, da");
 }
 

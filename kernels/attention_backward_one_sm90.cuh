@@ -10,9 +10,10 @@
 // end. A thread holds rows g and g + 8 of its warp's 16 and, of each 8 columns, 2t and 2t + 1.
 //
 // Signs: the weight takes the sign bit of a - b, and sums of sign ds are sums of signed weights times X. That is wrong for
-// equal numbers alone, whose sign is zero. So the keys' numbers are marked in a table of bits, by some bits of theirs; where
-// a query finds its own marked, numbers are compared, and a tile with equal ones is done with care. 64 marks in 32,768 bits
-// and 16 queries of a warp: one tile in 32 compares for nothing.
+// equal numbers alone, whose sign is zero, and for those that scaling makes equal. So the keys' scaled numbers are marked in a
+// table of bits, by some bits of theirs; where a query finds its own marked, they are compared, and a tile with equal ones
+// takes signs from the numbers as they are. 64 marks in 32,768 bits and 16 queries of a warp: one tile in 32 compares for
+// nothing.
 #pragma once
 #include "kernels/attention_backward_tile_sm90.cuh"
 
@@ -34,11 +35,12 @@ using namespace warpgroup_tile;
 
 constexpr unsigned kStages = 4;
 constexpr int kKeys = tuning::attention_backward_sm90().keys, kBlocks = tuning::attention_backward_sm90().blocks;
+constexpr int kMarks = 1024;
 constexpr int kColumns = kKeys / 4;  // of a thread
 
 // ---- operands of X -----------------------------------------------------------------------------------------------
 struct alignas(16) QueryNumbers {
-    float lse, gate, a, unused;
+    float lse, gate, a, scaled;  // scaled: log2(e) a
 };
 // What is needed of 64 queries beside dO, as it lies at the begin of AttentionBackward::partial, [heads][tiles]. Rows of
 // - delta: three numbers that add up to it, and zeros.
@@ -50,8 +52,8 @@ static_assert(sizeof(OfQueries) == kTile * 8 * sizeof(float));
 
 // A step of 16 without swizzle: units of 8 rows and 8 of the inner dimension, 128 bytes. Bits 16-29 of a descriptor: the
 // distance / 16 of units along the inner dimension; 32-45: along rows. - delta has one unit of 8 along the inner dimension,
-// which is read twice; the second time the ones are zeros.
-constexpr std::uint64_t kDeltaLayout = std::uint64_t(8) << 32, kOnesLayout = std::uint64_t(16) << 32;
+// which is read twice; the second time the ones are zeros. All rows of ones are the same eight.
+constexpr std::uint64_t kDeltaLayout = std::uint64_t(8) << 32, kOnesLayout = 0;
 __device__ inline Operand delta_of(const void* tile) { return (shared_address(tile) & 0x3ffff) >> 4; }
 __device__ inline Operand ones_of(const void* tile) { return delta_of(tile) | 8u << 16; }
 
@@ -81,13 +83,13 @@ __device__ inline void multiply_differences(float (&x)[kKeys / 2], Operand gradi
 
 // ---- shared memory -----------------------------------------------------------------------------------------------
 // How pairs are done. plain: all gates of the keys are G, the middle key's. gated: the keys have gates of their own, not far
-// from G. careful: keys may have any gate, scalars may be anything, and equal. nothing: the gate alone makes the queries'
-// weights nothing.
-enum class Way { plain, gated, careful, nothing };
+// from G. tied: as gated, and scalars may be equal. careful: keys may have any gate, scalars may be anything. nothing: the
+// gate alone makes the queries' weights nothing.
+enum class Way { plain, gated, tied, careful, nothing };
 // What is the same for all keys of the tile.
 struct alignas(16) OfKeys {
-    float origin, centre;  // see Keys::b; G
-    float faded;           // a query whose base is below this is nothing for the keys
+    float centre;  // G
+    float faded;   // a query whose base is below this is nothing for the keys
     Way way;
 };
 // What is read anew for each tile of queries, by an address that is kept: a name would be made an address each time.
@@ -119,30 +121,31 @@ struct Shared {
     nv_bf16 weights[2][kKeys * kTile];          // turned; at the end dv
     nv_bf16 values[kKeys * kWidth];             // V
     OfQueries queries[kStages];
-    alignas(128) nv_bf16 ones[kKeys / 8][2][8 * 8];  // units of 8 keys: 1, 1, 1, 0, ... and zeros
-    std::uint32_t marks[1024];                       // of the keys' scaled b: bits 2-11 the word, 12-16 the bit
-    float b[kKeys], gate[kKeys];                     // as they are
-    float scaled[kKeys], below[kKeys];               // see Keys::b; log2(e) (F_j - G)
-    alignas(16) float2 ways[kThreads / kWarp];       // of the warps' keys: largest G - F_j; Way
+    alignas(16) nv_bf16 ones[2][8 * 8];         // units of 8 keys: 1, 1, 1, 0, ... and zeros
+    std::uint32_t marks[kMarks];                // of the keys' scaled b: bits 2-11 the word, 12-16 the bit
+    float scaled[kKeys], below[kKeys];          // log2(e) b, log2(e) (F_j - G)
+    float b[kKeys], gate[kKeys];                // as they are
+    alignas(16) float2 ways[kThreads / kWarp];  // of the warps' keys: largest G - F_j; Way
     OfKeys of_keys;
-    std::uint64_t slab;                             // of the head
-    int written;                                    // tiles of queries that have sums there
-    float sums[kThreads / kWarp][4][kColumns * 2];  // of the warps' lanes t, at the end
+    std::uint64_t slab;             // of the head
+    bool again;                     // an earlier tile of keys has left sums of the queries there
     hopper::Barrier full[kStages];  // dO and its OfQueries are there, and V with a tile of keys' first dO
+    float sums[kThreads / kWarp][4][kColumns * 2];  // of the warps' lanes t, at the end
 };
 
 // Tile n that the block loads is in stage n % kStages; its barrier is waited for with this parity.
 __device__ inline int parity_of(unsigned n) { return static_cast<int>(n / kStages & 1); }
+
+// As warp_number(), which would be kept in a register.
+__device__ inline int warp_anew() { return __shfl_sync(0xffffffffu, thread_anew() / kWarp, 0); }
 
 // ---- a thread's part of the tile ---------------------------------------------------------------------------------
 struct Keys {
     static constexpr int C = kColumns;
     float dv[kKeys / 2] = {}, x[kKeys / 2];
     float db[C] = {}, total[C] = {};  // sums of sign ds, and of ds
-    // log2(e) (b - origin), the origin that of the tile's middle key, as long as rounding this costs no more than rounding
-    // a - b would; a is taken likewise, equal numbers give equal ones.
-    float b[C];
-    static constexpr float kFar = 24.f, kMost = 12.f;
+    float b[C];                       // log2(e) b
+    static constexpr float kFar = 32.f, kMost = 12.f;
 
     // Of the thread's columns of 16, as they number the warp's rows, less 2t: that its first row sees.
     __device__ static int last_seen() {
@@ -150,16 +153,16 @@ struct Keys {
         return lane / 4 - lane % 4 * 2;
     }
     __device__ static int column(int c) { return c / 2 * 8 + lane_of_row() * 2 + c % 2; }
-    __device__ static float scaled_scalar(float x, float origin) { return fmaf(x - origin, kLog2e, 0.f); }  // never -0
+    __device__ static float scaled_scalar(float x) { return fmaf(x, kLog2e, 0.f); }  // never -0
 
-    // Of the thread's key, and of the tile's middle one. On its way while loads are asked for.
+    // Of the thread's key, and the tile's middle gate. On its way while loads are asked for.
     struct Numbers {
-        float scalar, origin, gate = 0.f, centre = 0.f;
+        float scalar, gate = 0.f, centre = 0.f;
         __device__ Numbers(const AttentionBackward<bf16>& p, int head, int first) {
             const int key = thread_anew() % kKeys;
             const std::int64_t at = std::int64_t(first) * p.heads + head;
             const float* const b = p.b.data + at;
-            scalar = b[key * p.heads], origin = b[kKeys / 2 * p.heads];
+            scalar = b[key * p.heads];
             if (p.F.data == nullptr) return;
             const float* const F = p.F.data + at;
             gate = F[key * p.heads], centre = F[kKeys / 2 * p.heads];
@@ -169,30 +172,31 @@ struct Keys {
     __device__ void begin(const AttentionBackward<bf16>& p, Shared& shared, const Numbers& of, int query) {
         const int thread = thread_anew(), key = thread % kKeys;
 #pragma unroll
-        for (int i = 0; i < 1024 / 4 / kThreads; ++i)
+        for (int i = 0; i < kMarks / 4 / kThreads; ++i)
             reinterpret_cast<uint4*>(shared.marks)[i * kThreads + thread] = {0, 0, 0, 0};
 #pragma unroll
         for (int i = 0; i < kKeys * kTile / 8 / kThreads; ++i)
             reinterpret_cast<uint4*>(shared.weights[~query & 1])[i * kThreads + thread] = {0, 0, 0, 0};
         hopper::publish_shared();
-        const float apart = of.centre - of.gate, scaled = scaled_scalar(of.scalar, of.origin);
+        const float apart = of.centre - of.gate, scaled = scaled_scalar(of.scalar);
         const bool gated = __any_sync(0xffffffffu, apart != 0.f) != 0;
         const bool careful = __any_sync(0xffffffffu, !(fabsf(apart) <= kMost) | !(fabsf(scaled) <= kFar)) != 0;
         const float most = gated ? warp_max(apart) : 0.f;
-        if (thread % kWarp == 0) shared.ways[thread / kWarp] = {most, careful ? 2.f : gated ? 1.f : 0.f};
+        if (thread % kWarp == 0) shared.ways[thread / kWarp] = {most, careful ? 3.f : gated ? 1.f : 0.f};
         __syncthreads();
         const float4 ways = *reinterpret_cast<const float4*>(shared.ways);  // two warps have all keys
         if (thread < kKeys) {
             shared.gate[key] = of.gate, shared.below[key] = -apart * kLog2e;
             shared.b[key] = of.scalar, shared.scaled[key] = scaled;
             const std::uint32_t bits = __float_as_uint(scaled);
-            atomicOr(&shared.marks[bits >> 2 & 1023], 1u << (bits >> 12 & 31));
+            atomicOr(&shared.marks[bits >> 2 & (kMarks - 1)], 1u << (bits >> 12 & 31));
         }
         if (thread == 0) {
-            static_assert(int(Way::plain) == 0 && int(Way::gated) == 1 && int(Way::careful) == 2);
+            static_assert(int(Way::plain) == 0 && int(Way::gated) == 1 && int(Way::careful) == 3);
             const bool skips = p.F.data != nullptr && p.skip;
-            shared.of_keys = {of.origin, of.centre, skips ? -(kFaded + fmaxf(ways.x, ways.z)) * kLog2e : -INFINITY,
-                              static_cast<Way>(int(fmaxf(ways.y, ways.w)))};
+            shared.of_keys.centre = of.centre;
+            shared.of_keys.faded = skips ? -(kFaded + fmaxf(ways.x, ways.z)) * kLog2e : -INFINITY;
+            shared.of_keys.way = static_cast<Way>(int(fmaxf(ways.y, ways.w)));
         }
         __syncthreads();
 #pragma unroll
@@ -209,32 +213,33 @@ struct Keys {
     };
     // base: the address of Shared. Votes come first, where all lanes are together.
     __device__ Rows rows(std::uint32_t base, unsigned stage, unsigned row) const {
-        const float4 of = load_four(base + offsetof(Shared, of_keys));  // origin, centre, faded, way
+        const float4 of = load_four(base + std::uint32_t(offsetof(Shared, of_keys)));  // centre, faded, way
         const std::uint32_t numbers =
             base + stage * std::uint32_t(sizeof(OfQueries)) + row * std::uint32_t(sizeof(QueryNumbers));
         Rows r;
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             const float4 x = load_four(numbers + offsetof(Shared, queries) + k * 8 * sizeof(QueryNumbers));
-            r.base[k] = ((x.y - of.y) - x.x) * kLog2e, r.a[k] = scaled_scalar(x.z, of.x);
+            r.base[k] = ((x.y - of.x) - x.x) * kLog2e, r.a[k] = x.w;
         }
         const float mine = threadIdx.x % 2 ? r.a[1] : r.a[0];  // of the four lanes of a row two have one each
         const std::uint32_t bits = __float_as_uint(mine);
-        const std::uint32_t word = load_word(base + (bits & 0xffc) + offsetof(Shared, marks));
+        const std::uint32_t word = load_word(base + (bits & (kMarks - 1) * 4) + offsetof(Shared, marks));
         const bool marked = __funnelshift_r(word, 0u, bits >> 12) & 1u;
-        const bool seen = __any_sync(0xffffffffu, !(r.base[0] < of.z) | !(r.base[1] < of.z)) != 0;
-        bool bad = __any_sync(0xffffffffu, marked | !(fabsf(mine) <= kFar)) != 0;
+        const bool seen = __any_sync(0xffffffffu, !(r.base[0] < of.y) | !(r.base[1] < of.y)) != 0;
+        bool bad = __any_sync(0xffffffffu, marked | !(fabsf(mine) <= kFar)) != 0, far = false;
         if (bad) {
-            bool differ = (fabsf(r.a[0]) <= kFar) & (fabsf(r.a[1]) <= kFar);
+            bool differ = true;
 #pragma unroll
             for (int c = 0; c < C; ++c) differ = differ & (r.a[0] != b[c]) & (r.a[1] != b[c]);
             bad = __any_sync(0xffffffffu, !differ) != 0;
+            far = __any_sync(0xffffffffu, !(fabsf(mine) <= kFar)) != 0;
         }
-        const auto way = static_cast<Way>(__float_as_int(of.w));
-        r.way = !seen ? Way::nothing : bad ? Way::careful : way;
+        auto way = static_cast<Way>(__float_as_int(of.z));
+        if (bad && way < Way::tied) way = Way::tied;
+        r.way = !seen ? Way::nothing : far ? Way::careful : way;
         return r;
     }
-
     // x with the sign of another number.
     __device__ static float signed_as(float x, float y) {
         return __uint_as_float(__float_as_uint(x) | (__float_as_uint(y) & 0x80000000u));  // x is not negative
@@ -247,29 +252,31 @@ struct Keys {
                         int shift, const Rows& r) {
         const auto run = [&](auto way) {
             if (own)
-                add<decltype(way)::value, true>(sums, shared, stage, to, row, shift, r);
+                add<decltype(way)::value, true>(sums, shared, stage, to, row, shift, warp_anew(), r);
             else
-                add<decltype(way)::value, false>(sums, shared, stage, to, row, shift, r);
+                add<decltype(way)::value, false>(sums, shared, stage, to, row, shift, kKeys, r);
         };
-        if (r.way < Way::careful) {  // not a chain of equalities, which would become a table of jumps
+        if (r.way < Way::tied) {  // not a chain of equalities, which would become a table of jumps
             if (r.way == Way::plain)
                 run(std::integral_constant<Way, Way::plain>{});
             else
                 run(std::integral_constant<Way, Way::gated>{});
+        } else if (r.way == Way::tied) {
+            add<Way::tied, true>(sums, shared, stage, to, row, shift, own ? warp_anew() : kKeys, r);
         } else if (r.way == Way::careful) {
-            add<Way::careful, false>(sums, shared, stage, to, row, shift, r);
+            add<Way::careful, false>(sums, shared, stage, to, row, shift, kKeys, r);
         } else {
             __syncwarp();  // a branch, not predicates
 #pragma unroll
             for (int n = 0; n < kKeys / 16; ++n) store_turned(to + n * 16 * kRowBytes, 0u, 0u, 0u, 0u);
         }
     }
+    // own: 16 keys, the last of which the warp's rows see some.
     template <Way way, bool kOwn>
     __device__ void add(float (&sums)[2], const Shared& shared, int stage, std::uint32_t to, int row, int shift,
-                        const Rows& r) {
-        constexpr bool kCareful = way == Way::careful;
+                        int own, const Rows& r) {
+        constexpr bool kTied = way == Way::tied, kCareful = way == Way::careful, kRaw = kTied || kCareful;
         const QueryNumbers* const of = shared.queries[stage].numbers;
-        const int own = kOwn ? warp_number() : 0;  // 16 keys, the last of which the warp's rows see some
 #pragma unroll
         for (int chunk = 0; chunk < kKeys / 16; ++chunk) {
             const std::uint32_t place = to + chunk * 16 * kRowBytes;
@@ -283,30 +290,29 @@ struct Keys {
             for (int m = 0; m < 2; ++m) {
                 const int c = 4 * chunk + 2 * m;
                 float2 below = {0.f, 0.f}, raw = {0.f, 0.f};
-                if (way == Way::gated) below = *reinterpret_cast<const float2*>(shared.below + column(c));
-                if (kCareful) {
-                    below = *reinterpret_cast<const float2*>(shared.gate + column(c));
-                    raw = *reinterpret_cast<const float2*>(shared.b + column(c));
-                }
+                if (way != Way::plain)
+                    below = *reinterpret_cast<const float2*>((kCareful ? shared.gate : shared.below) + column(c));
+                if (kRaw) raw = *reinterpret_cast<const float2*>(shared.b + column(c));
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
                     float q[2];
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
+                        const int i = row + 8 * k;
                         float base = r.base[k], d = r.a[k] - b[c + j], distance = fabsf(d);
+                        if (kRaw) d = of[i].a - (j ? raw.y : raw.x);
                         if (kOwn && last + 8 * k < 8 * m + j) base = -INFINITY;
                         if constexpr (kCareful) {
-                            const int i = row + 8 * k;
-                            d = of[i].a - (j ? raw.y : raw.x), distance = fabsf(d) * kLog2e;
+                            distance = fabsf(d) * kLog2e;
                             base = ((of[i].gate - (j ? below.y : below.x)) - of[i].lse) * kLog2e;
                             if (column(c + j) > i + shift) base = -INFINITY;
                         }
                         float score = base - distance;
-                        if (way == Way::gated) score -= j ? below.y : below.x;
+                        if (way == Way::gated || kTied) score -= j ? below.y : below.x;
                         q[j] = exp2_fast(score);
                         const float of_x = x[8 * chunk + 4 * m + 2 * k + j];
                         float with_sign = signed_as(q[j], d);
-                        if (kCareful && d == 0.f) with_sign = 0.f;
+                        if (kRaw && d == 0.f) with_sign = 0.f;
                         sums[k] = fmaf(with_sign, of_x, sums[k]);
                         db[c + j] = fmaf(with_sign, of_x, db[c + j]);
                         total[c + j] = fmaf(q[j], of_x, total[c + j]);
@@ -321,7 +327,7 @@ struct Keys {
     // dv, db, dF. All products are over, for all warps.
     __device__ void store(const AttentionBackward<bf16>& p, const CUtensorMap* results, Shared& shared, int head,
                           int first) {
-        const int thread = thread_anew(), warp = warp_number(), lane = thread % kWarp;
+        const int thread = thread_anew(), warp = warp_anew(), lane = thread % kWarp;
         const std::uint32_t to = shared_address(shared.weights) + place_of_turned(thread);
 #pragma unroll
         for (int n = 0; n < kKeys / 8; n += 2) {

@@ -110,6 +110,7 @@ struct Way {
     using Queries = attention_forward_packed_sm90_tile::Queries<R>;
     using Numbers = float2;  // largest and least gate
     static constexpr int kOwnBytes = 0;
+    static constexpr std::int64_t kResident = attention_forward_tile::kResident;
     static __device__ const References& of(const Shared& shared) { return shared.of; }
     static __device__ const KeyTile<R>& keys(const KeyTile<R>& tile) { return tile; }
     static __device__ Numbers numbers(const Shared& shared, int stage) {

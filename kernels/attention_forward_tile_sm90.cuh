@@ -205,6 +205,7 @@ struct OutputSums : Rows<kOpposite> {
 //   by(of, numbers)                                what Queries::add and add_diagonal take beside the stage
 //   begin_carefully(queries, p, tiles, summed)     from here on the maximum runs
 //   load_own(shared, full), kOwnBytes              what comes with the first tile
+//   kResident                                      bytes of V of the (sequence, head) pairs that go together
 
 // Thread 0: tile k is on its way; without values where nothing of it counts.
 template <class Way>
@@ -336,7 +337,7 @@ void launch(const Cuda& device, const AttentionForward<bf16>& p, Stored* tiles, 
     LAUNCH_CHECK("attention_forward_sm90, keys");
     // As Order::of of the other architectures.
     const std::int64_t pairs = std::int64_t(p.seq.count) * p.heads;
-    const std::int64_t fitting = attention_forward_tile::kResident / (std::int64_t(p.seq.length) * kWidth * 2);
+    const std::int64_t fitting = Way::kResident / (std::int64_t(p.seq.length) * kWidth * 2);
     const ForwardProblem<Stored> problem{
         map(p.v, kKeys), map(p.o, 16), p,
         tiles,           p.seq.count,  static_cast<int>(std::clamp<std::int64_t>(fitting, 1, pairs))};

@@ -467,6 +467,23 @@ TEST(Attention, GpuScalarGradientsOfEqualScalarsAreExactlyZeroOnEveryPath) {
         }
     }
 }
+// Neighbouring numbers, of which some become one where they are scaled: those keep their signs. And some that are far away.
+TEST(Attention, GpuBackwardTellsNeighbouringScalarsApart) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const bool gate : {false, true})
+        for (const bool far : {false, true}) {
+            Inputs in({.lengths = {256}, .heads = 2, .scalars = 1, .width = 64, .gate = gate});
+            const auto neighbour = [](std::size_t steps) {
+                float x = 0.7f;
+                for (; steps > 0; --steps) x = std::nextafter(x, 1.f);
+                return double(x);
+            };
+            for (std::size_t i = 0; i < in.a.size(); ++i)
+                in.a[i] = neighbour(i * 7 / 3 % 5), in.b[i] = neighbour(i * 11 / 4 % 5);
+            if (far) in.a[2 * 37] = 40, in.a[2 * 130 + 1] = -50, in.b[2 * 77] = 45;
+            check_gpu_paths(in);
+        }
+}
 TEST(Attention, GpuPathRefusesWhatItDoesNotTake) {
     FIEDLER_GPU_OR_SKIP();
     for (const Case& c : std::vector<Case>{{.lengths = {65}, .width = 64},
