@@ -307,14 +307,7 @@ bool attention_backward_packed_sm90_takes(const Cuda& device, const AttentionBac
 
 void attention_backward_packed_sm90(const Cuda& device, const AttentionBackward<bf16>& p) {
     using namespace attention_backward_packed_sm90_tile;
-    switch (attention_padded_scalars(p.scalars)) {
-        case 2:
-            return launch_for<2>(device, p);
-        case 4:
-            return launch_for<4>(device, p);
-        default:
-            return launch_for<8>(device, p);
-    }
+    with_padded_scalars(p.scalars, [&](auto scalars) { launch_for<decltype(scalars)::value>(device, p); });
 }
 
 }  // namespace fiedler

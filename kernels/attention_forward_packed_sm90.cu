@@ -172,14 +172,8 @@ bool attention_forward_packed_sm90_takes(const Cuda& device, const AttentionForw
 }
 
 void attention_forward_packed_sm90(const Cuda& device, const AttentionForward<bf16>& p) {
-    switch (attention_padded_scalars(p.scalars)) {
-        case 2:
-            return launch_for<2>(device, p);
-        case 4:
-            return launch_for<4>(device, p);
-        default:
-            return launch_for<8>(device, p);
-    }
+    attention_tile::with_padded_scalars(p.scalars,
+                                        [&](auto scalars) { launch_for<decltype(scalars)::value>(device, p); });
 }
 
 }  // namespace fiedler

@@ -56,6 +56,18 @@ template <int R>
 __device__ bool whole_scalars(const float* x, int scalars) {
     return scalars == R && reinterpret_cast<unsigned long long>(x) % (R == 2 ? 8 : 16) == 0;
 }
+// run(std::integral_constant<int, R>) with the R that two to eight scalars are padded to.
+template <class Run>
+void with_padded_scalars(int scalars, Run&& run) {
+    switch (attention_padded_scalars(scalars)) {
+        case 2:
+            return run(std::integral_constant<int, 2>{});
+        case 4:
+            return run(std::integral_constant<int, 4>{});
+        default:
+            return run(std::integral_constant<int, 8>{});
+    }
+}
 // One half in both: the compiler reads it so where it is used.
 __device__ inline std::uint32_t twice_low(std::uint32_t x) {
     std::uint32_t y;
