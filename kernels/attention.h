@@ -193,7 +193,8 @@ inline AttentionSlabs attention_slabs(const Packed& seq, std::int32_t longest, s
 inline std::int64_t attention_slab_elements(std::int64_t tokens, std::int32_t heads, std::int32_t scalars) {
     return (tokens + 63) / 64 * 64 * heads * attention_padded_scalars(scalars);
 }
-// What the kernels of sm_90 need of `partial` beside slabs; without it the general way is taken.
+// What the kernels of sm_90 need of `partial` beside slabs, in floats (the first: for a token and head); without it the
+// general way is taken.
 constexpr std::int32_t attention_numbers_of_token(std::int32_t scalars) {
     const std::int32_t R = attention_padded_scalars(scalars);
     return R <= 2 ? 8 : R == 4 ? 11 : R == 8 ? 15 : 0;

@@ -193,6 +193,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 }  // namespace attention_backward_one_tile
 
+bool attention_backward_one_sm90_takes(const Cuda& device, const AttentionBackward<bf16>& p) {
+    return p.scalars == 1 && attention_backward_sm90_tile::takes(device, p);
+}
+
 void attention_backward_one_sm90(const Cuda& device, const AttentionBackward<bf16>& p) {
     using namespace attention_backward_one_tile;
     constexpr int bytes = sizeof(Shared);

@@ -295,14 +295,7 @@ void launch_for(const Cuda& device, const AttentionBackward<bf16>& p) {
 }  // namespace attention_backward_packed_sm90_tile
 
 bool attention_backward_packed_sm90_takes(const Cuda& device, const AttentionBackward<bf16>& p) {
-    using namespace attention_backward_packed_sm90_tile;
-    return device.arch == 90 && p.v.cols == std::int64_t(p.heads) * kWidth && p.scalars >= 2 && p.scalars <= 8 &&
-           p.seq.tokens < 65536 * 32 &&  // groups are counted in 16 bits
-           p.window == 0 && p.seq.length > 0 && p.seq.length % kTile == 0 && p.lse.ld == p.heads &&
-           p.delta.ld == p.heads && (!p.F || (p.F.ld == p.heads && p.dF.ld == p.heads)) &&
-           reinterpret_cast<std::uintptr_t>(p.partial.data) % 16 == 0 &&
-           p.partial.size >= attention_numbers_elements(p.seq.tokens, p.heads, kWidth, p.scalars) +
-                                 attention_slab_elements(p.seq.tokens, p.heads, p.scalars);
+    return p.scalars >= 2 && p.scalars <= 8 && attention_backward_sm90_tile::takes(device, p);
 }
 
 void attention_backward_packed_sm90(const Cuda& device, const AttentionBackward<bf16>& p) {

@@ -1,5 +1,5 @@
 // kernels/attention_backward_sm90.cu: the products of the backward pass of scalar-distance attention for sm_90a by
-// themselves, for tests, and what its kernel for one scalar takes.
+// themselves, for tests.
 #include "kernels/attention_backward_sm90.h"
 
 #include "kernels/attention_backward_tile_sm90.cuh"
@@ -49,8 +49,6 @@ __global__ void __launch_bounds__(kThreads) products_kernel(Products io) {
     for (int i = thread; i < N * kTile; i += kThreads) io.pt[i] = turned[swizzled(i)];
 }
 
-bool is_aligned16(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
-
 }  // namespace
 
 void attention_backward_sm90_products(const Cuda& device, const bf16* x, const bf16* y, const bf16* p, float* xy,
@@ -62,16 +60,6 @@ void attention_backward_sm90_products(const Cuda& device, const bf16* x, const b
     else
         products_kernel<32><<<1, kThreads, 0, stream_of(device)>>>(io);
     LAUNCH_CHECK("attention_backward_sm90_products");
-}
-
-bool attention_backward_one_sm90_takes(const Cuda& device, const AttentionBackward<bf16>& p) {
-    return device.arch == 90 && p.v.cols == std::int64_t(p.heads) * kWidth && p.scalars == 1 &&
-           p.seq.tokens < 65536 * 32 &&  // groups are counted in 16 bits
-           p.window == 0 && p.seq.length > 0 && p.seq.length % kTile == 0 && is_aligned16(p.a.data) &&
-           p.lse.ld == p.heads && p.delta.ld == p.heads && (!p.F || p.F.ld == p.heads) &&
-           is_aligned16(p.partial.data) &&
-           p.partial.size >= attention_numbers_elements(p.seq.tokens, p.heads, kWidth, 1) +
-                                 attention_slab_elements(p.seq.tokens, p.heads, 1);
 }
 
 }  // namespace fiedler

@@ -1,12 +1,12 @@
 // kernels/attention_backward_sm90.h: the backward pass of attention.h with one scalar on sm_90's own instructions
-// (attention_backward_one_sm90.cu and attention_backward_sm90.cu, compiled for sm_90a alone).
+// (attention_backward_one_sm90.cu; its products by themselves: attention_backward_sm90.cu; compiled for sm_90a alone).
 #pragma once
 #include "kernels/attention.h"
 
 namespace fiedler {
 
-// Can it be asked for this problem? An sm_90 device; D = 64; R = 1; no window; equal sequences of a multiple of 64 tokens; a
-// and partial aligned to 16 bytes, and room in partial for attention_numbers_elements and a slab.
+// Can it be asked for this problem? An sm_90 device; D = 64; R = 1; no window; equal sequences of a multiple of 64 tokens;
+// numbers of heads side by side; partial at a multiple of 16 bytes, and room in it for attention_numbers_elements and a slab.
 bool attention_backward_one_sm90_takes(const Cuda&, const AttentionBackward<bf16>&);
 void attention_backward_one_sm90(const Cuda&, const AttentionBackward<bf16>&);
 

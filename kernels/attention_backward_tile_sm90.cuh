@@ -76,6 +76,17 @@ struct Range {
     }
 };
 
+// What both kernels ask for beside their numbers of scalars.
+inline bool takes(const Cuda& device, const AttentionBackward<bf16>& p) {
+    return device.arch == 90 && p.v.cols == std::int64_t(p.heads) * kWidth &&
+           p.seq.tokens < 65536 * 32 &&  // groups are counted in 16 bits
+           p.window == 0 && p.seq.length > 0 && p.seq.length % kTile == 0 && p.lse.ld == p.heads &&
+           p.delta.ld == p.heads && (!p.F || (p.F.ld == p.heads && p.dF.ld == p.heads)) &&
+           reinterpret_cast<std::uintptr_t>(p.partial.data) % 16 == 0 &&
+           p.partial.size >= attention_numbers_elements(p.seq.tokens, p.heads, kWidth, p.scalars) +
+                                 attention_slab_elements(p.seq.tokens, p.heads, p.scalars);
+}
+
 // How the blocks share the work: groups of tiles of `keys` keys. before: floats of `partial` that are not slabs.
 inline BackwardGroups groups_of(const AttentionBackward<bf16>& p, int keys, std::int64_t before) {
     BackwardGroups groups;

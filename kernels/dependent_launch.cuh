@@ -5,7 +5,8 @@
 // may do what does not depend on the first; before the rest a thread that reads or writes what the first has to do with
 // calls wait_for_previous(), which returns when the first is over and its writes are seen. Some thread of the second does
 // in any case: then whatever comes after the second comes after the first too. The first is launched as usual, so that
-// what is older than it is over when either begins.
+// what is older than it is over when either begins. Or it depends on a third itself: it is over after that one, since some
+// thread of it waits, and the second must do nothing that memory shows before it waits.
 #pragma once
 #include <cuda_runtime.h>
 

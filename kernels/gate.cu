@@ -2,8 +2,8 @@
 // tokens a thread: a scan within the tile in f32, the carry from tile to tile in double. Neighbouring lanes have
 // neighbouring tokens, so that a warp's accesses touch few lines; blocks of the same tokens are neighbours, so that each
 // 32-byte sector comes from memory once. A warp does short sequences alone. Long ones are cut into chunks of one block
-// each: their sums come first, what is carried into each follows from those in double, and then each is walked like a
-// sequence.
+// each: their sums come first (f32 within a warp, double across warps and chunks), what is carried into each follows from
+// those, and then each is walked like a sequence.
 #include "kernels/common.cuh"
 #include "kernels/dependent_launch.cuh"
 #include "kernels/gate.h"

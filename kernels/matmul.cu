@@ -248,7 +248,7 @@ constexpr int kMostTried = 12, kTimedRuns = 3, kRounds = 4;
 
 bool in_place(const Product& p) { return p.c.data != nullptr && p.c.data == p.d.data; }
 constexpr std::size_t kFingerprintBytes = 256;  // at the begin of the workspace; alignment of what follows
-// See above: p itself, or columns of it.
+// See above: p itself, or columns of it; none where not even those of a tile fit.
 Product searched(const Cuda& dev, const Product& p) {
     if (!in_place(p)) return p;
     const std::int64_t of_column = p.d.ld * (p.d.type == CUDA_R_32F ? 4 : 2);
@@ -256,7 +256,8 @@ Product searched(const Cuda& dev, const Product& p) {
     constexpr std::int64_t kWhole = 256;  // columns of the widest tile
     const std::int64_t fitting = half / of_column / kWhole * kWhole;
     Product columns = p;
-    if (p.d.cols > fitting) columns.d.cols = (columns.b.op == CUBLAS_OP_N ? columns.b.cols : columns.b.rows) = fitting;
+    columns.d.cols = std::min(p.d.cols, fitting);
+    (p.b.op == CUBLAS_OP_N ? columns.b.cols : columns.b.rows) = columns.d.cols;
     columns.d.data = static_cast<std::byte*>(dev.workspace) + kFingerprintBytes;
     columns.reserved = kFingerprintBytes + static_cast<std::size_t>(columns.d.cols * of_column);
     columns.reserved = (columns.reserved + kFingerprintBytes - 1) / kFingerprintBytes * kFingerprintBytes;
@@ -271,6 +272,7 @@ bool can_search(const Cuda& dev, const Product& p) {
     CUDA_CHECK(cudaStreamIsCapturing(stream_of(dev), &status));
     return status == cudaStreamCaptureStatusNone;
 }
+
 // Adds up the words of a matrix, each times a number of its place.
 template <class Word>
 __global__ void __launch_bounds__(256)
@@ -306,12 +308,13 @@ double seconds_of(const Cuda& dev, const Plan& plan, const cublasLtMatmulAlgo_t&
 //
 // In rounds, of which the best counts: a GPU that has been waiting takes a while to reach its clock, and leaves it again.
 int fastest(const Cuda& dev, const Product& whole, const Proposals& proposals, int first, int found) {
-    const Product p = searched(dev, whole);
-    const Plan plan = describe(p);
     const auto algorithm = [&](int i) -> const cublasLtMatmulAlgo_t& {
         return proposals[static_cast<std::size_t>(i)].algo;
     };
-    if (splits(algorithm(first)) || p.d.cols == 0) return first;
+    if (splits(algorithm(first))) return first;
+    const Product p = searched(dev, whole);
+    if (p.d.cols == 0) return first;
+    const Plan plan = describe(p);
     constexpr double kWorthIt = 0.98;
     if (in_place(whole) && launch(dev, plan, algorithm(first), p) != CUBLAS_STATUS_SUCCESS) {
         (void)cudaGetLastError();
@@ -340,9 +343,6 @@ int fastest(const Cuda& dev, const Product& whole, const Proposals& proposals, i
 }
 
 // A long sum with too few tiles for the multiprocessors is better split, and the heuristic does not always say so first.
-// Which one is taken must not depend on times: the first that splits; where that has a block for nearly every
-// multiprocessor, of those that have, too, the one whose blocks read least (one of 64 x 96: less than three of 64 x 32).
-// Rows that are not multiples of 16 bytes take kernels of another kind, two or more of whose blocks share a multiprocessor.
 bool wants_split(const Cuda& dev, const Product& p) {
     constexpr std::int64_t kTile = 128, kLong = 4096;
     const std::int64_t inner = p.a.op == CUBLAS_OP_N ? p.a.cols : p.a.rows;
@@ -376,12 +376,16 @@ double reads_of(const Cuda& dev, const Product& p, const cublasLtMatmulAlgo_t& a
     if (blocks > dev.sm_count || 10 * blocks < 9 * dev.sm_count) return INFINITY;
     return double(p.d.rows) * double(across) + double(p.d.cols) * double(down);
 }
+// Which one is taken must not depend on times: the first that splits; where that has a block for nearly every
+// multiprocessor, of those that have, too, the one whose blocks read least (one of 64 x 96: less than three of 64 x 32).
+// Operands that are not aligned to 16 bytes take kernels of another kind, of whose blocks a multiprocessor may have several.
 void put_splitting_first(const Cuda& dev, const Product& p, Proposals& proposals, int found) {
     const auto begin = proposals.begin(), end = begin + found;
     auto best = std::find_if(begin, end, [](const cublasLtMatmulHeuristicResult_t& x) {
         return x.state == CUBLAS_STATUS_SUCCESS && splits(x.algo);
     });
-    const bool aligned = alignment_a(p) >= 16 && p.a.ld * bytes_of(p.a) % 16 == 0 && p.b.ld * bytes_of(p.b) % 16 == 0;
+    const bool aligned = alignment_a(p) >= 16 && p.a.ld * bytes_of(p.a) % 16 == 0 && alignment_b(p) >= 16 &&
+                         p.b.ld * bytes_of(p.b) % 16 == 0;
     double least = best != end && aligned ? reads_of(dev, p, best->algo) : INFINITY;
     for (auto x = best; x != end && least < INFINITY; ++x) {
         if (x->state != CUBLAS_STATUS_SUCCESS || !splits(x->algo)) continue;

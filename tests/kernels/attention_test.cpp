@@ -507,6 +507,16 @@ TEST(Attention, GpuPathRefusesWhatItDoesNotTake) {
         EXPECT_FALSE(attention_backward_by_path(gpu(), p, AttentionPath::sm90));
         EXPECT_TRUE(attention_backward_by_path(gpu(), p, AttentionPath::general));
     }
+    // Numbers of heads that do not lie side by side.
+    for (const std::int32_t scalars : {1, 8}) {
+        const Inputs in({.lengths = {128}, .heads = 2, .scalars = scalars, .width = 64, .gate = true});
+        Trial<bf16, Cuda> run(gpu(), in);
+        run.forward();
+        auto p = run.backward_arguments();
+        EXPECT_TRUE(attention_backward_by_path(gpu(), p, AttentionPath::sm90));
+        p.dF.ld = 2 * in.c.heads;  // refused, it is not written
+        EXPECT_FALSE(attention_backward_by_path(gpu(), p, AttentionPath::sm90));
+    }
 }
 #if FIEDLER_SM90A
 // The sm_90 kernel's operands, as they lie in shared memory, on integers: x y', x' p' and p turned on its way.
