@@ -29,12 +29,12 @@ struct Problem {
 };
 
 // Of every token and head: delta = dO . o, and what goes with it. Eight lanes share one; a block has a tile of keys.
-constexpr int kNumbersThreads = kKeys * 8;
+constexpr int kNumbersThreads = kKeys * 8, kNumbersWarps = kNumbersThreads / kWarp;
 template <int R>
 __global__ void __launch_bounds__(kNumbersThreads)
     attention_packed_numbers_kernel(AttentionBackward<bf16> p, OfQueries<R>* queries, OfKeys<R>* keys) {
     dependents_may_start();
-    __shared__ float most[kNumbersThreads / kWarp];
+    __shared__ float most[kNumbersWarps], tops[kNumbersWarps];
     const int head = static_cast<int>(blockIdx.x), part = static_cast<int>(threadIdx.x) % 8;
     const int key = static_cast<int>(threadIdx.x) / 8, token = static_cast<int>(blockIdx.y) * kKeys + key;
     const auto g = load16(nv(p.do_.data) + token * p.do_.ld + head * kWidth + part * 8);
@@ -57,14 +57,12 @@ __global__ void __launch_bounds__(kNumbersThreads)
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum = fmaf(to_float(g.v[i]), to_float(o.v[i]), sum);
     for (int i = 4; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
-    const unsigned far = __ballot_sync(0xffffffffu, !packs(a[0]) | !packs(a[1])) >> (threadIdx.x & 24) & 255;
+    const float base = numbers.gate - numbers.lse;  // of part 0
+    const bool far = !(packs(a[0]) && packs(a[1]) && base < INFINITY);
+    const float top_of_warp = warp_max(far ? INFINITY : part == 0 ? base : -INFINITY);
     OfQueries<R>& tile = queries[head * std::int64_t(p.seq.tokens / kTile) + token / kTile];
     if (part < R / 2) tile.a[token % kTile][part] = pack_half(packed_number(a[0]), packed_number(a[1]));
-    if (part == 0) {
-        numbers.delta = p.delta.data[number] = sum;
-        numbers.far = far != 0 ? 1.f : 0.f;
-        *reinterpret_cast<float4*>(&tile.numbers[token % kTile]) = *reinterpret_cast<const float4*>(&numbers);
-    }
+    if (part == 0) numbers.delta = p.delta.data[number] = sum;
     // Of two keys each packs one scalar of both.
     OfKeys<R>& of = keys[head * std::int64_t(p.seq.tokens / kKeys) + blockIdx.y];
     const bool odd = key % 2 != 0;
@@ -74,22 +72,30 @@ __global__ void __launch_bounds__(kNumbersThreads)
     if (part < R / 2) pair.b[2 * part + odd] = odd ? pack_half(other, own) : pack_half(own, other);
     const float apart = centre - numbers.gate, of_warp = warp_max(apart);
     if (part == 0) (&pair.gate.x)[odd] = -apart * kLog2e;
-    if (threadIdx.x % kWarp == 0) most[threadIdx.x / kWarp] = of_warp;
+    if (threadIdx.x % kWarp == 0) most[threadIdx.x / kWarp] = of_warp, tops[threadIdx.x / kWarp] = top_of_warp;
     const bool out = __syncthreads_or(!packs(b[0]) | !packs(b[1])) != 0;
+    static_assert(kKeys == kTile && kWarp % kNumbersWarps == 0);
+    numbers.top = warp_max(tops[threadIdx.x % kNumbersWarps]);
+    if (part == 0)
+        *reinterpret_cast<float4*>(&tile.numbers[token % kTile]) = *reinterpret_cast<const float4*>(&numbers);
     if (threadIdx.x == 0) {
         float x = most[0];
 #pragma unroll
-        for (int w = 1; w < kNumbersThreads / kWarp; ++w) x = fmaxf(x, most[w]);
-        const float faded = p.F.data != nullptr && p.skip ? -(kFaded + x) * kLog2e : -INFINITY;
-        *reinterpret_cast<float4*>(&of.centre) = make_float4(centre, faded, out ? 1.f : 0.f, 0.f);
+        for (int w = 1; w < kNumbersWarps; ++w) x = fmaxf(x, most[w]);
+        const float faded = p.F.data != nullptr && p.skip ? -(kFaded + x) * kLog2e : -1e30f;  // finite: see Rows::rare
+        *reinterpret_cast<float4*>(&of.centre) = make_float4(centre, out ? -INFINITY : faded, 0.f, 0.f);
     }
 }
 
-// One thread: the next tile of queries is on its way to a place, and with the first of them V and OfKeys.
+// One thread: the next tile of queries is on its way to a place, and with the first of them V and OfKeys. After the last
+// tile nothing comes, and the place counts as filled.
 template <int R>
 __device__ void load_queries(const Problem<R>& problem, Shared<R>& shared, int place) {
     auto& next = shared.next;
-    if (next.left == 0) return;
+    if (next.left == 0) {
+        hopper::barrier_arrive(&shared.full[place]);
+        return;
+    }
     const AttentionBackward<bf16>& p = problem.p;
     const int head = next.head, query = next.query, first = next.first, keys = next.keys;
     constexpr int kBytes = kTileElements * 2 + int(sizeof(OfQueries<R>)),
@@ -136,13 +142,16 @@ struct Rounds {
 
     __device__ static int after(int place) { return place == kPlaces - 1 ? 0 : place + 1; }
     __device__ static int before(int place) { return place == 0 ? kPlaces - 1 : place - 1; }
-    __device__ Operand gradients(int of) const { return advance(operands, of * kStageBytes); }
+    // The number that all threads of the warp have, known to be so.
+    __device__ static Operand same(Operand x) { return __shfl_sync(0xffffffffu, x, 0); }
+    __device__ Operand gradients(int of) const { return same(advance(operands, of * kStageBytes)); }
     __device__ void multiply(int of, int keys) {  // dP
-        multiply_rows<kKeys>(dp, gradients(of), advance(operands, int(offsetof(S, values)) + keys * kWeightBytes));
+        multiply_rows<kKeys>(dp, gradients(of),
+                             same(advance(operands, int(offsetof(S, values)) + keys * kWeightBytes)));
     }
     __device__ void multiply_results(Keys<R>& keys) {  // dv of the round before
         multiply_turned<kKeys>(keys.dv, gradients(before(place)),
-                               advance(operands, int(offsetof(S, weights)) + (buffer ^ 1) * kWeightBytes));
+                               same(advance(operands, int(offsetof(S, weights)) + (buffer ^ 1) * kWeightBytes)));
     }
     __device__ Sums* sums_of(int q) const {
         return reinterpret_cast<Sums*>(shared.slab + (q * (kTile * R) + Keys<R>::sums_place(thread_anew())));
@@ -156,8 +165,8 @@ struct Rounds {
     }
     __device__ void wait() { hopper::barrier_wait(&shared.full[place], parity); }
 
-    // The queries of one tile of keys, the first of which is `first`. more: another tile of keys follows.
-    __device__ void run(Keys<R>& keys, int of_keys, int first, const Range& range, bool more) {
+    // The queries of one tile of keys, the first of which is `first`.
+    __device__ void run(Keys<R>& keys, int of_keys, int first, const Range& range) {
         const int head = shared.next.head;
         const AttentionBackward<bf16>& p = problem.p;
         // Products begin on one way alone, which ptxas asks for: the first round has a product dv with weights that are zeros.
@@ -182,19 +191,18 @@ struct Rounds {
             hopper::pin(dp);
             multiply_results(keys);
             float da[4] = {};
-            if (!rows.seen) {
-                __syncwarp();  // a branch, not predicates
-                keys.add_nothing(turned);
-            } else if (rows.far) {
-                keys.add_far(da, dp, p, of, turned, head, q * kTile, first, row, shift, rows);
+            const OfLane of_lane = shared.lanes[static_cast<unsigned>(thread_anew()) % kWarp];
+            if (rows.rare()) {
+                if (rows.far())
+                    keys.add_far(da, dp, p, of, turned, head, q * kTile, first, row, shift, rows);
+                else
+                    keys.add_nothing(turned);
             } else if (shift < kKeys) {
-                keys.template add<true>(da, dp, shared.lanes[thread_anew() % kWarp], of, queries, turned, row, shift,
-                                        rows);
+                keys.template add<true>(da, dp, of_lane, of, queries, turned, row, shift, rows);
             } else {
-                keys.template add<false>(da, dp, shared.lanes[thread_anew() % kWarp], of, queries, turned, row, shift,
-                                         rows);
+                keys.template add<false>(da, dp, of_lane, of, queries, turned, row, shift, rows);
             }
-            if (!ends || more) hopper::barrier_wait(&shared.full[next], next == 0 ? parity ^ 1 : parity);
+            hopper::barrier_wait(&shared.full[next], next == 0 ? parity ^ 1 : parity);
             multiply(next, of_keys ^ int(ends));
             hopper::product_wait<1>();
             hopper::pin(keys.dv);
@@ -205,7 +213,8 @@ struct Rounds {
             add_sums(left, da);
             if (Keys<R>::has_sums(thread_anew()))
                 *sums_of(q) = left;  // here, since publishing waits for what was stored
-            if (thread_anew() == 0) load_queries(problem, shared, before(place));
+            // One warp after the other, or one were always behind.
+            if (thread_anew() == place * kWarp) load_queries(problem, shared, before(place));
             if (next == 0) parity ^= 1;
             place = next, buffer ^= 1;
         }
@@ -254,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     for (int k = 0; k < groups.tiles && first < p.seq.tokens; ++k, first += kKeys) {
         const Range range(p, first);
         Keys<R> keys;
-        rounds.run(keys, k & 1, first, range, k + 1 < groups.tiles && first + kKeys < p.seq.tokens);
+        rounds.run(keys, k & 1, first, range);
         keys.store(p, &problem.results, shared, head, first);
         if (threadIdx.x == 0) shared.written = max(shared.written, range.end);
     }
@@ -288,7 +297,7 @@ void launch_for(const Cuda& device, const AttentionBackward<bf16>& p) {
                              static_cast<unsigned>(ceil_div(pairs, together)));
     launch_dependent(device, kernel, grid_of_pairs, kThreads, bytes, problem);
     LAUNCH_CHECK("attention_backward_packed_sm90");
-    attention_da_kernel<R><<<blocks_of_da<R>(p), 256, 0, stream_of(device)>>>(p, problem.groups, kKeys);
+    launch_dependent(device, attention_da_kernel<R>, blocks_of_da<R>(p), 256, 0, p, groups, kKeys);
     LAUNCH_CHECK("attention_backward_packed_sm90, da");
 }
 

@@ -6,13 +6,16 @@
 //     dv' += dO' P      [64, 64]  A: dO turned, B: P turned, rows of 64 queries (P is turned on its way from registers)
 // A thread holds rows g and g + 8 of its warp's 16 and, of each 8 columns, 2t and 2t + 1. Differences d = b - a are pairs of
 // f16 (kernels/attention_packed.cuh), of two keys. -ds, rounded to bf16 once for all of its sums, is multiplied by the signs,
-//     step = sat(2^15 d + 15/16), read as bf16: 0, 2^-8 (d = 0) or 2^-7, since the least |d| is 2^-13
-//     X_r = (-256 (-ds)) step + (-ds) = sign(d_r) ds                         exact, and 0 at a tie
-// Of pair p of scalars, r = 2p and r + 1, and 8 columns
-//     {X_r of rows g, X_r+1 of rows g, X_r of rows g + 8, X_r+1 of rows g + 8}
-// are an A operand of a warp, 16 x 16. Its product with ones in column p (of the first eight of the inner dimension) and
-// p + 4 (of the others) is the sum along rows, da; turned, 8 x 8 each, and times the same ones it is that along columns, db.
-// So sums take no exchange between lanes, and db four registers for eight keys and all scalars.
+//     step = 0, 2^-47 (d = 0) or 2^-46, see step_of
+//     X_r = (-2^47 (-ds)) step + (-ds) = sign(d_r) ds                        exact, and 0 at a tie
+// Of rows g (or g + 8), four scalars r and 8 columns {X_r, X_r+1, X_r+2, X_r+3} are an A operand of a warp, 16 x 16. Its
+// product with ones in one column for the first eight of the inner dimension and in the next one for the others is the sum
+// along rows, da. Z = X of rows g + X of rows g + 8, rounded to bf16, turned, 8 x 8 each, and times the same ones is that
+// along columns, db. So sums take no exchange between lanes, and db four registers for 16 keys and all scalars.
+//
+// What the arithmetic waits for is, more than its own pipes, shared memory (loads, movmatrix and the products' operands) and
+// instructions between tiles: operands that are constants stay in registers, and products' operands are named through
+// same(), which makes ptxas compute them once for the warp.
 #pragma once
 #include "kernels/attention_backward_tile_sm90.cuh"
 #include "kernels/attention_packed.cuh"
@@ -39,7 +42,7 @@ constexpr int kPlaces = 3;  // of tiles of queries in shared memory
 // [heads][tiles] each.
 struct alignas(16) QueryNumbers {
     float lse, delta, gate;
-    float far;  // not 0: a scalar is out of range
+    float top;  // the largest gate - lse of the tile; infinite: a scalar is out of range, or a number is none
 };
 template <int R>
 struct alignas(128) OfQueries {
@@ -54,9 +57,9 @@ struct alignas(16) KeyPair {
 template <int R>
 struct alignas(256) OfKeys {
     KeyPair<R> pairs[kEights][4];  // of each eight and each t: keys 2t and 2t + 1
-    float centre, faded;           // G; below this, the gate alone makes a query's weights nothing for the keys
-    float far;                     // as that of queries
-    float none;
+    float centre;                  // G
+    float faded;                   // below this, the gate alone makes a query's weights nothing; -infinite: as top
+    float none[2];
 };
 template <int R>
 constexpr int kNumbersOfToken = (sizeof(OfQueries<R>) / kTile + sizeof(OfKeys<R>) / kKeys) / sizeof(float);
@@ -64,14 +67,27 @@ static_assert(kNumbersOfToken<8> == attention_numbers_of_token(8) &&
               kNumbersOfToken<4> == attention_numbers_of_token(4) &&
               kNumbersOfToken<2> == attention_numbers_of_token(2));
 
-// B operands: ones in columns p and p + 4, and that of packed_scores.
-struct OfLane {
-    uint2 ones[4], diagonal;
-    __device__ void make(int lane) {
+// A lane's part of operands that are constants.
+struct alignas(32) OfLane {
+    std::uint32_t low[2], high[2];  // bytes of bf16 ones: byte i of low[k] and of high[k] is column 4k + i's
+    uint2 diagonal;                 // B operand of packed_scores
+    std::uint32_t tie;              // see step_of; a constant that is loaded stays in a register
+    __device__ void make(unsigned lane) {
+        const unsigned column = lane / 4, shift = column % 4 * 8;
 #pragma unroll
-        for (int p = 0; p < 4; ++p) ones[p] = {lane / 4 == p ? 0x3f803f80u : 0u, lane / 4 == p + 4 ? 0x3f803f80u : 0u};
+        for (unsigned k = 0; k < 2; ++k) {
+            const bool own = column / 4 == k;
+            low[k] = own ? 0x80u << shift : 0u, high[k] = own ? 0x3fu << shift : 0u;
+        }
         diagonal = minus_diagonals();
+        tie = 0x28002800u;
     }
+    // B operand of 8 of the inner dimension: ones in a column. Of 16: in columns p and q for the first and second eight.
+    __device__ std::uint32_t ones(int column) const {
+        const int byte = column % 4;
+        return __byte_perm(low[column / 4], high[column / 4], byte * 0x0101 | (byte + 4) * 0x1010);
+    }
+    __device__ uint2 ones(int p, int q) const { return {ones(p), ones(q)}; }
 };
 template <int R>
 struct Shared {
@@ -79,7 +95,7 @@ struct Shared {
     nv_bf16 gradients[kPlaces][kTileElements];  // dO; tiles at multiples of 1024 bytes
     nv_bf16 values[2][kKeys * kWidth];          // V, also of the next keys
     nv_bf16 weights[2][kKeys * kTile];          // turned; at the end db's Parts, and dv
-    Parts dF;
+    float dF[kWarps][kKeys];
     OfQueries<R> queries[kPlaces];
     OfKeys<R> keys[2];
     float* slab;  // of the head
@@ -99,17 +115,25 @@ struct Shared {
 };
 
 // ---- operands ----------------------------------------------------------------------------------------------------
-// Two tiles of an eight, by the addresses of the lower 16 lanes; see attention_backward_tile_sm90.cuh.
-__device__ inline void store_turned(std::uint32_t to, std::uint32_t a, std::uint32_t b) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};\n" ::"r"(to), "r"(a), "r"(b)
-                 : "memory");
-}
-// An A operand: rows and columns change places in each of its four 8 x 8.
+// Rows and columns change places in 8 x 8; in each of the four of an A operand.
+__device__ inline void turn(std::uint32_t& x) { asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;\n" : "+r"(x)); }
 __device__ inline void turn(std::uint32_t (&x)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;\n" : "+r"(x[i]));
+    for (int i = 0; i < 4; ++i) turn(x[i]);
 }
-// B operand of 8 of the inner dimension: ones in a column.
+// Read as bf16: 0 where d < 0, 2^-47 where d = 0 (tie, 0x2800 twice), 2^-46 where d > 0. d is taken as integers, of which
+// max(min(d + 0x2800, 0x2880), 0) is made in one instruction: those of numbers from 2^-13 on are at least 0x0800, and those
+// of numbers over -2^7, as all are, below -0x2800.
+__device__ inline std::uint32_t step_of(std::uint32_t d, std::uint32_t tie) {
+    return __viaddmin_s16x2_relu(d, tie, 0x28802880u);
+}
+static_assert(2 * kPackedRange * kLog2e < 128.f);
+__device__ inline std::uint32_t add_bf16(std::uint32_t x, std::uint32_t y) {
+    std::uint32_t z;
+    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
+// OfLane::ones, where it need not be fast.
 __device__ inline std::uint32_t ones_in(unsigned column) {
     return threadIdx.x % kWarp / 4 == column ? 0x3f803f80u : 0u;
 }
@@ -119,70 +143,64 @@ template <int R>
 struct Keys {
     static constexpr int P = R / 2;  // pairs of scalars
     float dv[kKeys / 2] = {};
-    // Rows are keys: of an eight, first a pair's first scalar, then the second. Columns: of pair p, p (queries of rows g) and
-    // p + 4 (g + 8). dF: rows are keys of two eights, columns that of pair p are those of eights 2p and 2p + 1.
-    float db[kEights][4] = {}, dF[4] = {};
+    // Rows are keys: of an eight, first a pair's first scalar, then the second. Columns: of pair p, p (of two eights, the
+    // first) and p + 4 (the second). dF: rows are keys of two eights, of which those of m are in columns 2m (queries of rows
+    // g) and 2m + 1 (g + 8).
+    float db[kEights / 2][4] = {}, dF[4] = {};
 
     // What a thread's two rows need of a tile of queries.
     struct Rows {
         float base[2], delta[2];  // relative to G in base 2
-        bool far, seen;           // the same for the warp
+        float top;                // the largest base of the tile, above `faded`
         __device__ Rows(const OfKeys<R>& keys, const OfQueries<R>& of, int row) {
-            const float centre = keys.centre, faded = keys.faded;
-            bool out = keys.far != 0.f;
+            const float centre = keys.centre;
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
                 const QueryNumbers x = of.numbers[row + 8 * k];
-                base[k] = ((x.gate - centre) - x.lse) * kLog2e, delta[k] = x.delta, out |= x.far != 0.f;
+                base[k] = ((x.gate - centre) - x.lse) * kLog2e, delta[k] = x.delta;
+                top = (x.top - centre) * kLog2e - keys.faded;
             }
-            far = __any_sync(0xffffffffu, out) != 0;
-            seen = __any_sync(0xffffffffu, !(base[0] < faded) | !(base[1] < faded)) != 0;
         }
+        // The same for the block. Not a tile as most: far, or its weights are nothing.
+        __device__ bool rare() const { return !(top >= 0.f && top < INFINITY); }
+        __device__ bool far() const { return !(top < 0.f); }
     };
     using Products = float[kKeys / 2];  // dP of a tile
 
     // dP of the thread's rows, of which `row` is the first, to weights and into all sums. to: the lane's place in the turned
-    // weights; da: see sums_place. kMasked: row i sees keys up to i + shift.
+    // weights; da: see sums_place. kMasked: row i sees keys up to i + shift. The scores of an eight are made before the sums
+    // of the one before, which hides how long they take.
     template <bool kMasked>
     __device__ void add(float (&da)[4], const Products& dp, const OfLane& of_lane, const OfKeys<R>& keys,
                         const OfQueries<R>& queries, std::uint32_t to, int row, int shift, const Rows& rows) {
-        const int t = static_cast<int>(thread_anew() % 4);
-        const int last = row + shift - 2 * t;
+        const int t = static_cast<int>(thread_anew() % 4), last = row + shift - 2 * t;
         int seen = shift + 16 + (kMasked ? row & 48 : 0);
         asm volatile("" : "+r"(seen));
+        Scores x[2];
+        std::uint32_t weights[2][2], minus_ds[4];
+        score<kMasked>(x[0], of_lane, keys, queries, row, rows, t, 0, last);
 #pragma unroll
-        for (int m = 0; m < kEights / 2; ++m) {
-            if (16 * m >= seen) {  // also: what the compiler may not mix, for want of registers
-                store_turned(to + m * 16 * kRowBytes, 0u, 0u, 0u, 0u);
-                continue;
+        for (int eight = 0; eight < kEights; ++eight) {
+            // Also, where it never is so: what the compiler may not mix, for want of registers.
+            if (eight % 2 == 0 && 8 * eight >= seen) {
+#pragma unroll 1
+                for (int i = eight; i < kEights; i += 2) store_turned(to + i * 8 * kRowBytes, 0u, 0u, 0u, 0u);
+                return;
             }
-            std::uint32_t minus_ds[4];
-#pragma unroll
-            for (int n = 0; n < 2; ++n) {
-                const int eight = 2 * m + n;
-                std::uint32_t d[2][R], y[R], a[2][P];
-#pragma unroll
-                for (int k = 0; k < 2; ++k)
-#pragma unroll
-                    for (int p = 0; p < P; ++p) a[k][p] = queries.a[row + 8 * k][p];
-#pragma unroll
-                for (int r = 0; r < R; ++r) y[r] = keys.pairs[eight][t].b[r];
-#pragma unroll
-                for (int k = 0; k < 2; ++k) packed_differences<R>(d[k], y, a[k]);
-                float s[4], c[4];
-                bases<kMasked>(c, keys.pairs[eight][t].gate, rows, eight, last);
-                packed_scores<R, true>(s, d, c, of_lane.diagonal);
-                std::uint32_t own[2], packed[2];
-                const float(&x)[4] = reinterpret_cast<const float(&)[4]>(dp[4 * eight]);
-                weigh(packed, own, s, x, rows);
-                store_turned(to + eight * 8 * kRowBytes, packed[0], packed[1]);
-                add_signed(da, of_lane, eight, own, d);
-#pragma unroll
-                for (int k = 0; k < 2; ++k) minus_ds[2 * k + n] = own[k];
+            const int n = eight % 2;
+            if (eight + 1 < kEights) score<kMasked>(x[1 - n], of_lane, keys, queries, row, rows, t, eight + 1, last);
+            std::uint32_t own[2];
+            weigh(weights[n], own, x[n].s, reinterpret_cast<const float(&)[4]>(dp[4 * eight]), rows);
+            if (n == 1)
+                store_turned(to + (eight - 1) * 8 * kRowBytes, weights[0][0], weights[0][1], weights[1][0],
+                             weights[1][1]);
+            add_signed(da, of_lane, eight, own, x[n].d);
+            minus_ds[n] = own[0], minus_ds[2 + n] = own[1];
+            if (n == 1) {
+                turn(minus_ds);
+                const uint2 ones = of_lane.ones(eight - 1, eight);
+                mma_bf16(dF, minus_ds, ones.x, ones.y);
             }
-            turn(minus_ds);
-            const uint2 of_dF = of_lane.ones[m];
-            mma_bf16(dF, minus_ds, of_dF.x, of_dF.y);
         }
     }
     // The same where a scalar is out of range: scores and signs from differences in f32 of what lies in global memory.
@@ -197,27 +215,28 @@ struct Keys {
             for (int n = 0; n < 2; ++n) {
                 const int eight = 2 * m + n;
                 const FarDifferences d{p, head, query + row, key + 8 * eight + 2 * t};
-                float s[4] = {}, c[4], x[4] = {};
+                float s[4] = {}, c[4];
+                float of_eight[4] = {};
                 bases<true>(c, keys.pairs[eight][t].gate, rows, eight, row + shift - 2 * t);
 #pragma unroll 1
                 for (int r = 0; r < p.scalars; ++r)
 #pragma unroll
                     for (int e = 0; e < 4; ++e) s[e] += fabsf(d(e, r));
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    s[e] = fmaf(s[e], -kLog2e, c[e]);
+                for (int e = 0; e < 4; ++e) s[e] = fmaf(s[e], -kLog2e, c[e]);
 #pragma unroll
-                    for (int i = 0; i < kEights; ++i)
-                        if (i == eight) x[e] = dp[4 * i + e];
-                }
+                for (int i = 0; i < kEights; ++i)
+                    if (i == eight)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) of_eight[e] = dp[4 * i + e];
                 std::uint32_t own[2];
-                weigh(packed[n], own, s, x, rows);
+                weigh(packed[n], own, s, of_eight, rows);
                 add_far_signed(da, eight, own, d);
 #pragma unroll
                 for (int k = 0; k < 2; ++k) minus_ds[2 * k + n] = own[k];
             }
             turn(minus_ds);
-            mma_bf16(dF, minus_ds, ones_in(m), ones_in(m + 4));
+            mma_bf16(dF, minus_ds, ones_in(2 * m), ones_in(2 * m + 1));
             store_turned(to + m * 16 * kRowBytes, packed[0][0], packed[0][1], packed[1][0], packed[1][1]);
         }
     }
@@ -239,12 +258,13 @@ struct Keys {
             store_turned(to + m * 16 * kRowBytes, pack(0), pack(2), pack(4), pack(6));
         }
         auto* const parts = shared.db();
-        const int place = thread / 4 * 2 + thread % 2;
-        const bool keeps = thread % 4 < 2;  // columns p and p + 4 are two lanes' from each other
+        const int place = thread / 4 * 2 + thread % 2, odd = thread % 4 / 2;
 #pragma unroll
-        for (int i = 0; i < kEights; ++i)
-            if (const float4 x = with_other_column(db[i]); keeps) parts[i][place] = x;
-        if (const float4 x = with_other_column(dF); keeps) shared.dF[place] = x;
+        for (int m = 0; m < kEights / 2; ++m)
+            parts[2 * m + odd][place] = make_float4(db[m][0], db[m][1], db[m][2], db[m][3]);
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+            shared.dF[thread / kWarp][thread % 4 * 16 + n * 8 + thread % kWarp / 4] = dF[2 * n] + dF[2 * n + 1];
         hopper::publish_shared();
         __syncthreads();
         if (thread == 0) hopper::store_box(results, head * kWidth, first, shared.weights[1]);
@@ -262,9 +282,12 @@ struct Keys {
                 p.db.data[(std::int64_t(first + key) * p.heads + head) * p.scalars + r] =
                     -sum(parts[key / 8], key, r % 2, r / 2);
         }
-        if (p.dF.data != nullptr && thread < kKeys)
-            p.dF.data[std::int64_t(first + thread) * p.heads + head] =
-                sum(shared.dF, thread, thread / 8 % 2, thread / 16);
+        if (p.dF.data != nullptr && thread < kKeys) {
+            float x = 0.f;
+#pragma unroll
+            for (int w = 0; w < kWarps; ++w) x += shared.dF[w][thread];
+            p.dF.data[std::int64_t(first + thread) * p.heads + head] = x;
+        }
         if (thread == 0) hopper::store_wait();
         __syncthreads();
     }
@@ -278,11 +301,26 @@ struct Keys {
     __device__ static bool has_sums(unsigned thread) { return R == 8 || thread % 2 == 0; }
 
   private:
-    __device__ static float4 with_other_column(const float (&x)[4]) {
-        float y[4];
+    // Of an eight: differences, and scores of its keys.
+    struct Scores {
+        std::uint32_t d[2][R];
+        float s[4];  // as in C's layout
+    };
+    template <bool kMasked>
+    __device__ static void score(Scores& x, const OfLane& of_lane, const OfKeys<R>& keys, const OfQueries<R>& queries,
+                                 int row, const Rows& rows, int t, int eight, int last) {
+        std::uint32_t y[R], a[2][P];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) y[e] = x[e] + __shfl_xor_sync(0xffffffffu, x[e], 2);
-        return make_float4(y[0], y[1], y[2], y[3]);
+        for (int k = 0; k < 2; ++k)
+#pragma unroll
+            for (int p = 0; p < P; ++p) a[k][p] = queries.a[row + 8 * k][p];
+#pragma unroll
+        for (int r = 0; r < R; ++r) y[r] = keys.pairs[eight][t].b[r];
+#pragma unroll
+        for (int k = 0; k < 2; ++k) packed_differences<R>(x.d[k], y, a[k]);
+        float c[4];
+        bases<kMasked>(c, keys.pairs[eight][t].gate, rows, eight, last);
+        packed_scores<R, true>(x.s, x.d, c, of_lane.diagonal);
     }
     // last: of the thread's columns, less 2t, that its first row sees.
     template <bool kMasked>
@@ -309,16 +347,35 @@ struct Keys {
                                const std::uint32_t (&d)[2][R]) {
         std::uint32_t scaled[2];
 #pragma unroll
-        for (int k = 0; k < 2; ++k) scaled[k] = fma_bf16(minus_ds[k], 0xc380c380u, 0x80008000u);  // times -256
-#pragma unroll
-        for (int p = 0; p < P; ++p) {
-            std::uint32_t x[4];
-#pragma unroll
-            for (int e = 0; e < 4; ++e) x[e] = fma_bf16(scaled[e / 2], step2(d[e / 2][2 * p + e % 2]), minus_ds[e / 2]);
-            const uint2 ones = of_lane.ones[p];
+        for (int k = 0; k < 2; ++k) scaled[k] = fma_bf16(minus_ds[k], 0xd700d700u, 0x80008000u);  // times -2^47
+        const auto signed_ds = [&](int k, int r) {
+            return fma_bf16(scaled[k], step_of(d[k][r], of_lane.tie), minus_ds[k]);
+        };
+        const int n = eight % 2;
+        if constexpr (R == 2) {  // both rows in one operand
+            const std::uint32_t x[4] = {signed_ds(0, 0), signed_ds(0, 1), signed_ds(1, 0), signed_ds(1, 1)};
+            const uint2 ones = of_lane.ones(0, 4);
             mma_bf16(da, x, ones.x, ones.y);
-            turn(x);
-            mma_bf16(db[eight], x, ones.x, ones.y);
+            std::uint32_t z[4] = {add_bf16(x[0], x[2]), add_bf16(x[1], x[3]), 0u, 0u};
+            turn(z[0]), turn(z[1]);
+            mma_bf16(db[eight / 2], z, n ? ones.y : ones.x, 0u);
+        } else {
+#pragma unroll
+            for (int q = 0; q < R / 4; ++q) {
+                std::uint32_t x[2][4], z[4];
+#pragma unroll
+                for (int k = 0; k < 2; ++k) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) x[k][i] = signed_ds(k, 4 * q + i);
+                    const uint2 ones = of_lane.ones(4 * k + 2 * q, 4 * k + 2 * q + 1);
+                    mma_bf16(da, x[k], ones.x, ones.y);
+                }
+#pragma unroll
+                for (int i = 0; i < 4; ++i) z[i] = add_bf16(x[0][i], x[1][i]);
+                turn(z);
+                const uint2 ones = of_lane.ones(4 * n + 2 * q, 4 * n + 2 * q + 1);
+                mma_bf16(db[eight / 2], z, ones.x, ones.y);
+            }
         }
     }
     // b - a of a thread's rows and two columns, in f32. e: as in C's layout.
@@ -354,10 +411,13 @@ struct Keys {
             mma_bf16(da, x, ones_in(p), ones_in(p + 4));
             turn(x);
             float sum[4] = {};
-            mma_bf16(sum, x, ones_in(p), ones_in(p + 4));
+            const std::uint32_t ones = ones_in(p + eight % 2 * 4);
+            mma_bf16(sum, x, ones, ones);
+            int of = eight / 2;
+            asm volatile("" : "+r"(of));  // or registers are told apart by a number, which takes memory
 #pragma unroll
-            for (int i = 0; i < kEights; ++i)
-                if (i == eight) add_to(db[i], sum);
+            for (int m = 0; m < kEights / 2; ++m)
+                if (m == of) add_to(db[m], sum);
         }
     }
 };
