@@ -4,7 +4,9 @@
 // for transposed, with the operands swapped: y' = W x', dx' = W' dy', dw' = x' dy. Nothing is ever copied.
 //
 // A thin dw (few tiles of output, a long sum over the rows) would keep only a few multiprocessors busy: it is cut into
-// pieces of rows, one batched product gives a partial sum for each, and add_pieces adds them in the order of the rows.
+// pieces of rows, one batched product gives a partial sum for each, and add_pieces adds them in the order of the rows. A dw
+// whose columns are no multiples of 16 bytes (of scalars and gates) would not get the tensor cores' bulk loads: its partial
+// sums are of more columns.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -376,17 +378,22 @@ double reads_of(const Cuda& dev, const Product& p, const cublasLtMatmulAlgo_t& a
     if (blocks > dev.sm_count || 10 * blocks < 9 * dev.sm_count) return INFINITY;
     return double(p.d.rows) * double(across) + double(p.d.cols) * double(down);
 }
+// What tensor cores' bulk loads take: where it begins, its stride and its columns are multiples of 16 bytes.
+bool loads_in_bulk(const Operand& o, std::uint32_t aligned) {
+    return aligned >= 16 && o.ld * bytes_of(o) % 16 == 0 && o.rows * bytes_of(o) % 16 == 0;
+}
 // Which one is taken must not depend on times: the first that splits; where that has a block for nearly every
 // multiprocessor, of those that have, too, the one whose blocks read least (one of 64 x 96: less than three of 64 x 32).
-// Operands that are not aligned to 16 bytes take kernels of another kind, of whose blocks a multiprocessor may have several.
+// None where the first of all does not split and has a block for nearly every multiprocessor. Operands that cannot be loaded
+// in bulk take kernels of another kind, of whose blocks a multiprocessor may have several: there it is the first.
 void put_splitting_first(const Cuda& dev, const Product& p, Proposals& proposals, int found) {
     const auto begin = proposals.begin(), end = begin + found;
+    if (found > 0 && !splits(begin->algo) && reads_of(dev, p, begin->algo) < INFINITY) return;
     auto best = std::find_if(begin, end, [](const cublasLtMatmulHeuristicResult_t& x) {
         return x.state == CUBLAS_STATUS_SUCCESS && splits(x.algo);
     });
-    const bool aligned = alignment_a(p) >= 16 && p.a.ld * bytes_of(p.a) % 16 == 0 && alignment_b(p) >= 16 &&
-                         p.b.ld * bytes_of(p.b) % 16 == 0;
-    double least = best != end && aligned ? reads_of(dev, p, best->algo) : INFINITY;
+    const bool in_bulk = loads_in_bulk(p.a, alignment_a(p)) && loads_in_bulk(p.b, alignment_b(p));
+    double least = best != end && in_bulk ? reads_of(dev, p, best->algo) : INFINITY;
     for (auto x = best; x != end && least < INFINITY; ++x) {
         if (x->state != CUBLAS_STATUS_SUCCESS || !splits(x->algo)) continue;
         if (const double reads = reads_of(dev, p, x->algo); reads < least) best = x, least = reads;
@@ -468,8 +475,15 @@ std::int64_t rows_of(const MatmulFp8<O>& p) {
 
 constexpr std::int64_t kMostPieces = 64, kLeastRows = 128;
 
-std::int64_t partial_ld(const MatmulDw<bf16>& p) { return (p.dw.cols + 3) / 4 * 4; }
-std::int64_t partial_elements(const MatmulDw<bf16>& p) { return p.dw.rows * partial_ld(p); }
+// A view with columns up to the next multiple of 16 bytes, which the stride has room for: what is there is read and
+// multiplied, and its products are not looked at.
+Mat<const bf16> widened(const Mat<const bf16>& m) {
+    const std::int64_t cols = (m.cols + 7) / 8 * 8;
+    const bool fits = m.ld >= cols && m.ld % 8 == 0 && alignment(m.data) >= 16;
+    return {m.data, m.rows, fits ? cols : m.cols, m.ld};
+}
+std::int64_t partial_ld(const MatmulDw<bf16>& p) { return (widened(p.x).cols + 3) / 4 * 4; }
+std::int64_t partial_elements(const MatmulDw<bf16>& p) { return widened(p.dy).cols * partial_ld(p); }
 
 // Can the sum over the rows be cut so? Pieces of equal length, their sums in one half of the workspace at most.
 bool divides(const Cuda& dev, const MatmulDw<bf16>& p, std::int64_t pieces) {
@@ -478,15 +492,20 @@ bool divides(const Cuda& dev, const MatmulDw<bf16>& p, std::int64_t pieces) {
            bytes <= static_cast<std::int64_t>(dev.workspace_bytes / 2);
 }
 
-// As many pieces as give every multiprocessor a tile of 128 x 128; 1 where the output has more than four of them (cuBLASLt
-// splits such sums well enough itself) or the rows cannot be cut.
+// How many pieces a dw is summed in, in the workspace; 0: it is not, as cuBLASLt splits such sums well enough itself. Where
+// the output has few tiles of 128 x 128, as many as give no more than a tile to each multiprocessor; else one, and cuBLASLt
+// may split that.
 std::int64_t pieces_of(const Cuda& dev, const MatmulDw<bf16>& p) {
-    constexpr std::int64_t kTile = 128, kThin = 4, kFewRows = 16;  // with more, cuBLASLt is as fast
+    constexpr std::int64_t kTile = 128, kThin = 4, kFewRows = 16, kEnoughRows = 256;
+    const bool wider = widened(p.dy).cols > p.dy.cols || widened(p.x).cols > p.x.cols;
+    if (!wider && p.dw.rows >= kFewRows) return 0;
     const std::int64_t tiles = ceil_div(p.dw.rows, kTile) * ceil_div(p.dw.cols, kTile);
-    if (tiles > kThin || p.dw.rows >= kFewRows) return 1;
     std::int64_t pieces = 1;
-    while (pieces < kMostPieces && pieces * tiles < dev.sm_count && divides(dev, p, 2 * pieces)) pieces *= 2;
-    return pieces >= 4 ? pieces : 1;
+    while (tiles <= kThin && 2 * pieces <= kMostPieces && 2 * pieces * tiles <= dev.sm_count &&
+           p.dy.rows >= 2 * pieces * kEnoughRows && divides(dev, p, 2 * pieces))
+        pieces *= 2;
+    if (pieces >= 4) return pieces;
+    return wider && wants_split(dev, product_of(p)) && divides(dev, p, 1) ? 1 : 0;
 }
 
 constexpr int kColumns = 32, kGroups = 8;
@@ -515,10 +534,11 @@ __global__ void __launch_bounds__(kColumns* kGroups)
 void dw_in_pieces(const Cuda& dev, const MatmulDw<bf16>& p, std::int64_t pieces) {
     const std::int64_t rows = p.dy.rows / pieces, ld = partial_ld(p), stride = partial_elements(p);
     auto* partial = static_cast<float*>(dev.workspace);
-    const MatmulDw<bf16> piece{{partial, p.dw.rows, p.dw.cols, ld}, p.dy.slice_rows(0, rows), p.x.slice_rows(0, rows)};
+    const Mat<const bf16> dy = widened(p.dy.slice_rows(0, rows)), x = widened(p.x.slice_rows(0, rows));
+    const MatmulDw<bf16> piece{{partial, dy.cols, x.cols, ld}, dy, x};
     Product product = product_of(piece);
     product.c = {};
-    product.batch = {static_cast<int>(pieces), rows * p.x.ld, rows * p.dy.ld, stride};
+    if (pieces > 1) product.batch = {static_cast<int>(pieces), rows * p.x.ld, rows * p.dy.ld, stride};
     product.reserved = (static_cast<std::size_t>(pieces * stride) * sizeof(float) + 255) / 256 * 256;
     run(dev, product);
     const dim3 blocks(static_cast<unsigned>(ceil_div(p.dw.cols, std::int64_t(kColumns))),
@@ -544,7 +564,7 @@ void matmul_fp8(const Cuda& dev, const MatmulFp8<float>& p) { run_checked(dev, p
 void matmul_dw(const Cuda& dev, const MatmulDw<bf16>& p) {
     check(p);
     if (p.dy.rows == 0) return;
-    if (const std::int64_t pieces = pieces_of(dev, p); pieces > 1) return dw_in_pieces(dev, p, pieces);
+    if (const std::int64_t pieces = pieces_of(dev, p); pieces > 0) return dw_in_pieces(dev, p, pieces);
     run(dev, product_of(p));
 }
 

@@ -16,8 +16,10 @@
 //            Cuda: cuBLASLt, algorithm chosen once per shape and kept: by its heuristic or, of those that give the same
 //            bits as the heuristic's choice, by time (at the first call, outside a recording). Bit-equal from run to run.
 //            Cuda's workspace is used; without one (0 bytes) only algorithms that need none.
-//            Cuda: a thin dW (fewer than 16 rows, at most four tiles of 128 x 128) is summed in up to 64 equal pieces of the rows, in f32 in
-//            the workspace, which are then added in the order of the rows; how many depends on shape and device alone.
+//            Cuda: a thin dW (fewer than 16 rows), and one whose rows or columns are no multiple of 8, is summed in up to 64 equal
+//            pieces of the rows, in f32 in the workspace, which are then added in the order of the rows; how many depends on
+//            shape, strides and device alone. Of dy and x, columns up to the next multiple of 8 may be read, within the
+//            stride; what is there, NaN or not, does not matter.
 //            fp8: products are exact; sm_90's tensor cores add with some 14 bits of mantissa, and their sums are added to
 //            f32 every few steps, unless `fast_sums`.
 #pragma once

@@ -272,9 +272,15 @@ TEST(Matmul, GpuLongSumIsStable) {  // a split inner dimension, as dw of a whole
 }
 TEST(Matmul, GpuThinGradientsAreSummedInPieces) {  // rows that divide, and an output of few tiles
     FIEDLER_GPU_OR_SKIP();
-    // 64 pieces of 128 rows; 32 of 136, whose distance is no multiple of 256 bytes; 4 of 160; in > out and out > in.
-    for (const Shape& n : {Shape{8192, 40, 6}, Shape{4352, 72, 18}, Shape{640, 24, 136}, Shape{2048, 8, 300}})
+    // 32 pieces of 256 rows; 16 of 272, whose distance is no multiple of 256 bytes; 4 of 320; in > out and out > in. An output
+    // of 8 rows; rows of 16 bytes and more, with NaN behind them: of dy, of x and of both.
+    for (const Shape& n : {Shape{8192, 40, 6}, Shape{4352, 72, 18}, Shape{1280, 24, 132}, Shape{2048, 8, 300},
+                           Shape{2048, 24, 8}, Shape{1024, 20, 136}, Shape{1024, 20, 36}})
         check_on_gpu(n);
+}
+TEST(Matmul, GpuGradientOfOddWidthsIsSummedInOnePiece) {  // rows that do not divide
+    FIEDLER_GPU_OR_SKIP();
+    for (const Shape& n : {Shape{4098, 40, 18}, Shape{4099, 20, 24}}) check_on_gpu(n);
 }
 
 // ---- 8-bit floats ------------------------------------------------------------------------------------------------
