@@ -266,7 +266,7 @@ def bench_markdown(result):
             "larger of bytes / copy rate and, for tensor cores, flops / product rate. % of same-size copy: the time of a plain "
             "copy of as many bytes as the case moves (half read, half written; all read where it only reads), measured in the "
             "same way, over the case's time: a few microseconds do not reach the rate of a copy of 1 GiB. Ours / best found: "
-            "against the fastest of so many cuBLASLt algorithms, timed one by one. **4090 model**: the larger of bytes / 1008 GB/s and flops / 165 "
+            "against the fastest of so many cuBLASLt algorithms, samples of both taken in turn. **4090 model**: the larger of bytes / 1008 GB/s and flops / 165 "
             "TFLOP/s, over the share of the limit reached here; a model, not a measurement.", "",
             *table(header, rows), *pairs_markdown(result)]
 

@@ -31,10 +31,11 @@ struct Peak {
     double copy_gb_s = 0, gemm_tflop_s = 0;  // 0: not measured
 };
 
-// The best of the algorithms that a library offers for the row's problem, timed one by one.
+// The best of the algorithms that a library offers for the row's problem. The best and the row's own were timed in turn.
 struct Search {
     int tried = 0, best = 0;
-    double best_seconds = 0;
+    double best_seconds = 0, own_seconds = 0;
+    double own_over_best() const { return own_seconds / best_seconds; }
 };
 struct Row {
     std::string family, name, failure;  // failure: why there are no figures

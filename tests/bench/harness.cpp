@@ -140,16 +140,18 @@ class Timer {
         for (int i = 0; i < 3; ++i) run();
         return measure(run, batch, samples_);
     }
+    double sample(const std::function<void()>& run, int batch) {
+        read_through(device_, flush_, bytes_);
+        timer_start(device_);
+        for (int k = 0; k < batch; ++k) run();
+        return timer_stop_seconds(device_) / batch;
+    }
+    int samples() const { return samples_; }
 
   private:
     Timing measure(const std::function<void()>& run, int batch, int count) {
         std::vector<double> samples;
-        for (int i = 0; i < count; ++i) {
-            read_through(device_, flush_, bytes_);
-            timer_start(device_);
-            for (int k = 0; k < batch; ++k) run();
-            samples.push_back(timer_stop_seconds(device_) / batch);
-        }
+        for (int i = 0; i < count; ++i) samples.push_back(sample(run, batch));
         return summary(std::move(samples), batch);
     }
     const Device& device_;
@@ -174,6 +176,8 @@ class Timer {
         run();
         return measure(run, batch, samples_);
     }
+    double sample(const std::function<void()>& run, int batch) { return seconds(run, batch); }
+    int samples() const { return samples_; }
 
   private:
     static Timing measure(const std::function<void()>& run, int batch, int samples) {
@@ -195,20 +199,43 @@ class Timer {
 
 #endif
 
-// All algorithms with three samples each, then the three best with as many as the row itself.
-Search search_best(const std::function<bool(int)>& algorithm, Timer& timer) {
-    constexpr int kMost = 64, kFinalists = 3;
+// Medians of runs of one problem whose samples are taken in turn: what the device's clock does meets all of them.
+std::vector<double> in_turn(const std::vector<std::function<void()>>& runs, int batch, int samples, Timer& timer) {
+    std::vector<std::vector<double>> taken(runs.size());
+    for (const auto& run : runs)
+        for (int i = 0; i < 3; ++i) run();
+    for (int i = 0; i < samples; ++i)
+        for (std::size_t r = 0; r < runs.size(); ++r) taken[r].push_back(timer.sample(runs[r], batch));
+    std::vector<double> medians;
+    for (auto& t : taken) medians.push_back(summary(std::move(t), batch).seconds);
+    return medians;
+}
+
+// All algorithms with three samples each; then the three best and the row itself in turn, as many samples as the row has.
+Search search_best(const Case& c, int batch, Timer& timer) {
+    constexpr int kMost = 64, kFirst = 3;
+    constexpr std::size_t kFinalists = 3;
     Search found;
-    std::vector<std::pair<double, int>> tried;
-    for (int k = 0; k < kMost; ++k)
-        if (algorithm(k)) tried.emplace_back(timer([&] { algorithm(k); }, 3).seconds, k);
-    found.tried = static_cast<int>(tried.size());
-    std::sort(tried.begin(), tried.end());
-    for (std::size_t i = 0; i < tried.size() && i < kFinalists; ++i) {
-        const int k = tried[i].second;
-        const double seconds = timer([&] { algorithm(k); }).seconds;
-        if (i == 0 || seconds < found.best_seconds) found.best = k, found.best_seconds = seconds;
+    std::vector<int> known;
+    std::vector<std::function<void()>> runs;
+    for (int k = 0; k < kMost; ++k) {
+        if (!c.algorithm(k)) continue;
+        known.push_back(k);
+        runs.push_back([&c, k] { c.algorithm(k); });
     }
+    found.tried = static_cast<int>(known.size());
+    if (known.empty()) return found;
+    const std::vector<double> tried = in_turn(runs, batch, kFirst, timer);
+    std::vector<std::size_t> order(known.size());
+    std::iota(order.begin(), order.end(), std::size_t(0));
+    std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return tried[a] < tried[b]; });
+    order.resize(std::min(order.size(), kFinalists));
+    std::vector<std::function<void()>> finalists{c.run};
+    for (const std::size_t i : order) finalists.push_back(runs[i]);
+    const std::vector<double> seconds = in_turn(finalists, batch, timer.samples(), timer);
+    const auto best = std::min_element(seconds.begin() + 1, seconds.end());
+    found.own_seconds = seconds[0], found.best_seconds = *best;
+    found.best = known[order[static_cast<std::size_t>(best - seconds.begin()) - 1]];
     return found;
 }
 
@@ -301,7 +328,7 @@ Row time_case(const Case& c, Timer& timer, Copies& copies, const Peak& peak) {
         const double limit = std::max(c.traffic.bytes / kModelBytesPerSecond, c.traffic.flops / kModelFlopsPerSecond);
         if (std::is_same_v<Device, Cuda> && r.share > 0) r.model_seconds = limit / std::min(r.share, 1.0);
         if (!c.tensor_cores) r.copy_seconds = copies.seconds(c.traffic.bytes, c.only_reads, r.batch);
-        if (c.algorithm) r.search = search_best(c.algorithm, timer);
+        if (c.algorithm) r.search = search_best(c, r.batch, timer);
     } catch (const std::exception& e) {
         r.failure = e.what();
     }
