@@ -1,113 +1,25 @@
-// kernels/gate.cu: the forget gate (see gate.h). A block walks two neighbouring heads of a sequence in tiles of kItems
-// tokens a thread: a scan within the tile in f32, the carry from tile to tile in double. Neighbouring lanes have
-// neighbouring tokens, so that a warp's accesses touch few lines; blocks of the same tokens are neighbours, so that each
-// 32-byte sector comes from memory once. A warp does short sequences alone. Long ones are cut into chunks of one block
+// kernels/gate.cu: the forget gate (see gate.h). A block walks two neighbouring heads of a sequence in tiles of kLongRun
+// tokens a thread: a scan within the tile in f32, the carry from tile to tile in double. It costs latencies and instructions,
+// not bytes. So a tile's tokens are asked for before anything is waited for, and a thread adds up tokens that follow each
+// other, so that few numbers go from lane to lane. In memory neighbouring lanes have neighbouring tokens, so that a warp's
+// accesses touch few lines: the tokens change places in shared memory. Blocks of the same tokens are neighbours, so that
+// each 32-byte sector comes from memory once. A warp does short sequences alone. Long ones are cut into chunks of one block
 // each: their sums come first (f32 within a warp, double across warps and chunks), what is carried into each follows from
 // those, and then each is walked like a sequence.
 #include "kernels/common.cuh"
 #include "kernels/dependent_launch.cuh"
 #include "kernels/gate.h"
+#include "kernels/gate_scan.cuh"
 
 namespace fiedler {
 namespace {
 
-constexpr int kHeads = 2;  // of a block
-constexpr int kItems = 2;  // tokens of a thread in a tile: its warp's, kWarp apart
-constexpr int kMaxWarps = 32 / kItems, kFinishThreads = 256;
-constexpr int kAloneWarps = 8;                 // of a block whose warps have a sequence each
-constexpr std::int64_t kShortestChunk = 2048;  // tokens: long enough that the two extra launches pay
-constexpr unsigned kWholeWarp = 0xffffffffu;
+using namespace gate_scan;
 
-// logsigmoid(u); expf and log1pf are the accurate ones.
-__device__ float log_sigmoid(float u) { return (u < 0.f ? u : 0.f) - log1pf(expf(-fabsf(u))); }
-
-template <int N, class A>
-__device__ void warp_inclusive_scan(A (&x)[N]) {
-    const int lane = threadIdx.x % kWarp;
-#pragma unroll
-    for (int o = 1; o < kWarp; o *= 2) {
-        A below[N];
-#pragma unroll
-        for (int n = 0; n < N; ++n) below[n] = __shfl_up_sync(kWholeWarp, x[n], o);
-        if (lane >= o) {
-#pragma unroll
-            for (int n = 0; n < N; ++n) x[n] += below[n];
-        }
-    }
-}
-
-// Sums of x[n] over the warps before this one, x being the warp's own; total: over the block. One barrier; shared must not
-// be reused by the next call but one barrier later, hence two of them in turn.
-template <int N, class A, int kWarps>
-__device__ void sums_before_warp(A (&x)[N], A (&shared)[N][kWarps], A (&total)[N]) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-    if (lane == 0) {
-#pragma unroll
-        for (int n = 0; n < N; ++n) shared[n][warp] = x[n];
-    }
-    __syncthreads();
-    A sums[N];
-#pragma unroll
-    for (int n = 0; n < N; ++n) sums[n] = lane < warps ? shared[n][lane] : A(0);
-    warp_inclusive_scan(sums);
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-        total[n] = __shfl_sync(kWholeWarp, sums[n], kWarp - 1);
-        const A before = __shfl_sync(kWholeWarp, sums[n], warp > 0 ? warp - 1 : 0);
-        x[n] = warp > 0 ? before : A(0);
-    }
-}
-
-// One number of each of a block's heads at one token. The second head may not exist; pairs may be 8-byte aligned.
-struct Place {
-    bool both, aligned;
-    __device__ void load(float (&v)[kHeads], const float* p) const {
-        if (aligned) {
-            const float2 pair = *reinterpret_cast<const float2*>(p);
-            v[0] = pair.x, v[1] = pair.y;
-        } else {
-            v[0] = p[0], v[1] = both ? p[1] : 0.f;
-        }
-    }
-    __device__ void store(float* p, const float (&v)[kHeads]) const {
-        if (aligned) {
-            *reinterpret_cast<float2*>(p) = {v[0], v[1]};
-        } else {
-            p[0] = v[0];
-            if (both) p[1] = v[1];
-        }
-    }
-};
-
-using Tile = float[kItems][kHeads];
-
-// Cumulative sums over a tile, in place; total: its sum. kAlone: the tile is the warp's own.
-template <bool kAlone>
-__device__ void cumulative_sums(Tile& x, float (&shared)[kHeads][kMaxWarps], float (&total)[kHeads]) {
-    float all[kItems * kHeads], sum[kHeads] = {};
-#pragma unroll
-    for (int k = 0; k < kItems * kHeads; ++k) all[k] = x[k / kHeads][k % kHeads];
-    warp_inclusive_scan(all);
-#pragma unroll
-    for (int k = 0; k < kItems; ++k)
-#pragma unroll
-        for (int h = 0; h < kHeads; ++h) {
-            const float own = all[k * kHeads + h], last = __shfl_sync(kWholeWarp, own, kWarp - 1);
-            x[k][h] = sum[h] + own;
-            sum[h] += last;
-        }
-    if (kAlone) {
-        __syncwarp();  // as the barrier does: what was read before may be replaced
-#pragma unroll
-        for (int h = 0; h < kHeads; ++h) total[h] = sum[h];
-        return;
-    }
-    sums_before_warp(sum, shared, total);
-#pragma unroll
-    for (int k = 0; k < kItems; ++k)
-#pragma unroll
-        for (int h = 0; h < kHeads; ++h) x[k][h] += sum[h];
-}
+constexpr int kLongRun = 4;  // tokens of a thread in a tile; 1 or 2 where a warp has a short sequence alone
+constexpr int kFinishThreads = 256;
+constexpr int kLong = 8192;  // tokens of a sequence for which the two extra launches pay
+constexpr int kShortestChunk = 2048;
 
 // One double for each chunk, as two floats: its sum, later what is carried into it.
 struct Carries {
@@ -120,6 +32,10 @@ struct Carries {
         const float* p = at(s, c, h);
         return double(p[0]) + double(p[ld_part]);
     }
+    __device__ Carried carried(std::int64_t s, std::int64_t c, std::int64_t h) const {
+        const float* p = at(s, c, h);
+        return {p[0], p[ld_part]};
+    }
     __device__ void set(std::int64_t s, std::int64_t c, std::int64_t h, double x) const {
         float* p = at(s, c, h);
         p[0] = float(x);
@@ -129,23 +45,23 @@ struct Carries {
 
 // How sequences are cut: `chunks` each, of `length` steps but for the last, which takes the rest. One chunk: not cut.
 struct Cut {
-    int chunks;
-    std::int64_t length;
+    int chunks, length;
 };
 // What a block, or a warp alone, works on: steps first..stop-1 of heads h and h + 1 of sequence s, whose tokens are
-// begin..end-1. Nothing where there are no more sequences.
+// begin..end-1. No steps where there are no more sequences.
 struct Part {
-    int s, c, h;
-    std::int64_t begin, end, first, stop;
+    int row, s, c, h, begin, end, first, stop;
     bool exists, both;
 };
+// blockIdx.x: the pair of heads; y and z: sequence and chunk, or kAloneWarps sequences.
 template <bool kAlone>
 __device__ Part part_of(const Packed& seq, const Cut& cut, int heads) {
-    const int pairs = ceil_div(heads, kHeads);
-    const int index = kAlone ? blockIdx.x * kAloneWarps + threadIdx.x / kWarp : blockIdx.x;
-    Part p;
-    p.h = index % pairs * kHeads, p.c = index / pairs % cut.chunks, p.s = index / pairs / cut.chunks;
-    p.exists = !kAlone || p.s < seq.count, p.both = p.h + 1 < heads;
+    Part p{};
+    p.row = blockIdx.z * gridDim.y + blockIdx.y;
+    p.h = blockIdx.x * kHeads, p.both = p.h + 1 < heads;
+    p.s = kAlone ? p.row * kAloneWarps + int(threadIdx.x) / kWarp : p.row;
+    if (!kAlone && cut.chunks > 1) p.s = p.row / cut.chunks, p.c = p.row - p.s * cut.chunks;
+    p.exists = p.s < seq.count;
     if (!p.exists) return p;
     p.begin = seq.sequence_begin(p.s), p.end = seq.sequence_end(p.s);
     p.first = p.c * cut.length;
@@ -153,14 +69,14 @@ __device__ Part part_of(const Packed& seq, const Cut& cut, int heads) {
     return p;
 }
 // The first step of the thread in the tile that begins at `tile`, and from a tile to the next.
-template <bool kAlone>
-__device__ std::int64_t first_step(std::int64_t tile) {
+template <bool kAlone, int kRun>
+__device__ int first_step(int tile) {
     const int lane = threadIdx.x % kWarp;
-    return tile + lane + (kAlone ? 0 : std::int64_t(threadIdx.x - lane) * kItems);
+    return tile + lane + (kAlone ? 0 : (int(threadIdx.x) - lane) * kRun);
 }
-template <bool kAlone>
-__device__ std::int64_t steps_of_tile() {
-    return std::int64_t(kAlone ? kWarp : blockDim.x) * kItems;
+template <bool kAlone, int kRun>
+__device__ int steps_of_tile() {
+    return (kAlone ? kWarp : int(blockDim.x)) * kRun;
 }
 
 // Sums of a chunk, by all threads of its block; value(v, step): of both heads.
@@ -169,7 +85,7 @@ __device__ void store_chunk_sums(const Carries& carries, const Part& p, Value&& 
     __shared__ double shared[kHeads][kMaxWarps];
     float sum[kHeads] = {};
 #pragma unroll 4
-    for (std::int64_t step = p.first + threadIdx.x; step < p.stop; step += blockDim.x) {
+    for (int step = p.first + int(threadIdx.x); step < p.stop; step += blockDim.x) {
         float v[kHeads];
         value(v, step);
         sum[0] += v[0], sum[1] += v[1];
@@ -205,7 +121,6 @@ struct ForwardArgs {
     float* carry;  // or null
     std::int64_t ld_F, ld_z;
     int heads;
-    bool aligned_z, aligned_F;
     Packed seq;
     Cut cut;
     Carries carries;  // in F itself, in the first two rows of each chunk, which are written last
@@ -215,155 +130,189 @@ struct ForwardArgs {
     }
 };
 
+template <bool kPairs>
 __global__ void forward_sums_kernel(ForwardArgs a) {
     const Part p = part_of<false>(a.seq, a.cut, a.heads);
-    const Place place{p.both, a.aligned_z};
+    if (!p.exists) return;
+    const Place<kPairs> place{p.both};
     float bias[kHeads];
     a.load_bias(bias, p);
-    store_chunk_sums(a.carries, p, [&](float(&v)[kHeads], std::int64_t step) {
-        place.load(v, a.z + (p.begin + step) * a.ld_z + p.h);
+    const float* const z = a.z + std::int64_t(p.begin) * a.ld_z + p.h;
+    store_chunk_sums(a.carries, p, [&](float(&v)[kHeads], int step) {
+        place.load(v, z + step * a.ld_z);
         v[0] = log_sigmoid(v[0] + bias[0]), v[1] = log_sigmoid(v[1] + bias[1]);
     });
 }
 
-template <bool kAlone>
+template <bool kAlone, int kRun, bool kPairs>
 __global__ void forward_kernel(ForwardArgs a) {
-    __shared__ float shared[2][kHeads][kMaxWarps];
+    __shared__ Shared<kAlone, kRun> shared;
     const Part p = part_of<kAlone>(a.seq, a.cut, a.heads);
     if (!p.exists) return;
-    const Place from{p.both, a.aligned_z}, to{p.both, a.aligned_F};
+    const Place<kPairs> place{p.both};
+    const auto load = [&](Tile<kRun>& x, int mine) {
+        const float* const z = a.z + std::int64_t(p.begin + mine) * a.ld_z + p.h;
+#pragma unroll
+        for (int k = 0; k < kRun; ++k)
+            if (mine + k * kWarp < p.stop) place.load(x[k], z + k * kWarp * a.ld_z);
+    };
+    int mine = first_step<kAlone, kRun>(p.first);
+    Tile<kRun> x{};
+    load(x, mine);  // before anything is waited for
     float bias[kHeads];
     a.load_bias(bias, p);
-    double carried[kHeads] = {};  // read by every thread before the first barrier, replaced by one thread after it
+    Carried carried[kHeads];  // read by every thread before the first barrier, replaced by one thread after it
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
         if (h > 0 && !p.both) continue;
         if (a.cut.chunks > 1)
-            carried[h] = a.carries.get(p.s, p.c, p.h + h);
+            carried[h] = a.carries.carried(p.s, p.c, p.h + h);
         else if (a.carry)
-            carried[h] = a.carry[p.h + h];
+            carried[h].high = a.carry[p.h + h];
     }
-    int turn = 0;
-    for (std::int64_t tile = p.first; tile < p.stop; tile += steps_of_tile<kAlone>(), turn ^= 1) {
-        const std::int64_t mine = first_step<kAlone>(tile);
-        Tile x{};
-        float total[kHeads];
+    for (int tile = p.first, turn = 0;; turn ^= 1) {
+        tile += steps_of_tile<kAlone, kRun>();
+        const bool more = tile < p.stop;
+        Tile<kRun> next{};
+        if (more) load(next, mine + steps_of_tile<kAlone, kRun>());
 #pragma unroll
-        for (int k = 0; k < kItems; ++k)
-            if (mine + k * kWarp < p.stop) from.load(x[k], a.z + (p.begin + mine + k * kWarp) * a.ld_z + p.h);
+        for (int k = 0; k < kRun; ++k)
 #pragma unroll
-        for (int k = 0; k < kItems; ++k)
+            for (int h = 0; h < kHeads; ++h) {
+                const float f = log_sigmoid(x[k][h] + bias[h]);
+                x[k][h] = mine + k * kWarp < p.stop ? f : 0.f;
+            }
+        cumulative_sums<kAlone, kRun>(x, shared, turn);
+        float* const F = a.F + std::int64_t(p.begin + mine) * a.ld_F + p.h;
 #pragma unroll
-            for (int h = 0; h < kHeads; ++h) x[k][h] = mine + k * kWarp < p.stop ? log_sigmoid(x[k][h] + bias[h]) : 0.f;
-        cumulative_sums<kAlone>(x, shared[turn], total);
+        for (int k = 0; k < kRun; ++k) {
 #pragma unroll
-        for (int k = 0; k < kItems; ++k) {
-            const std::int64_t token = p.begin + mine + k * kWarp;
-            if (token >= p.begin + p.stop) continue;
-#pragma unroll
-            for (int h = 0; h < kHeads; ++h) x[k][h] = float(carried[h] + double(x[k][h]));
-            to.store(a.F + token * a.ld_F + p.h, x[k]);
-            if (a.carry && token == p.end - 1) Place{p.both, false}.store(a.carry + p.h, x[k]);
+            for (int h = 0; h < kHeads; ++h) x[k][h] = carried[h].plus(x[k][h]);
+            if (mine + k * kWarp < p.stop) place.store(F + k * kWarp * a.ld_F, x[k]);
         }
-        carried[0] += double(total[0]), carried[1] += double(total[1]);
+        if (a.carry && !more) {
+#pragma unroll
+            for (int k = 0; k < kRun; ++k)
+                if (p.begin + mine + k * kWarp == p.end - 1) Place<false>{p.both}.store(a.carry + p.h, x[k]);
+        }
+        if (!more) return;
+        add_tile(carried, shared, turn);
+        mine += steps_of_tile<kAlone, kRun>();
+#pragma unroll
+        for (int k = 0; k < kRun; ++k) x[k][0] = next[k][0], x[k][1] = next[k][1];
     }
 }
 
 struct BackwardArgs {
     nv_bf16* dz;
-    float* partial;  // [sequences][chunks][heads]: each chunk's share of dbias
+    float* partial;  // [rows][heads]: each block's share of dbias
     const float *dF, *z, *bias;
     std::int64_t ld_dz, ld_dF, ld_z;
-    int heads;
-    bool aligned_dF, aligned_z;
+    int heads, rows;
     Packed seq;
     Cut cut;
     Carries carries;
 };
 
 // Steps count from the last token to the front.
+template <bool kPairs>
 __global__ void backward_sums_kernel(BackwardArgs a) {
     const Part p = part_of<false>(a.seq, a.cut, a.heads);
-    const Place place{p.both, a.aligned_dF};
-    store_chunk_sums(a.carries, p, [&](float(&v)[kHeads], std::int64_t step) {
-        place.load(v, a.dF + (p.end - 1 - step) * a.ld_dF + p.h);
-    });
+    if (!p.exists) return;
+    const Place<kPairs> place{p.both};
+    const float* const dF = a.dF + std::int64_t(p.end - 1) * a.ld_dF + p.h;
+    store_chunk_sums(a.carries, p, [&](float(&v)[kHeads], int step) { place.load(v, dF - step * a.ld_dF); });
 }
 
-template <bool kAlone>
+template <bool kAlone, int kRun, bool kPairs>
 __global__ void backward_kernel(BackwardArgs a) {
     dependents_may_start();
-    __shared__ float shared[2][kHeads][kMaxWarps];
+    __shared__ Shared<kAlone, kRun> shared;
     const Part p = part_of<kAlone>(a.seq, a.cut, a.heads);
-    if (!p.exists) return;
-    const Place of_dF{p.both, a.aligned_dF}, of_z{p.both, a.aligned_z};
-    const std::int64_t last = p.end - 1;
+    if (p.row >= a.rows) return;
+    const Place<kPairs> place{p.both};
+    const auto load = [&](Tile<kRun>& x, const float* of, std::int64_t ld, int mine) {
+        of += std::int64_t(p.end - 1 - mine) * ld + p.h;
+#pragma unroll
+        for (int k = 0; k < kRun; ++k)
+            if (mine + k * kWarp < p.stop) place.load(x[k], of - k * kWarp * ld);
+    };
+    int mine = first_step<kAlone, kRun>(p.first);
+    Tile<kRun> x{}, z{};
+    load(x, a.dF, a.ld_dF, mine);  // before anything is waited for
+    load(z, a.z, a.ld_z, mine);
     const float bias[kHeads] = {a.bias[p.h], p.both ? a.bias[p.h + 1] : 0.f};
-    double carried[kHeads] = {};
+    Carried carried[kHeads];
     if (a.cut.chunks > 1) {
-        carried[0] = a.carries.get(p.s, p.c, p.h);
-        if (p.both) carried[1] = a.carries.get(p.s, p.c, p.h + 1);
+        carried[0] = a.carries.carried(p.s, p.c, p.h);
+        if (p.both) carried[1] = a.carries.carried(p.s, p.c, p.h + 1);
     }
-    float dbias[kHeads] = {}, total[kHeads];
-    int turn = 0;
-    for (std::int64_t tile = p.first; tile < p.stop; tile += steps_of_tile<kAlone>(), turn ^= 1) {
-        const std::int64_t mine = first_step<kAlone>(tile);
-        Tile x{}, z{};
+    float dbias[kHeads] = {};
+    for (int tile = p.first, turn = 0; tile < p.stop; turn ^= 1) {
+        tile += steps_of_tile<kAlone, kRun>();
+        const bool more = tile < p.stop;
+        const int later = mine + steps_of_tile<kAlone, kRun>();
+        Tile<kRun> next_x{}, next_z{};
+        if (more) load(next_x, a.dF, a.ld_dF, later), load(next_z, a.z, a.ld_z, later);
 #pragma unroll
-        for (int k = 0; k < kItems; ++k)
-            if (mine + k * kWarp < p.stop) of_dF.load(x[k], a.dF + (last - mine - k * kWarp) * a.ld_dF + p.h);
+        for (int k = 0; k < kRun; ++k)
 #pragma unroll
-        for (int k = 0; k < kItems; ++k)
-            if (mine + k * kWarp < p.stop) of_z.load(z[k], a.z + (last - mine - k * kWarp) * a.ld_z + p.h);
-        cumulative_sums<kAlone>(x, shared[turn], total);
+            for (int h = 0; h < kHeads; ++h) z[k][h] = sigmoid_of_minus(z[k][h] + bias[h]);
+        cumulative_sums<kAlone, kRun>(x, shared, turn);
+        nv_bf16* const dz = a.dz + std::int64_t(p.end - 1 - mine) * a.ld_dz + p.h;
 #pragma unroll
-        for (int k = 0; k < kItems; ++k) {
+        for (int k = 0; k < kRun; ++k) {
             if (mine + k * kWarp >= p.stop) continue;
-            nv_bf16* out = a.dz + (last - mine - k * kWarp) * a.ld_dz + p.h;
 #pragma unroll
             for (int h = 0; h < kHeads; ++h) {
-                const float sum = float(carried[h] + double(x[k][h]));
-                const float dz = sum / (1.f + expf(z[k][h] + bias[h]));  // exp may be infinite: 0
-                if (h == 0 || p.both) out[h] = from_float<nv_bf16>(dz);
-                dbias[h] += dz;
+                x[k][h] = __fmul_rn(carried[h].plus(x[k][h]), z[k][h]);
+                dbias[h] += x[k][h];
             }
+            place.store(dz - k * kWarp * a.ld_dz, x[k]);
         }
-        carried[0] += double(total[0]), carried[1] += double(total[1]);
+        mine = later;
+        if (more) add_tile(carried, shared, turn);
+#pragma unroll
+        for (int k = 0; k < kRun; ++k)
+#pragma unroll
+            for (int h = 0; h < kHeads; ++h) x[k][h] = next_x[k][h], z[k][h] = next_z[k][h];
     }
-    float* partial = a.partial + (std::int64_t(p.s) * a.cut.chunks + p.c) * a.heads + p.h;
+    __shared__ float2 of_warps[kMaxWarps];
     float sum[kHeads] = {warp_sum(dbias[0]), warp_sum(dbias[1])};
-    if (!kAlone) {
-        sums_before_warp(sum, shared[turn], total);
-        sum[0] = total[0], sum[1] = total[1];
-    }
-    if (threadIdx.x % (kAlone ? kWarp : kMaxWarps * kWarp) == 0) Place{p.both, false}.store(partial, sum);
+    if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = {sum[0], sum[1]};
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+#pragma unroll
+    for (int w = 1; w < kMaxWarps; ++w)
+        if (w < blockDim.x / kWarp) sum[0] += of_warps[w].x, sum[1] += of_warps[w].y;
+    Place<false>{p.both}.store(a.partial + std::int64_t(p.row) * a.heads + p.h, sum);
 }
 
-// One block per head: dbias_h += sum over sequences and their chunks.
+// One block per head: dbias_h += the sum of the rows of `partial`.
 __global__ __launch_bounds__(kFinishThreads) void finish_kernel(float* dbias, const float* partial, int rows,
                                                                 int heads) {
     __shared__ float shared[kFinishThreads / kWarp];
+    const float before = dbias[blockIdx.x];  // not the previous kernel's
     wait_for_previous();
     float sum = 0;
 #pragma unroll 4
-    for (int i = threadIdx.x; i < rows; i += kFinishThreads) sum += partial[std::int64_t(i) * heads + blockIdx.x];
+    for (int i = threadIdx.x; i < rows; i += blockDim.x) sum += partial[std::int64_t(i) * heads + blockIdx.x];
     sum = block_sum(sum, shared);
-    if (threadIdx.x == 0) dbias[blockIdx.x] += sum;
+    if (threadIdx.x == 0) dbias[blockIdx.x] = before + sum;
 }
 
 // Sequences of one length are cut if that length is enough; packings of several lengths are not. The same on every
 // device, as the order of the sums depends on it.
 Cut cut_of(const Packed& seq) {
-    const std::int64_t length = seq.length > 0 ? seq.length : seq.count == 1 ? seq.tokens : 0;
-    const std::int64_t most = kGateChunks / seq.count, enough = length / kShortestChunk;
-    const std::int64_t chunks = enough < most ? enough : most;
-    return chunks > 1 ? Cut{int(chunks), length / chunks} : Cut{1, length};
+    const int length = seq.length > 0 ? seq.length : seq.count == 1 ? seq.tokens : 0;
+    const int most = int(kGateChunks / seq.count), enough = length < kLong ? 1 : length / kShortestChunk;
+    const int chunks = enough < most ? enough : most;
+    return chunks > 1 ? Cut{chunks, length / chunks} : Cut{1, length};
 }
 // Threads of a part: enough for an average one in one tile, as a power of two. A single warp is alone.
-unsigned threads_for(const Packed& seq, const Cut& cut) {
+unsigned threads_for(std::int64_t tokens) {
     unsigned threads = kWarp;
-    const std::int64_t tokens = seq.tokens / (std::int64_t(seq.count) * cut.chunks);
-    while (threads < kMaxWarps * kWarp && std::int64_t(threads) * kItems < tokens) threads *= 2;
+    while (threads < kMaxWarps * kWarp && std::int64_t(threads) * kLongRun < tokens) threads *= 2;
     return threads;
 }
 template <class T>
@@ -371,23 +320,42 @@ bool are_pairs_aligned(const Mat<T>& m) {
     constexpr std::uintptr_t bytes = kHeads * sizeof(T);
     return m.cols % kHeads == 0 && m.ld % kHeads == 0 && reinterpret_cast<std::uintptr_t>(m.data) % bytes == 0;
 }
+// Kernels of one pass: for warps that are alone, with 1, 2 and kLongRun tokens a lane, and for blocks.
+template <class Args>
+struct Kernels {
+    void (*alone[3])(Args);
+    void (*block)(Args);
+};
 struct Launch {
-    unsigned parts, threads;
-    bool alone;
-    Launch(const Packed& seq, const Cut& cut, std::int64_t heads) : threads(threads_for(seq, cut)) {
-        const std::int64_t all = seq.count * ceil_div(heads, std::int64_t(kHeads)) * cut.chunks;
-        FIEDLER_REQUIRE("gate", all < (std::int64_t(1) << 31));
-        parts = unsigned(all), alone = threads == kWarp;
+    dim3 blocks;  // of parts: pairs of heads, then `rows` along y and z
+    unsigned threads;
+    std::int64_t tokens, rows;
+    Launch(const Packed& seq, const Cut& cut, std::int64_t heads) {
+        constexpr std::int64_t kMostAlongY = 32768;
+        rows = std::int64_t(seq.count) * cut.chunks;
+        tokens = seq.tokens / rows, threads = threads_for(tokens);
+        if (threads == kWarp) rows = ceil_div(rows, std::int64_t(kAloneWarps));
+        const std::int64_t y = rows < kMostAlongY ? rows : kMostAlongY;
+        blocks = dim3(unsigned(ceil_div(heads, std::int64_t(kHeads))), unsigned(y), unsigned(ceil_div(rows, y)));
     }
     template <class Args>
-    void operator()(const Cuda& dev, void (*alone_kernel)(Args), void (*kernel)(Args), const Args& args) const {
-        if (alone)
-            alone_kernel<<<ceil_div(std::int64_t(parts), std::int64_t(kAloneWarps)), kAloneWarps * kWarp, 0,
-                           stream_of(dev)>>>(args);
+    void operator()(const Cuda& dev, const Kernels<Args>& kernels, const Args& args) const {
+        if (threads == kWarp)
+            kernels.alone[tokens <= kWarp       ? 0
+                          : tokens <= 2 * kWarp ? 1
+                                                : 2]<<<blocks, kAloneWarps * kWarp, 0, stream_of(dev)>>>(args);
         else
-            kernel<<<parts, threads, 0, stream_of(dev)>>>(args);
+            kernels.block<<<blocks, threads, 0, stream_of(dev)>>>(args);
     }
 };
+template <bool kPairs>
+constexpr Kernels<ForwardArgs> kForward{
+    {forward_kernel<true, 1, kPairs>, forward_kernel<true, 2, kPairs>, forward_kernel<true, kLongRun, kPairs>},
+    forward_kernel<false, kLongRun, kPairs>};
+template <bool kPairs>
+constexpr Kernels<BackwardArgs> kBackward{
+    {backward_kernel<true, 1, kPairs>, backward_kernel<true, 2, kPairs>, backward_kernel<true, kLongRun, kPairs>},
+    backward_kernel<false, kLongRun, kPairs>};
 
 }  // namespace
 
@@ -403,20 +371,20 @@ void gate_forward(const Cuda& dev, const GateForward<float>& p) {
                            .ld_F = p.F.ld,
                            .ld_z = p.z.ld,
                            .heads = int(p.z.cols),
-                           .aligned_z = are_pairs_aligned(p.z),
-                           .aligned_F = are_pairs_aligned(p.F),
                            .seq = p.seq,
                            .cut = cut,
                            .carries = carries};
     const Launch launch(p.seq, cut, p.z.cols);
+    const bool pairs = are_pairs_aligned(p.z) && are_pairs_aligned(p.F);
     if (cut.chunks > 1) {
-        forward_sums_kernel<<<launch.parts, launch.threads, 0, stream_of(dev)>>>(args);
+        (pairs ? forward_sums_kernel<true>
+               : forward_sums_kernel<false>)<<<launch.blocks, launch.threads, 0, stream_of(dev)>>>(args);
         LAUNCH_CHECK("gate_forward_sums");
         carry_kernel<<<unsigned(p.seq.count * args.heads), kFinishThreads, 0, stream_of(dev)>>>(carries, p.carry.data,
                                                                                                 cut.chunks, args.heads);
         LAUNCH_CHECK("gate_carry");
     }
-    launch(dev, forward_kernel<true>, forward_kernel<false>, args);
+    launch(dev, pairs ? kForward<true> : kForward<false>, args);
     LAUNCH_CHECK("gate_forward");
 }
 
@@ -425,10 +393,11 @@ void gate_backward(const Cuda& dev, const GateBackward<bf16>& p) {
     if (p.z.rows == 0 || p.z.cols == 0) return;
     FIEDLER_REQUIRE("gate", p.scratch && p.scratch.size >= gate_scratch_elements(p.seq.count, p.z.cols));
     const Cut cut = cut_of(p.seq);
-    const std::int64_t heads = p.z.cols, rows = std::int64_t(p.seq.count) * cut.chunks;
+    const std::int64_t heads = p.z.cols;
+    const Launch launch(p.seq, cut, heads);
     const Carries carries{p.scratch.data, 2 * heads * cut.chunks, 2 * heads, 2, 1};
     const BackwardArgs args{.dz = nv(p.dz.data),
-                            .partial = p.scratch.data + (cut.chunks > 1 ? 2 * heads * rows : 0),
+                            .partial = p.scratch.data + (cut.chunks > 1 ? 2 * heads * launch.rows : 0),
                             .dF = p.dF.data,
                             .z = p.z.data,
                             .bias = p.bias.data,
@@ -436,23 +405,23 @@ void gate_backward(const Cuda& dev, const GateBackward<bf16>& p) {
                             .ld_dF = p.dF.ld,
                             .ld_z = p.z.ld,
                             .heads = int(heads),
-                            .aligned_dF = are_pairs_aligned(p.dF),
-                            .aligned_z = are_pairs_aligned(p.z),
+                            .rows = int(launch.rows),
                             .seq = p.seq,
                             .cut = cut,
                             .carries = carries};
-    const Launch launch(p.seq, cut, heads);
+    const bool pairs = are_pairs_aligned(p.dF) && are_pairs_aligned(p.z) && are_pairs_aligned(p.dz);
     if (cut.chunks > 1) {
-        backward_sums_kernel<<<launch.parts, launch.threads, 0, stream_of(dev)>>>(args);
+        (pairs ? backward_sums_kernel<true>
+               : backward_sums_kernel<false>)<<<launch.blocks, launch.threads, 0, stream_of(dev)>>>(args);
         LAUNCH_CHECK("gate_backward_sums");
         carry_kernel<<<unsigned(p.seq.count * args.heads), kFinishThreads, 0, stream_of(dev)>>>(carries, nullptr,
                                                                                                 cut.chunks, args.heads);
         LAUNCH_CHECK("gate_carry");
     }
-    launch(dev, backward_kernel<true>, backward_kernel<false>, args);
+    launch(dev, pairs ? kBackward<true> : kBackward<false>, args);
     LAUNCH_CHECK("gate_backward");
-    launch_dependent(dev, finish_kernel, unsigned(heads), kFinishThreads, 0, p.dbias.data,
-                     static_cast<const float*>(args.partial), int(rows), int(heads));
+    launch_dependent(dev, finish_kernel, unsigned(heads), launch.rows <= kWarp ? kWarp : kFinishThreads, 0,
+                     p.dbias.data, static_cast<const float*>(args.partial), args.rows, args.heads);
     LAUNCH_CHECK("gate_finish");
 }
 

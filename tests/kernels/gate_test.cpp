@@ -195,12 +195,13 @@ TEST(Gate, BrokenContractThrows) {
 }
 
 #if FIEDLER_CUDA
-// Lengths around a warp's, a block's and several tiles' tokens (a sequence has 32 to 512 threads, two tokens each), and
-// around where sequences are cut into chunks of 2048 tokens and more.
+// Lengths around a warp's, a block's and several tiles' tokens (a warp has 32, 64 or 128 of a sequence alone, a block of up
+// to 8 warps 128 for each), and around where sequences are cut, from 8192 tokens on, into chunks of 2048 and more.
 const std::vector<std::pair<Lengths, int>> kGpuShapes = {{{1}, 1},
                                                          {{3}, 6},
                                                          {{7, 7}, 6},
-                                                         {{63}, 6},
+                                                         {{32}, 6},
+                                                         {{33}, 6},
                                                          {{64}, 6},
                                                          {{65}, 7},
                                                          {{127}, 3},
@@ -209,16 +210,18 @@ const std::vector<std::pair<Lengths, int>> kGpuShapes = {{{1}, 1},
                                                          {{514}, 6},
                                                          {Lengths(32, 1024), 6},
                                                          {{1025, 1025}, 12},
-                                                         {{4095}, 2},
-                                                         {{4096}, 2},
                                                          {{4097}, 2},
+                                                         {{8191}, 2},
+                                                         {{8192}, 2},
+                                                         {{8193}, 2},
                                                          {{9000}, 40},
-                                                         {{6143}, 3},
-                                                         {{6144, 6144}, 3},
-                                                         {Lengths(200, 4097), 2},
-                                                         {Lengths(300, 4097), 1},
+                                                         {{10241, 10241}, 3},
+                                                         {Lengths(130, 8193), 1},
+                                                         {Lengths(257, 8193), 1},
                                                          {Lengths(700, 5), 6},
                                                          {{1, 2, 0, 5, 60, 1}, 3},
+                                                         {{100, 20, 33}, 6},
+                                                         {{300, 2, 7}, 5},
                                                          {{3000, 1, 47, 500}, 6},
                                                          {{0, 0, 1, 0}, 8}};
 
