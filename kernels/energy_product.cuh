@@ -28,14 +28,21 @@ __device__ __forceinline__ int position(int d) {
     const int in_group = d % S::kGroup, t = in_group / S::kRun, pair = in_group % S::kRun / 2;
     return d - in_group + 8 * pair + 2 * t + d % 2;
 }
-// Byte offset of (row, chunk) in one part of the matrix. The chunks of a row are exchanged so that the same chunk of
-// eight neighbouring rows lies in eight different 16-byte columns of shared memory: no bank conflicts. Rows 8 apart are
-// exchanged alike, and exchanging is an exclusive or:
-//     offset(row + 8 i, chunk ^ k) = (offset(row, chunk) ^ 16 k) + 16 D i
+// Byte offset of (row, chunk) in one part of the matrix. Rows are of at most 128 bytes: with D = 128 the second half of all
+// of them comes after the first. The chunks of a row are exchanged so that the same chunk of eight neighbouring rows lies
+// in eight different 16-byte columns of shared memory: no bank conflicts. Rows 8 apart are exchanged alike, and exchanging
+// is an exclusive or:
+//     offset(row + 8 i, chunk ^ k) = (offset(row, chunk) ^ chunk_bits(k)) + 8 kRowBytes i
+template <int D>
+constexpr int kRowBytes = D < 64 ? 2 * D : 128;
+template <int D>
+__device__ __forceinline__ constexpr unsigned chunk_bits(unsigned chunk) {
+    return chunk % 8 * 16 + chunk / 8 * (kRowBytes<D> * D);
+}
 template <int D>
 __device__ __forceinline__ unsigned matrix_offset(unsigned row, unsigned chunk) {
     const unsigned swizzle = D >= 64 ? row % 8 : D == 32 ? row / 2 % 4 : row / 4 % 2;
-    return row * 2 * D + ((chunk ^ swizzle) * 16);
+    return row * kRowBytes<D> + chunk_bits<D>(chunk ^ swizzle);
 }
 
 struct Shared {
@@ -100,9 +107,20 @@ __device__ int load_sparse(const FeatureLaplacian<float>& lap, const Shared& s) 
 }
 template <int D>
 __device__ void load_eigenvectors(const FeatureLaplacian<float>& lap, const Shared& s) {
-#pragma unroll 4
-    for (int i = threadIdx.x; i < D * D; i += blockDim.x)
-        store_split<D>(s.parts, i / D, position<D>(i % D), lap.eigenvectors.data[i]);
+    constexpr int kPairs = D * D / 2;
+    auto* parts = reinterpret_cast<__nv_bfloat162*>(s.parts);
+#pragma unroll 8
+    for (int i = threadIdx.x; i < kPairs; i += blockDim.x) {
+        const int row = i / (D / 2), d = i % (D / 2) * 2, column = position<D>(d);  // d + 1 comes after it
+        const float x = lap.eigenvectors.data[2 * i], y = lap.eigenvectors.data[2 * i + 1];
+        const int at = static_cast<int>(matrix_offset<D>(row, column / 8) + column % 8 * 2) / 4;
+        const auto hi = __floats2bfloat162_rn(x, y);
+        const float x1 = x - __low2float(hi), y1 = y - __high2float(hi);
+        const auto mid = __floats2bfloat162_rn(x1, y1);
+        parts[at] = hi;
+        parts[kPairs + at] = mid;
+        parts[2 * kPairs + at] = __floats2bfloat162_rn(x1 - __low2float(mid), y1 - __high2float(mid));
+    }
     for (int i = threadIdx.x; i < D; i += blockDim.x) s.mu[i] = lap.eigenvalues.data[i];
     __syncthreads();
 }
@@ -196,7 +214,7 @@ __device__ __forceinline__ void product(const Vectors<D>& v, const nv_bf16* part
 #pragma unroll
             for (int part = kUsed - 1; part >= 0; --part) {  // small parts first
                 std::uint32_t b[4];
-                ldmatrix_x4(b, bytes + (mine ^ (32 * s)) + (16 * D * j + 2 * D * D * part));
+                ldmatrix_x4(b, bytes + (mine ^ chunk_bits<D>(2 * s)) + (8 * kRowBytes<D> * j + 2 * D * D * part));
                 mma_bf16(c[0], a, b[0], b[1]);
                 mma_bf16(c[1], a, b[2], b[3]);
             }
@@ -207,6 +225,36 @@ __device__ __forceinline__ void product(const Vectors<D>& v, const nv_bf16* part
             }
         }
         take(j, y);
+    }
+}
+
+// z = y M, y as the sum of two bf16 parts, M as that of its first two: the product keeps 16 bits. take(q, z) for q = 0, 2, ..
+// of D / 8, with z[k] columns 8 (q + k) + 2t, + 1, by position: [0], [1] for token g, [2], [3] for token g + 8.
+template <int D, class Take>
+__device__ __forceinline__ void turned_product(const std::uint32_t (&hi)[D / 16][4],
+                                               const std::uint32_t (&mid)[D / 16][4], const nv_bf16* parts,
+                                               Take&& take) {
+    const unsigned lane = threadIdx.x % kWarp;  // tiles: rows 16 s, chunk q; 16 s + 8, q; 16 s, q + 1; 16 s + 8, q + 1
+    const unsigned mine = matrix_offset<D>(lane % 16, lane / 16);
+    const auto* bytes = reinterpret_cast<const unsigned char*>(parts);
+#pragma unroll
+    for (int q = 0; q < D / 8; q += 2) {
+        __syncwarp();  // as in product()
+        float z[2][4] = {};
+#pragma unroll
+        for (int s = 0; s < D / 16; ++s) {
+            const unsigned char* at = bytes + (mine ^ chunk_bits<D>(q)) + 16 * kRowBytes<D> * s;
+            std::uint32_t b[4];
+            ldmatrix_x4_trans(b, at + 2 * D * D);
+            mma_bf16(z[0], hi[s], b[0], b[1]);
+            mma_bf16(z[1], hi[s], b[2], b[3]);
+            ldmatrix_x4_trans(b, at);
+            mma_bf16(z[0], mid[s], b[0], b[1]);
+            mma_bf16(z[1], mid[s], b[2], b[3]);
+            mma_bf16(z[0], hi[s], b[0], b[1]);
+            mma_bf16(z[1], hi[s], b[2], b[3]);
+        }
+        take(q, z);
     }
 }
 

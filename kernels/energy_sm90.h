@@ -1,0 +1,13 @@
+// kernels/energy_sm90.h: energy's kernels with sm_90's own products (energy_sm90.cu, compiled for sm_90a alone).
+#pragma once
+#include "kernels/energy.h"
+
+namespace fiedler {
+
+// An sm_90 device; heads of 64.
+bool energy_sm90_takes(const Cuda&, int dim);
+void energy_sm90(const Cuda&, const EnergyForward<bf16>&);
+// Returns the blocks of a head, each of which leaves its sums in scratch.
+int energy_sm90(const Cuda&, const EnergyBackward<bf16>&);
+
+}  // namespace fiedler
