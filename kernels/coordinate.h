@@ -8,7 +8,8 @@
 //
 // Shapes     s: [tokens, 2 heads R] acc_t<T>, any ld: columns [0, HR) are the queries' scalars, [HR, 2HR) the keys',
 //            a head's R scalars side by side; ds: the same shape in T, any ld, ready for matmul
-//            a, b, da, db: [tokens, heads R] acc_t<T>; w, dw: [2 heads R, 4] acc_t<T>, ld 4
+//            a, b, da, db: [tokens, heads R] acc_t<T>; w, dw: [2 heads R, 4] acc_t<T>, ld 4; w 16-byte
+//            aligned on Cuda
 //            log_temp, dlog_temp: [heads] acc_t<T>
 // Scratch    backward on Cuda: coordinate_scratch_elements(tokens, 2 heads R) floats
 // Writes     a, b, ds overwritten; dw, dlog_temp accumulated (+=); dlog_temp absent: temperature fixed, not computed.
