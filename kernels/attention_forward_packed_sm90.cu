@@ -111,15 +111,21 @@ struct Way {
     using Numbers = float2;  // largest and least gate
     static constexpr int kOwnBytes = 0;
     static constexpr std::int64_t kResident = attention_forward_tile::kResident;
-    static __device__ const References& of(const Shared& shared) { return shared.of; }
+    static __device__ References of(std::uint32_t base) {
+        const float4 x = hopper::load_four<offsetof(Shared, of)>(base);
+        return {x.x, x.y, __float_as_int(x.z)};
+    }
     static __device__ const KeyTile<R>& keys(const KeyTile<R>& tile) { return tile; }
-    static __device__ Numbers numbers(const Shared& shared, int stage) {
-        return *reinterpret_cast<const float2*>(&shared.keys[stage].most);
+    static __device__ Numbers numbers(std::uint32_t base, int stage) {
+        using Keys = KeyTile<R>;
+        const std::uint32_t of_tile = base + stage * unsigned(sizeof(Keys));
+        return {__uint_as_float(hopper::load_word<offsetof(Shared, keys) + offsetof(Keys, most)>(of_tile)),
+                __uint_as_float(hopper::load_word<offsetof(Shared, keys) + offsetof(Keys, least)>(of_tile))};
     }
     static __device__ float least(const Numbers& x) { return x.y; }
     static __device__ float least(const KeyTile<R>& x) { return x.least; }
     static __device__ bool bounded(const References& of, const Numbers& x) {
-        return of.bounded && of.gate - x.y <= kGateRange<R>;
+        return (of.bounded != 0) & (of.gate - x.y <= kGateRange<R>);
     }
     static __device__ float by(const References& of, const Numbers& x) { return (of.gate - x.x) * kLog2e; }
     static __device__ void begin_carefully(Queries& queries, const AttentionForward<bf16>&, const Tiles<KeyTile<R>>&,

@@ -38,7 +38,7 @@ static_assert(sizeof(KeyTile<8>) == attention_packed_tile(8) * sizeof(float) &&
 struct alignas(16) References {
     float gate;   // E
     float reach;  // largest F_i + d_i: keys with F_j beyond that + kFaded are nothing
-    bool bounded;
+    int bounded;
 };
 
 // What is the same for all threads, or needed now and then, is here since registers are short.
@@ -70,7 +70,7 @@ struct Queries : OutputSums<Shared<R>, true> {
     const uint2 diagonal = minus_diagonals();
     std::uint32_t x[M][2][R / 2];  // scalars, packed
 
-    __device__ explicit Queries(Shared<R>& s) : Base(s) {
+    __device__ Queries(Shared<R>& s, std::uint32_t base) : Base(s, base) {
 #pragma unroll
         for (int m = 0; m < M; ++m) {
             hopper::pin(products(m));  // or zeros are made anew on every way from here

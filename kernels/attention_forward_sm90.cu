@@ -68,15 +68,19 @@ struct Way {
     // On an H200 what V costs when it does not stay in L2 is less than what blocks of the longest rows first, of all pairs,
     // save: 32 sequences of 1,024 tokens and six heads take 42.8 us, 45.5 with 8 MiB at a time.
     static constexpr std::int64_t kResident = 64 << 20;
-    static __device__ const References& of(const Shared& shared) { return shared.own.of; }
+    static __device__ References of(std::uint32_t base) {
+        const float4 x = hopper::load_four<offsetof(Shared, own) + offsetof(OwnTile, of)>(base);
+        return {x.x, x.y, x.z, __float_as_int(x.w)};
+    }
     static __device__ const KeyTile& keys(const StoredTile& tile) { return tile.keys; }
-    static __device__ Numbers numbers(const Shared& shared, int stage) {
-        return *reinterpret_cast<const float4*>(&shared.keys[stage].centre);
+    static __device__ Numbers numbers(std::uint32_t base, int stage) {
+        constexpr int kNumbers = offsetof(Shared, keys) + offsetof(KeyTile, centre);
+        return hopper::load_four<kNumbers>(base + stage * unsigned(sizeof(KeyTile)));
     }
     static __device__ float least(const Numbers& x) { return x.z; }
     static __device__ float least(const KeyTile& x) { return x.least; }
     static __device__ bool bounded(const References& of, const Numbers& x) {
-        return of.bounded && -beyond(x.z, of.gate) <= kGateRange && x.w <= kTileSpread;
+        return (of.bounded != 0) & (-beyond(x.z, of.gate) <= kGateRange) & (x.w <= kTileSpread);
     }
     static __device__ Powers by(const References& of, const Numbers& x) { return Powers(of, x); }
     static __device__ void begin_carefully(Queries& queries, const AttentionForward<bf16>& p,

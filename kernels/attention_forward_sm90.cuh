@@ -60,7 +60,7 @@ struct alignas(16) KeyTile {
 struct alignas(16) References {
     float centre, gate;  // c, E in ln 2
     float reach;         // largest F_i + d_i: keys with F_j beyond that + kFaded are nothing
-    bool bounded;
+    int bounded;
 };
 // The same tokens as a block's own: keys, and queries.
 struct alignas(16) OwnTile {
@@ -116,7 +116,10 @@ struct Shared {
 
 // A thread's part of the block's queries.
 struct Queries : OutputSums<Shared, false> {
-    __device__ explicit Queries(Shared& s) : OutputSums(s) {
+    std::uint32_t of_pairs, of_rho;  // base, and where the thread's own begin
+
+    __device__ Queries(Shared& s, std::uint32_t base_) : OutputSums(s, base_) {
+        of_pairs = base + lane() % 4 * unsigned(sizeof(uint4)), of_rho = base + row(0, 0) * unsigned(sizeof(float));
 #pragma unroll
         for (int m = 0; m < M; ++m) hopper::pin(products(m));  // or zeros are made anew on every way from here
     }
@@ -167,20 +170,26 @@ struct Queries : OutputSums<Shared, false> {
     // Begins the products from `from` on of a tile's first `keys` keys, which all their queries see.
     template <int from, int keys>
     __device__ void multiply_seen(int stage, const Powers& by) {
-        const std::uint32_t* rho = shared.own.rho + row(0, 0);
+        constexpr int kRho = offsetof(Shared, own) + offsetof(OwnTile, rho),
+                      kPairs = offsetof(Shared, keys) + offsetof(KeyTile, pairs);
+        const std::uint32_t rho[M][2] = {
+            {from == 0 ? hopper::load_word<kRho>(of_rho) : 0u,
+             from == 0 ? hopper::load_word<kRho + 8 * 4>(of_rho) : 0u},
+            {hopper::load_word<kRho + 64 * 4>(of_rho), hopper::load_word<kRho + 72 * 4>(of_rho)}};
         std::uint32_t of_rows[M][2];
 #pragma unroll
         for (int m = from; m < M; ++m)
 #pragma unroll
-            for (int k = 0; k < 2; ++k) of_rows[m][k] = multiply_two(rho[64 * m + 8 * k], by.u);
-        const uint4* pairs = shared.keys[stage].pairs + lane() % 4;
-        uint4 next = pairs[0];
+            for (int k = 0; k < 2; ++k) of_rows[m][k] = multiply_two(rho[m][k], by.u);
+        const std::uint32_t pairs = of_pairs + stage * unsigned(sizeof(KeyTile));
+        uint4 next = hopper::load_four_words<kPairs>(pairs);
         wait();
 #pragma unroll
         for (int chunk = 0; chunk < keys / 16; ++chunk) {
             const std::uint32_t u[2] = {next.x, next.z},
                                 w[2] = {multiply_two(next.y, by.w), multiply_two(next.w, by.w)};
-            if (chunk + 1 < keys / 16) next = pairs[4 * (chunk + 1)];
+            if (chunk + 1 < keys / 16)
+                next = hopper::load_four_words<kPairs>(pairs + 4 * (chunk + 1) * unsigned(sizeof(uint4)));
             if (chunk > 0) hopper::product_wait<1>();  // the operands before the last ones are free
             Packed packed[M];
 #pragma unroll

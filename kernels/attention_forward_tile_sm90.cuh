@@ -74,9 +74,10 @@ struct OutputSums : Rows<kOpposite> {
     using Sums = float[2];  // of the thread's two rows of a product
 
     Shared& shared;
+    std::uint32_t base;     // the address of Shared
     float o[M][9][4] = {};  // [8]: sums of the rounded weights
 
-    __device__ explicit OutputSums(Shared& s) : shared(s) {}
+    __device__ OutputSums(Shared& s, std::uint32_t base_) : shared(s), base(base_) {}
     __device__ float (&products(int m))[36] { return reinterpret_cast<float(&)[36]>(o[m]); }
     // Sums may be read and written.
     __device__ void wait() {
@@ -132,9 +133,11 @@ struct OutputSums : Rows<kOpposite> {
     // Begins the products from `from` on with 16 keys' values.
     template <int from>
     __device__ void multiply_chunk(const Packed (&packed)[M], int stage, int chunk) {
-        // The upper half of an operand is the same for all: fewer instructions than adding to 64 bits.
-        const std::uint64_t first = hopper::beside(shared.values[stage], shared.ones);
-        const std::uint64_t b = first >> 32 << 32 | (static_cast<std::uint32_t>(first) + chunk * hopper::kBesideStep);
+        static_assert(offsetof(Shared, values) == 0);
+        constexpr int kBytes = sizeof(Shared::values[0]);
+        const std::uint64_t b = hopper::kBesideLayout |
+                                (hopper::beside_low(base + stage * kBytes, offsetof(Shared, ones) - stage * kBytes) +
+                                 chunk * hopper::kBesideStep);
         hopper::product_begin();
 #pragma unroll
         for (int m = from; m < M; ++m) hopper::multiply_registers(products(m), packed[m], b, true);
@@ -196,32 +199,44 @@ struct OutputSums : Rows<kOpposite> {
 
 // ---- a block's tiles ---------------------------------------------------------------------------------------------
 // Way, what a kernel has of its own:
-//   Shared      values, keys, ones, sum, tiles, full, empty; of(shared): what all weights of the block are relative to,
+// base: the address of Shared.
+//   Shared      values, keys, ones, sum, tiles, full, empty; of(base): what all weights of the block are relative to,
 //               with `reach`: keys with F_j beyond that + kFaded are nothing
 //   Queries     OutputSums with add(stage, by), add_diagonal(stage, by), add_carefully(p, head, stage, first, diagonal)
 //   Stored      of 128 tokens of a head, as a first kernel made it; keys(stored): what goes to a stage's Shared::keys
-//   Numbers     of a tile; numbers(shared, stage); least(numbers), least(keys): its least F
+//   Numbers     of a tile; numbers(base, stage); least(numbers), least(keys): its least F
 //   bounded(of, numbers)                           whether weights may be relative to `of`
 //   by(of, numbers)                                what Queries::add and add_diagonal take beside the stage
 //   begin_carefully(queries, p, tiles, summed)     from here on the maximum runs
 //   load_own(shared, full), kOwnBytes              what comes with the first tile
 //   kResident                                      bytes of V of the (sequence, head) pairs that go together
 
-// Thread 0: tile k is on its way; without values where nothing of it counts.
+// Thread 0: tile k of the first is on its way.
 template <class Way>
-__device__ void load(typename Way::Shared& shared, int k, bool with_values) {
+__device__ void load(typename Way::Shared& shared, int k) {
     const auto& tiles = shared.tiles;
-    const int stage = k % kStages;
-    if (k >= kStages) hopper::barrier_wait(&shared.empty[stage], (k / kStages - 1) & 1);
-    hopper::Barrier* full = &shared.full[stage];
-    constexpr int kBytes = sizeof(shared.keys[0]), kValueBytes = kKeys * kWidth * 2, kOwnBytes = Way::kOwnBytes;
-    hopper::barrier_arrive_expecting(
-        full, kBytes + (with_values ? kValueBytes : 0) + (kOwnBytes > 0 && k == 0 ? kOwnBytes : 0));
-    if (with_values)
-        hopper::load_box(shared.values[stage], tiles.values, tiles.head * kWidth, tiles.first_token(k), full);
-    hopper::load_bytes(&shared.keys[stage], &Way::keys(tiles(k)), kBytes, full);
+    hopper::Barrier* full = &shared.full[k];
+    constexpr int kBytes = sizeof(shared.keys[0]) + sizeof(shared.values[0]), kOwnBytes = Way::kOwnBytes;
+    hopper::barrier_arrive_expecting(full, kOwnBytes > 0 && k == 0 ? kBytes + kOwnBytes : kBytes);
+    hopper::load_box(shared.values[k], tiles.values, tiles.head * kWidth, tiles.first_token(k), full);
+    hopper::load_bytes(&shared.keys[k], &Way::keys(tiles(k)), sizeof(shared.keys[0]), full);
     if constexpr (kOwnBytes > 0)
         if (k == 0) Way::load_own(shared, full);
+}
+// A later one, into `stage`, by a warp; without values where nothing of it counts. All warps of the block wait for this one
+// at their next product: few instructions, and one lane that the compiler knows to be one.
+template <class Way, class Stored>
+__device__ void load(std::uint32_t base, const ForwardProblem<Stored>& problem, const Stored* from, int head, int token,
+                     int stage, bool with_values) {
+    using Shared = typename Way::Shared;
+    constexpr int kBytes = sizeof(Shared::keys[0]), kValueBytes = sizeof(Shared::values[0]);
+    if (!hopper::elected()) return;
+    const std::uint32_t full = base + std::uint32_t(offsetof(Shared, full)) + stage * unsigned(sizeof(hopper::Barrier));
+    hopper::barrier_arrive_expecting(full, with_values ? kBytes + kValueBytes : kBytes);
+    if (with_values)
+        hopper::load_box(base + stage * unsigned(kValueBytes), &problem.values, head * kWidth, token, full);
+    hopper::load_bytes(base + std::uint32_t(offsetof(Shared, keys)) + stage * unsigned(kBytes), &Way::keys(*from),
+                       kBytes, full);
 }
 
 // Thread 0: tiles and barriers. sequence: its first tile. Returns the number of tiles.
@@ -241,62 +256,78 @@ __device__ float load_first(typename Way::Shared& shared, const int& count) {
     wait_for_previous();  // what the kernel before made; what other threads read is older
     // Causal: no query is far from itself; otherwise there is no gate. The second tile's values come in any case, too:
     // whether they count would have to be waited for.
-    load<Way>(shared, 0, true);
-    if (count > 1) load<Way>(shared, 1, true);
+    load<Way>(shared, 0);
+    if (count > 1) load<Way>(shared, 1);
     return count > 2 ? Way::least(Way::keys(shared.tiles(2))) : 0.f;
 }
 
-// All tiles, and the results. least: of the third tile, thread 0. faded: kFaded, or infinity where all count.
+// All tiles, and the results. loads: of the first warp. least: of the third tile, thread 0. faded: kFaded, or infinity where
+// all count. What can be the same for all lanes is asked so that the compiler knows it: counters and addresses then need
+// neither registers of a thread nor many instructions.
 template <class Way, class Stored>
 __device__ void attend(typename Way::Shared& shared, const ForwardProblem<Stored>& problem, bool loads, float least,
                        float faded) {
+    using Shared = typename Way::Shared;
     const AttentionForward<bf16>& p = problem.p;
-    typename Way::Queries queries(shared);
-    const auto counts = [=](float reach, float least_of) { return !(reach - least_of < -faded); };
     const auto& tiles = shared.tiles;
-    const auto& of = Way::of(shared);
+    const std::uint32_t base = hopper::uniform(shared_address(&shared));
+    const std::uint32_t full = base + std::uint32_t(offsetof(Shared, full)),
+                        empty = base + std::uint32_t(offsetof(Shared, empty));
+    constexpr unsigned kBarrier = sizeof(hopper::Barrier);
+    const int count = hopper::uniform(tiles.count), last = hopper::uniform(tiles.last),
+              head = hopper::uniform(tiles.head), loader = hopper::uniform(int(loads));
+    least = __shfl_sync(0xffffffffu, least, 0);
+    typename Way::Queries queries(shared, base);
+    const auto counts = [=](float reach, float least_of) { return !(reach - least_of < -faded); };
+    const auto any = [](bool x) { return __any_sync(0xffffffffu, x) != 0; };
     int k = 0, stage = 0, parity = 0;  // the tile, its place in the ring
     const auto tile = [&] {            // its numbers, when it is there
-        hopper::barrier_wait(&shared.full[stage], parity);
-        return Way::numbers(shared, stage);
+        hopper::barrier_wait(full + stage * kBarrier, parity);
+        return Way::numbers(base, stage);
     };
-    const auto ask = [&] {  // for the tile after the next
-        if (!loads || k + 2 >= tiles.count) return;
-        const bool with_values = counts(of.reach, least);
-        if (k + 3 < tiles.count) least = Way::least(Way::keys(tiles(k + 3)));
-        load<Way>(shared, k + 2, with_values);
+    const auto ask = [&](float reach) {  // for the tile after the next, where the one before was
+        if (loader == 0 || k + 2 >= count) return;
+        const int ahead = last - k - 2, before = stage == 0 ? kStages - 1 : stage - 1;
+        const bool with_values = any(counts(reach, least));
+        const Stored* const from = problem.tiles + (std::int64_t(ahead) * p.heads + head);
+        if (k + 3 < count) least = Way::least(Way::keys(from[-p.heads]));
+        hopper::barrier_wait(empty + before * kBarrier, stage == 0 ? parity ^ 1 : parity);  // k = 0: at once
+        load<Way>(base, problem, from, head, ahead * kKeys, before, with_values);
     };
     const auto done = [&] {
         __syncwarp();
-        if (threadIdx.x % kWarp == 0) hopper::barrier_arrive(&shared.empty[stage]);
+        if (hopper::elected()) hopper::barrier_arrive(empty + stage * kBarrier);
         if (++stage == kStages) stage = 0, parity ^= 1;
         ++k;
     };
     if (p.causal) {
         const auto of_tile = tile();
-        if (Way::bounded(of, of_tile)) {
-            ask();
+        const auto of = Way::of(base);
+        if (any(Way::bounded(of, of_tile))) {
+            ask(of.reach);
             queries.add_diagonal(stage, Way::by(of, of_tile));
             done();
         }
     }
     if (!p.causal || k > 0) {  // a loop of its own: products in a row want that nothing else changes their sums in it
 #pragma unroll 1
-        for (; k < tiles.count; done()) {
+        for (; k < count; done()) {
             const auto of_tile = tile();
-            const bool seen = counts(of.reach, Way::least(of_tile));
-            if (seen && !Way::bounded(of, of_tile)) break;
-            ask();
+            const auto of = Way::of(base);
+            const bool seen = any(counts(of.reach, Way::least(of_tile)));
+            if (any(seen & !Way::bounded(of, of_tile))) break;
+            ask(of.reach);
             if (seen) queries.add(stage, Way::by(of, of_tile));
         }
     }
-    const bool careful = k < tiles.count;
+    const bool careful = k < count;
     if (careful) {
         Way::begin_carefully(queries, p, tiles, k > 0);
 #pragma unroll 1
-        for (; k < tiles.count; done()) {
-            ask();
-            if (counts(of.reach, Way::least(tile())))
+        for (; k < count; done()) {
+            const float reach = Way::of(base).reach;
+            ask(reach);
+            if (any(counts(reach, Way::least(tile()))))
                 queries.add_carefully(p, tiles.head, stage, tiles.first_token(k), p.causal && k == 0);
         }
     }

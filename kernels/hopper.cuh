@@ -28,15 +28,18 @@ __device__ inline void barrier_init(Barrier* b, int count) {
 }
 // Makes the initialised barriers known to TMA; before the __syncthreads that tells the other threads.
 __device__ inline void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory"); }
-__device__ inline void barrier_arrive(Barrier* b) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(b)) : "memory");
+// By the address that it has in shared memory, or by pointer; the others likewise.
+__device__ inline void barrier_arrive(std::uint32_t address) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(address) : "memory");
 }
+__device__ inline void barrier_arrive(Barrier* b) { barrier_arrive(shared_address(b)); }
 // Arrives and announces bytes that TMA is going to bring.
-__device__ inline void barrier_arrive_expecting(Barrier* b, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(b)), "r"(bytes)
-                 : "memory");
+__device__ inline void barrier_arrive_expecting(std::uint32_t address, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(address), "r"(bytes) : "memory");
 }
-// By pointer, or by the address that it has in shared memory.
+__device__ inline void barrier_arrive_expecting(Barrier* b, int bytes) {
+    barrier_arrive_expecting(shared_address(b), bytes);
+}
 #define FIEDLER_BARRIER_WAIT                                     \
     "{\n.reg .pred done;\n"                                      \
     "again:\n"                                                   \
@@ -51,12 +54,58 @@ __device__ inline void barrier_wait(std::uint32_t address, int parity) {
     asm volatile(FIEDLER_BARRIER_WAIT ::"r"(address), "r"(parity) : "memory");
 }
 #undef FIEDLER_BARRIER_WAIT
+// Whether a wait would return at once.
+__device__ inline bool barrier_over(std::uint32_t address, int parity) {
+    std::uint32_t x;
+    asm volatile(
+        "{\n.reg .pred done;\nmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.b32 %0, 1, 0, done;\n}\n"
+        : "=r"(x)
+        : "r"(address), "r"(parity)
+        : "memory");
+    return x != 0;
+}
 // Numbered barriers of the block: `threads` threads in all, of which some wait and the others only announce themselves.
 __device__ inline void named_wait(int number, int threads) {
     asm volatile("bar.sync %0, %1;\n" ::"r"(number), "r"(threads) : "memory");
 }
 __device__ inline void named_arrive(int number, int threads) {
     asm volatile("bar.arrive %0, %1;\n" ::"r"(number), "r"(threads) : "memory");
+}
+
+// One lane of a warp whose lanes are together; what it alone does needs no loop over lanes, as behind a comparison of
+// thread numbers.
+__device__ inline bool elected() {
+    std::uint32_t x;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}\n" : "=r"(x));
+    return x != 0;
+}
+// x, which is the same for all lanes, so that the compiler knows it.
+__device__ inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+__device__ inline std::uint32_t uniform(std::uint32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
+
+// ---- shared memory by its address ----------------------------------------------------------------------------------
+// Where an address is kept: that of a name would be made anew each time. `offset` is part of the instruction.
+template <int offset = 0>
+__device__ inline float4 load_four(std::uint32_t from) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4+%5];\n"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(from), "n"(offset));
+    return x;
+}
+template <int offset = 0>
+__device__ inline uint4 load_four_words(std::uint32_t from) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4+%5];\n"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(from), "n"(offset));
+    return x;
+}
+template <int offset = 0>
+__device__ inline std::uint32_t load_word(std::uint32_t from) {
+    std::uint32_t x;
+    asm volatile("ld.shared.u32 %0, [%1+%2];\n" : "=r"(x) : "r"(from), "n"(offset));
+    return x;
 }
 
 // The whole warpgroup gives registers away, or waits until it can have so many of its own (for each thread).
@@ -72,12 +121,15 @@ __device__ inline void take_registers() {
 // ---- TMA ---------------------------------------------------------------------------------------------------------
 // The box of `map` at the given coordinates (innermost first) -> shared memory; its bytes are counted by b. Elements
 // beyond the tensor are zeros, and count.
-__device__ inline void load_box(void* to, const CUtensorMap* map, int x, int y, Barrier* b) {
+__device__ inline void load_box(std::uint32_t to, const CUtensorMap* map, int x, int y, std::uint32_t barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
-        "[%2];\n" ::"r"(shared_address(to)),
-        "l"(map), "r"(shared_address(b)), "r"(x), "r"(y)
+        "[%2];\n" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(x), "r"(y)
         : "memory");
+}
+__device__ inline void load_box(void* to, const CUtensorMap* map, int x, int y, Barrier* b) {
+    load_box(shared_address(to), map, x, y, shared_address(b));
 }
 __device__ inline void load_box(void* to, const CUtensorMap* map, int x, int y, int z, int w, Barrier* b) {
     asm volatile(
@@ -87,11 +139,13 @@ __device__ inline void load_box(void* to, const CUtensorMap* map, int x, int y, 
         : "memory");
 }
 // `bytes` as they lie, both at multiples of 16, and `bytes` too.
-__device__ inline void load_bytes(void* to, const void* from, int bytes, Barrier* b) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(
-                     shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(shared_address(b))
+__device__ inline void load_bytes(std::uint32_t to, const void* from, int bytes, std::uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
                  : "memory");
+}
+__device__ inline void load_bytes(void* to, const void* from, int bytes, Barrier* b) {
+    load_bytes(shared_address(to), from, bytes, shared_address(b));
 }
 // The box at the given coordinates <- shared memory, after publish_shared(). The memory must stay as it is until
 // store_wait(); only the thread that stored may wait.
@@ -248,6 +302,12 @@ __device__ inline void multiply_registers(float (&d)[36], const std::uint32_t (&
 __device__ inline std::uint64_t beside(const void* tile, const void* next) {
     const std::uint64_t distance = (shared_address(next) - shared_address(tile)) / 16;
     return (operand(tile) & ~(std::uint64_t(0x3fff) << 16)) | distance << 16;
+}
+// The same by its parts: the upper half, which is the same for all; and the lower, of a tile at `address` and one that begins
+// `distance` bytes further on.
+constexpr std::uint64_t kBesideLayout = std::uint64_t(8 * kSwizzleBytes / 16) << 32 | std::uint64_t(1) << 62;
+__device__ inline std::uint32_t beside_low(std::uint32_t address, std::uint32_t distance) {
+    return (address >> 4) + (distance / 16 << 16);
 }
 constexpr std::uint32_t kBesideStep = 0u - kSwizzleBytes * 0xffffu;  // kSwizzleBytes - (kSwizzleBytes << 16)
 #undef FIEDLER_TEN
