@@ -18,8 +18,8 @@
 // Numerics   scores, weights and sums in acc_t<T>; on Cuda p and ds are rounded to bf16 for the tensor-core products
 //            only (P V, dO V', P' dO), f32 accumulation; there, o is divided by the sum of the rounded weights, lse is
 //            from the sum before rounding. With R = 1 a weight is a product of factors of its row and column, each
-//            within a few units of rounding, as long as their range permits. Fixed order, no atomics: bit-equal from
-//            run to run.
+//            within a few units of rounding, as long as their range permits. Fixed order, and no two
+//            threads add to one number: bit-equal from run to run.
 //            Cuda, R > 1: a and b, times log2 e, are rounded to multiples of 2^-13 and to eleven bits. So a score is
 //            off by at most
 //              2^-11 sum_r (|a^r| + |b^r| + k |a^r - b^r|) + 2^-13 R,  k = 2; 3 for R = 16; 1 + log2 R for
@@ -37,8 +37,9 @@
 //            Cuda, sm_90, D = 64, R = 1 .. 8, no window, equal sequences of a multiple of 64 tokens, and room for
 //            attention_numbers_elements: the backward pass is a kernel of its own. R > 1
 //            (attention_backward_packed_sm90.cu): numbers as above, and in db the sums of two queries' +-ds that are 8 apart
-//            are rounded to bf16 too. R = 1 (attention_backward_one_sm90.cu): scores, and ds of da, db and dF, in f32; scalars up to 22 are rounded after they were multiplied by log2 e, a score is off by
-//            up to 2^-24 of their sizes for that. do . v - delta is one product, which takes delta in three parts of bf16:
+//            are rounded to bf16 too. R = 1 (attention_backward_one_sm90.cu): scores, and ds of da, db and dF, in f32;
+//            scalars up to 22, and lse, are rounded after they were multiplied by log2 e, a score is off by up to 2^-24 of
+//            their sizes for that. do . v - delta is one product, which takes delta in three parts of bf16:
 //            off by 2^-26 of delta and the rounding of f32 sums. da and db are sums of sign ds as it stands; equal scalars
 //            alone have sign 0. The way depends on shapes, scratch and the device alone.
 // skip       Cuda: tiles in which the gate alone puts every weight under e^-25 (2^-36) of what its query has from itself are

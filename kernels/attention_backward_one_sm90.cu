@@ -9,7 +9,8 @@
 // After it the loads of a later tile begin, by TMA. dv of this tile begins once X is there, and goes on behind the
 // arithmetic of the next tile. So that products begin on one way through the loop alone, which ptxas asks for, the first
 // tile has a product dv with weights that are zeros, and the last one begins an X that nobody reads. What can be the same for
-// all lanes is asked so that the compiler knows it (a vote): else addresses are made anew in each lane.
+// all lanes is asked so that the compiler knows it (a vote): else addresses are made anew in each lane. The warps of a block
+// meet where a product begins, too: what one of them does alone, asking for loads, has to be short.
 #include "kernels/attention_backward_one_sm90.cuh"
 #include "kernels/attention_backward_sm90.h"
 #include "kernels/dependent_launch.cuh"
@@ -25,6 +26,7 @@ struct Problem {
     BackwardGroups groups;
     const OfQueries* queries;
     int of_sequence;  // groups of keys
+    int tiles;        // of queries, of all sequences
 };
 
 // Of every token and head: delta = dO . o, and what goes with it. Eight lanes share one.
@@ -39,7 +41,7 @@ __global__ void __launch_bounds__(kNumbersThreads)
     const std::int64_t number = std::int64_t(token) * p.heads + head;
     float4 x{};
     if (part == 0) {
-        x.x = p.lse.data[number], x.z = p.a.data[number], x.w = Keys::scaled_scalar(x.z);
+        x.x = p.lse.data[number] * kLog2e, x.z = p.a.data[number], x.w = Keys::scaled_scalar(x.z);
         if (p.F.data != nullptr) x.y = p.F.data[number];
     }
     float sum = 0.f;
@@ -58,84 +60,100 @@ __global__ void __launch_bounds__(kNumbersThreads)
     }
 }
 
-// Tile n of queries: dO, and V with it, asked for by one thread, of each warp in turn. query: in tiles.
-__device__ void load_queries(const Problem& problem, Shared& shared, unsigned n, int query, int key = -1) {
-    if (threadIdx.x != n % (kThreads / kWarp) * kWarp) return;
-    const unsigned stage = n % kStages;
+// A tile of queries into a stage, dO and what goes with it; and V, with the keys from `key` on. By a warp: all warps wait for
+// it at their next product. base: the address of Shared.
+__device__ void load_queries(const Problem& problem, std::uint32_t base, unsigned stage, int query, int key = -1) {
+    if (!hopper::elected()) return;
     const int head = static_cast<int>(blockIdx.x);
     constexpr int kBytes = kTileElements * 2 + sizeof(OfQueries), kValueBytes = kKeys * kRowBytes;
-    hopper::Barrier* full = &shared.full[stage];
+    const std::uint32_t full = base + std::uint32_t(offsetof(Shared, full)) + stage * unsigned(sizeof(hopper::Barrier));
     hopper::barrier_arrive_expecting(full, key < 0 ? kBytes : kBytes + kValueBytes);
-    hopper::load_box(shared.gradients[stage], &problem.gradients, head * kWidth, query * kTile, full);
-    hopper::load_bytes(&shared.queries[stage],
-                       problem.queries + (head * std::int64_t(problem.p.seq.tokens / kTile) + query), sizeof(OfQueries),
-                       full);
-    if (key >= 0) hopper::load_box(shared.values, &problem.values, head * kWidth, key, full);
+    hopper::load_box(base + stage * unsigned(kTileElements * 2), &problem.gradients, head * kWidth, query * kTile,
+                     full);
+    hopper::load_bytes(base + std::uint32_t(offsetof(Shared, queries)) + stage * unsigned(sizeof(OfQueries)),
+                       problem.queries + (head * std::int64_t(problem.tiles) + query), sizeof(OfQueries), full);
+    if (key >= 0)
+        hopper::load_box(base + std::uint32_t(offsetof(Shared, values)), &problem.values, head * kWidth, key, full);
 }
 
-// The first tiles of queries, and V, of a tile of keys; all stages are free.
-__device__ void load_first(const Problem& problem, Shared& shared, unsigned n, const Range& range, int first) {
-    for (int i = 0; i < int(kStages) - 1; ++i)
-        if (range.begin + i < range.end) load_queries(problem, shared, n + i, range.begin + i, i == 0 ? first : -1);
+// The first tiles of queries, a warp each, and V, of a tile of keys; all stages are free.
+__device__ void load_first(const Problem& problem, Shared& shared, unsigned n, const Range& range, int first,
+                           int warp) {
+    static_assert(kStages - 1 <= kThreads / kWarp && offsetof(Shared, gradients) == 0);
+    if (warp < int(kStages) - 1 && range.begin + warp < range.end)
+        load_queries(problem, shared_address(&shared), (n + warp) % kStages, range.begin + warp,
+                     warp == 0 ? first : -1);
 }
 
 // The queries of one tile of keys. n: number of its first tile of queries, of those that the block has loaded; then, of the
-// next one's.
+// next one's. Issue slots are what the loop is short of: numbers that can be are the same for all lanes, as the compiler is
+// told, and go from tile to tile instead of being made anew of q and n.
 __device__ void add_queries(const Problem& problem, Shared& shared, Keys& keys, unsigned& n, const Range& range,
-                            int first) {
-    constexpr int kStageBytes = kTileElements * 2, kWeightBytes = kKeys * kRowBytes;
-    const Operand gradients = operand_of(shared.gradients), weights = operand_of(shared.weights),
-                  values = operand_of(shared.values);
-    const Operand deltas = delta_of(shared.queries[0].delta), ones = ones_of(shared.ones);
-    // One register for four numbers, taken apart anew for each tile: the thread's place in the turned weights, whether t is
-    // odd, Shared::again, and the first of its rows.
-    std::uint32_t where = (shared_address(shared.weights) + place_of_turned(thread_anew())) << 8 |
-                          (thread_anew() & 1) << 7 | unsigned(shared.again) << 6 | first_row(thread_anew());
-    const std::uint32_t base = __shfl_sync(0xffffffffu, shared_address(&shared), 0);  // or it is made anew each time
+                            int first, int warp) {
+    constexpr unsigned kStageBytes = kTileElements * 2, kWeightBytes = kKeys * kRowBytes;
+    const std::uint32_t base = hopper::uniform(shared_address(&shared));  // or it is made anew each time
+    // Operands, all from one; bit 16 of it is not for those without swizzle.
+    const Operand gradients = (base >> 4) + (1u << 16), weights = gradients + offsetof(Shared, weights) / 16,
+                  values = gradients + offsetof(Shared, values) / 16, unswizzled = base >> 4,
+                  deltas = unswizzled + (offsetof(Shared, queries) + offsetof(OfQueries, delta)) / 16,
+                  ones = unswizzled + offsetof(Shared, ones) / 16 + kOnesStep;
+    // One register for four numbers, taken apart anew for each tile: the thread's place in the turned weights; of its two
+    // rows, the one whose sum it may store, by 16; whether it does not (bit 1); Shared::again (bit 0).
+    std::uint32_t where = (shared_address(shared.weights) + place_of_turned(thread_anew())) << 12 |
+                          (first_row(thread_anew()) + (thread_anew() & 1) * 8) << 4 | (thread_anew() & 2) |
+                          unsigned(shared.again);
+    constexpr std::uint32_t kRow = 0x3f0, kFirstRow = 0x370;
     const auto multiply_x = [&](unsigned stage) {
-        multiply_differences(keys.x, advance(gradients, stage * kStageBytes), values,
-                             advance(deltas, stage * sizeof(OfQueries)), ones);
+        multiply_differences(keys.x, gradients + stage * (kStageBytes / 16), values,
+                             deltas + stage * unsigned(sizeof(OfQueries) / 16), ones);
     };
-    hopper::barrier_wait(&shared.full[n % kStages], parity_of(n));
-    multiply_x(n % kStages);
-    Keys::Rows rows = keys.rows(base, n % kStages, where & 63);
+    const auto read = [&](unsigned stage) {
+        return Keys::read(base, stage * unsigned(sizeof(OfQueries)) + (where & kFirstRow));
+    };
+    const auto full = [&](unsigned stage) {
+        return base + std::uint32_t(offsetof(Shared, full)) + stage * unsigned(sizeof(hopper::Barrier));
+    };
+    unsigned stage = n % kStages, before = stage;  // of the tile, and of the one before
+    hopper::barrier_wait(full(stage), parity_of(n));
+    multiply_x(stage);
+    Keys::Rows rows = keys.rows(base, read(stage));
+    if (problem.p.causal && rows.way < int(Way::careful)) rows.way |= Keys::kOwn;
     int q = range.begin;
-    unsigned before = n % kStages;  // the stage of the tile before
+    unsigned turned = (q & 1) * kWeightBytes;
+    std::uint64_t to = shared.slab + (unsigned(q) * (kTile * 4) + (where & kRow) / 4);
 #pragma unroll 1
     do {
-        asm volatile("" : "+r"(where));
-        const int turned = (q & 1) * kWeightBytes, row = static_cast<int>(where & 63);
-        const unsigned stage = n % kStages, next = (n + 1) % kStages;
-        const std::uint32_t place = (where >> 8) + turned;
+        unsigned next = (stage + 1) % kStages;
+        asm volatile("" : "+r"(where), "+r"(stage), "+r"(next), "+r"(turned));
+        const std::uint32_t place = (where >> 12) + turned;
         float of_rows[2] = {0.f, 0.f};
         hopper::product_wait<0>();
         hopper::pin(keys.x);
-        multiply_turned<kKeys>(keys.dv, advance(gradients, before * kStageBytes),
-                               advance(weights, kWeightBytes - turned));
-        const int shift = problem.p.causal ? q * kTile - first : kTile;
-        keys.add(shift == 0, of_rows, shared, stage, place, row, shift, rows);
-        const std::uint64_t to = load_address(base + std::uint32_t(offsetof(Shared, slab))) +
-                                 (unsigned(q) * (kTile * 4) + unsigned(row) * 4 + (where & 128) / 4);
-        float left = 0.f;  // what an earlier tile of keys left in the slab
-        if (__any_sync(0xffffffffu, where & 64)) left = load_global(to);  // known to be the same for all lanes
-        if (q + 1 < range.end)
-            hopper::barrier_wait(base + std::uint32_t(offsetof(Shared, full)) + next * sizeof(hopper::Barrier),
-                                 parity_of(n + 1));
+        turned ^= kWeightBytes;
+        multiply_turned<kKeys>(keys.dv, gradients + before * (kStageBytes / 16), weights + turned / 16);
+        ++n;                                                                // the next tile's
+        const bool there = hopper::barrier_over(full(next), parity_of(n));  // in most cases, and then nobody waits
+        keys.add(of_rows, shared, stage, place, (where & kFirstRow) / 16, problem.p.causal ? q * kTile - first : kTile,
+                 rows);
+        hopper::publish_shared();  // the weights; it takes a while, in which the next rows are read
+        if (!there && q + 1 < range.end) hopper::barrier_wait(full(next), parity_of(n));
+        const auto of_next = read(next);
         hopper::product_wait<0>();  // dv began a tile ago
         hopper::pin(keys.dv);
         multiply_x(next);
         // While that goes on, what need not wait for it.
         const float of_pair = sum_of_pair(of_rows);
-        rows = keys.rows(base, next, where & 63);
-        const float sum = sum_of_pairs(of_pair);
-        hopper::publish_shared();
+        rows = keys.rows(base, of_next);
+        const float sum = minus_sum_of_pairs(of_pair);
         __syncthreads();
-        if (!(threadIdx.x & 2)) store_global(to, left - sum);  // here, since publishing waits for what was stored
-        if (q + int(kStages) - 1 < range.end) load_queries(problem, shared, n + kStages - 1, q + int(kStages) - 1);
-        before = stage, ++n;
+        put_global(to, sum, where & 3);  // here, since publishing waits for what was stored
+        to += kTile * 4;
+        const unsigned free = (stage + kStages - 1) % kStages;  // of the tile before
+        if (q + int(kStages) - 1 < range.end && warp == int(free))
+            load_queries(problem, base, free, q + int(kStages) - 1);
+        before = stage, stage = next;
     } while (++q < range.end);
-    multiply_turned<kKeys>(keys.dv, advance(gradients, before * kStageBytes),
-                           advance(weights, ((q - 1) & 1) * kWeightBytes));
+    multiply_turned<kKeys>(keys.dv, gradients + before * (kStageBytes / 16), weights + (turned ^ kWeightBytes) / 16);
     hopper::product_wait<0>();
     hopper::pin(keys.dv);
     __syncthreads();
@@ -168,21 +186,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         shared.again = false;
     }
     int first = group * groups.tiles * kKeys;
+    const int warp = hopper::uniform(int(threadIdx.x / kWarp));
     unsigned n = 0;
     wait_for_previous();
     Range range(p, first);
-    load_first(problem, shared, n, range, first);
+    load_first(problem, shared, n, range, first, warp);
 #pragma unroll 1
     for (int left = groups.tiles;;) {
         Keys keys;
         keys.begin(p, shared, Keys::Numbers(p, head, first), range.begin);
-        add_queries(problem, shared, keys, n, range, first);
+        add_queries(problem, shared, keys, n, range, first, warp);
         const int of_keys = first, end = range.end;
         first += kKeys;
         const bool last = --left == 0 || first >= p.seq.tokens;
         if (!last) {  // on their way while the results are stored
             range = Range(p, first);
-            load_first(problem, shared, n, range, first);
+            load_first(problem, shared, n, range, first, warp);
             if (threadIdx.x == 0) shared.again = range.end == end;
         }
         keys.store(p, &problem.results, shared, head, of_keys);
@@ -209,7 +228,8 @@ void attention_backward_one_sm90(const Cuda& device, const AttentionBackward<bf1
     const std::int64_t before = attention_numbers_elements(p.seq.tokens, p.heads, kWidth, 1);
     const BackwardGroups groups = groups_of(p, kKeys, before);
     dim3 blocks = blocks_of(p, groups);
-    const Problem problem{map(p.do_), map(p.v), map(p.dv), p, groups, queries, static_cast<int>(blocks.z)};
+    const Problem problem{map(p.do_),          map(p.v), map(p.dv), p, groups, queries, static_cast<int>(blocks.z),
+                          p.seq.tokens / kTile};
     // Blocks start in the order x, y, z. Not all sequences at once, or each reads dO from memory anew for every tile of keys.
     constexpr std::int64_t kResident = 24 << 20;  // bytes, half of L2
     const std::int64_t fitting = kResident / (std::int64_t(std::max(p.seq.length, 1)) * p.heads * kWidth * 2);

@@ -40,7 +40,7 @@ constexpr int kColumns = kKeys / 4;  // of a thread
 
 // ---- operands of X -----------------------------------------------------------------------------------------------
 struct alignas(16) QueryNumbers {
-    float lse, gate, a, scaled;  // scaled: log2(e) a
+    float lse, gate, a, scaled;  // lse and scaled: log2(e) lse, log2(e) a
 };
 // What is needed of 64 queries beside dO, as it lies at the begin of AttentionBackward::partial, [heads][tiles]. Rows of
 // - delta: three numbers that add up to it, and zeros.
@@ -54,8 +54,7 @@ static_assert(sizeof(OfQueries) == kTile * 8 * sizeof(float));
 // distance / 16 of units along the inner dimension; 32-45: along rows. - delta has one unit of 8 along the inner dimension,
 // which is read twice; the second time the ones are zeros. All rows of ones are the same eight.
 constexpr std::uint64_t kDeltaLayout = std::uint64_t(8) << 32, kOnesLayout = 0;
-__device__ inline Operand delta_of(const void* tile) { return (shared_address(tile) & 0x3ffff) >> 4; }
-__device__ inline Operand ones_of(const void* tile) { return delta_of(tile) | 8u << 16; }
+constexpr Operand kOnesStep = 8 << 16;
 
 // d += A B' with whole descriptors.
 __device__ inline void multiply_described(float (&d)[32], std::uint64_t a, std::uint64_t b) {
@@ -92,29 +91,27 @@ struct alignas(16) OfKeys {
     float faded;   // a query whose base is below this is nothing for the keys
     Way way;
 };
-// What is read anew for each tile of queries, by an address that is kept: a name would be made an address each time.
-__device__ inline float4 load_four(std::uint32_t from) {
-    float4 x;
-    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];\n" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(from));
-    return x;
+// kind 0: stores x; 1: adds it to what this thread has stored; 2, 3: neither. The addition is done where the number lies, so
+// that nobody waits for it to come.
+__device__ inline void put_global(std::uint64_t to, float x, std::uint32_t kind) {
+    asm volatile(
+        "{\n.reg .pred first, later;\n"
+        "setp.eq.u32 first, %2, 0;\nsetp.eq.u32 later, %2, 1;\n"
+        "@first st.global.f32 [%0], %1;\n"
+        "@later red.relaxed.gpu.global.add.f32 [%0], %1;\n}\n" ::"l"(to),
+        "f"(x), "r"(kind)
+        : "memory");
 }
-__device__ inline std::uint64_t load_address(std::uint32_t from) {
-    std::uint64_t x;
-    asm volatile("ld.shared.u64 %0, [%1];\n" : "=l"(x) : "r"(from));
-    return x;
-}
-__device__ inline float load_global(std::uint64_t from) {
-    float x;
-    asm volatile("ld.global.f32 %0, [%1];\n" : "=f"(x) : "l"(from) : "memory");
-    return x;
-}
-__device__ inline void store_global(std::uint64_t to, float x) {
-    asm volatile("st.global.f32 [%0], %1;\n" ::"l"(to), "f"(x) : "memory");
-}
-__device__ inline std::uint32_t load_word(std::uint32_t from) {
-    std::uint32_t x;
-    asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(x) : "r"(from));
-    return x;
+// Whether a lane has x < 0, or not |y| <= most.
+__device__ inline bool any_negative_or_far(int x, float y, float most) {
+    std::uint32_t any;
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "setp.gtu.f32 p, %2, %3;\nsetp.lt.or.s32 p, %1, 0, p;\n"
+        "vote.sync.any.pred p, p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}\n"
+        : "=r"(any)
+        : "r"(x), "f"(fabsf(y)), "f"(most));
+    return any != 0;
 }
 struct Shared {
     nv_bf16 gradients[kStages][kTileElements];  // dO; tiles at multiples of 1024 bytes
@@ -122,7 +119,7 @@ struct Shared {
     nv_bf16 values[kKeys * kWidth];             // V
     OfQueries queries[kStages];
     alignas(16) nv_bf16 ones[2][8 * 8];         // units of 8 keys: 1, 1, 1, 0, ... and zeros
-    std::uint32_t marks[kMarks];                // of the keys' scaled b: bits 2-11 the word, 12-16 the bit
+    std::uint32_t marks[kMarks];                // of the keys' scaled b: bits 2-11 the word, 12-16 the bit from the top
     float scaled[kKeys], below[kKeys];          // log2(e) b, log2(e) (F_j - G)
     float b[kKeys], gate[kKeys];                // as they are
     alignas(16) float2 ways[kThreads / kWarp];  // of the warps' keys: largest G - F_j; Way
@@ -189,7 +186,7 @@ struct Keys {
             shared.gate[key] = of.gate, shared.below[key] = -apart * kLog2e;
             shared.b[key] = of.scalar, shared.scaled[key] = scaled;
             const std::uint32_t bits = __float_as_uint(scaled);
-            atomicOr(&shared.marks[bits >> 2 & (kMarks - 1)], 1u << (bits >> 12 & 31));
+            atomicOr(&shared.marks[bits >> 2 & (kMarks - 1)], 0x80000000u >> (bits >> 12 & 31));
         }
         if (thread == 0) {
             static_assert(int(Way::plain) == 0 && int(Way::gated) == 1 && int(Way::careful) == 3);
@@ -209,35 +206,42 @@ struct Keys {
     // A thread's two rows, relative to G in base 2, and scaled as b is; and how its warp does them.
     struct Rows {
         float base[2], a[2];
-        Way way;
+        int way;  // Way; and kOwn: queries and keys are the same tokens
     };
-    // base: the address of Shared. Votes come first, where all lanes are together.
-    __device__ Rows rows(std::uint32_t base, unsigned stage, unsigned row) const {
-        const float4 of = load_four(base + std::uint32_t(offsetof(Shared, of_keys)));  // centre, faded, way
-        const std::uint32_t numbers =
-            base + stage * std::uint32_t(sizeof(OfQueries)) + row * std::uint32_t(sizeof(QueryNumbers));
+    static constexpr int kOwn = 8;
+    // What lies in shared memory for them. base: the address of Shared; numbers: in a stage, the distance of the first row's.
+    struct Read {
+        float4 keys, row[2];  // OfKeys, QueryNumbers
+    };
+    static __device__ Read read(std::uint32_t base, std::uint32_t numbers) {
+        constexpr int kQueries = offsetof(Shared, queries);
+        const std::uint32_t from = base + numbers;
+        return {hopper::load_four<offsetof(Shared, of_keys)>(base),
+                {hopper::load_four<kQueries>(from), hopper::load_four<kQueries + 8 * sizeof(QueryNumbers)>(from)}};
+    }
+    // Votes come first, where all lanes are together.
+    __device__ Rows rows(std::uint32_t base, const Read& read) const {
+        const float4 of = read.keys;  // centre, faded, way
         Rows r;
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-            const float4 x = load_four(numbers + offsetof(Shared, queries) + k * 8 * sizeof(QueryNumbers));
-            r.base[k] = ((x.y - of.x) - x.x) * kLog2e, r.a[k] = x.w;
+            const float4 x = read.row[k];
+            r.base[k] = fmaf(x.y - of.x, kLog2e, -x.x), r.a[k] = x.w;
         }
         const float mine = threadIdx.x % 2 ? r.a[1] : r.a[0];  // of the four lanes of a row two have one each
         const std::uint32_t bits = __float_as_uint(mine);
-        const std::uint32_t word = load_word(base + (bits & (kMarks - 1) * 4) + offsetof(Shared, marks));
-        const bool marked = __funnelshift_r(word, 0u, bits >> 12) & 1u;
+        const std::uint32_t word = hopper::load_word<offsetof(Shared, marks)>(base + (bits & (kMarks - 1) * 4));
+        const int marked = static_cast<int>(__funnelshift_l(0u, word, bits >> 12));  // negative: it is
         const bool seen = __any_sync(0xffffffffu, !(r.base[0] < of.y) | !(r.base[1] < of.y)) != 0;
-        bool bad = __any_sync(0xffffffffu, marked | !(fabsf(mine) <= kFar)) != 0, far = false;
-        if (bad) {
+        r.way = __float_as_int(of.z);
+        if (any_negative_or_far(marked, mine, kFar)) {
             bool differ = true;
 #pragma unroll
             for (int c = 0; c < C; ++c) differ = differ & (r.a[0] != b[c]) & (r.a[1] != b[c]);
-            bad = __any_sync(0xffffffffu, !differ) != 0;
-            far = __any_sync(0xffffffffu, !(fabsf(mine) <= kFar)) != 0;
+            if (__any_sync(0xffffffffu, !differ)) r.way = max(r.way, static_cast<int>(Way::tied));
+            if (__any_sync(0xffffffffu, !(fabsf(mine) <= kFar))) r.way = static_cast<int>(Way::careful);
         }
-        auto way = static_cast<Way>(__float_as_int(of.z));
-        if (bad && way < Way::tied) way = Way::tied;
-        r.way = !seen ? Way::nothing : far ? Way::careful : way;
+        if (!seen) r.way = static_cast<int>(Way::nothing);
         return r;
     }
     // x with the sign of another number.
@@ -246,24 +250,26 @@ struct Keys {
     }
 
     // X of the thread's rows, of which `row` is the first, to weights and into all sums. to: the lane's place in the turned
-    // weights; sums: of sign ds along rows, over the thread's columns. own: queries and keys are the same tokens, row i sees
-    // keys up to i. With care, row i sees keys up to i + shift.
-    __device__ void add(bool own, float (&sums)[2], const Shared& shared, int stage, std::uint32_t to, int row,
-                        int shift, const Rows& r) {
-        const auto run = [&](auto way) {
-            if (own)
-                add<decltype(way)::value, true>(sums, shared, stage, to, row, shift, warp_anew(), r);
+    // weights; sums: of sign ds along rows, over the thread's columns. Own queries: row i sees keys up to i. With care, row i
+    // sees keys up to i + shift.
+    __device__ void add(float (&sums)[2], const Shared& shared, int stage, std::uint32_t to, int row, int shift,
+                        const Rows& r) {
+        if (__builtin_expect(r.way == static_cast<int>(Way::plain), 1)) {
+            add<Way::plain, false>(sums, shared, stage, to, row, shift, kKeys, r);
+            return;
+        }
+        const bool own = (r.way & kOwn) != 0;
+        const auto way = static_cast<Way>(r.way & (kOwn - 1));
+        if (way < Way::tied) {  // not a chain of equalities, which would become a table of jumps
+            if (!own)
+                add<Way::gated, false>(sums, shared, stage, to, row, shift, kKeys, r);
+            else if (way == Way::plain)
+                add<Way::plain, true>(sums, shared, stage, to, row, shift, warp_anew(), r);
             else
-                add<decltype(way)::value, false>(sums, shared, stage, to, row, shift, kKeys, r);
-        };
-        if (r.way < Way::tied) {  // not a chain of equalities, which would become a table of jumps
-            if (r.way == Way::plain)
-                run(std::integral_constant<Way, Way::plain>{});
-            else
-                run(std::integral_constant<Way, Way::gated>{});
-        } else if (r.way == Way::tied) {
+                add<Way::gated, true>(sums, shared, stage, to, row, shift, warp_anew(), r);
+        } else if (way == Way::tied) {
             add<Way::tied, true>(sums, shared, stage, to, row, shift, own ? warp_anew() : kKeys, r);
-        } else if (r.way == Way::careful) {
+        } else if (way == Way::careful) {
             add<Way::careful, false>(sums, shared, stage, to, row, shift, kKeys, r);
         } else {
             __syncwarp();  // a branch, not predicates
@@ -304,7 +310,7 @@ struct Keys {
                         if (kOwn && last + 8 * k < 8 * m + j) base = -INFINITY;
                         if constexpr (kCareful) {
                             distance = fabsf(d) * kLog2e;
-                            base = ((of[i].gate - (j ? below.y : below.x)) - of[i].lse) * kLog2e;
+                            base = fmaf(of[i].gate - (j ? below.y : below.x), kLog2e, -of[i].lse);
                             if (column(c + j) > i + shift) base = -INFINITY;
                         }
                         float score = base - distance;
@@ -372,6 +378,6 @@ __device__ inline float sum_of_pair(const float (&rows)[2]) {
     const float keep = odd ? rows[1] : rows[0], send = odd ? rows[0] : rows[1];
     return keep + __shfl_xor_sync(0xffffffffu, send, 1);
 }
-__device__ inline float sum_of_pairs(float x) { return x + __shfl_xor_sync(0xffffffffu, x, 2); }
+__device__ inline float minus_sum_of_pairs(float x) { return -x - __shfl_xor_sync(0xffffffffu, x, 2); }
 
 }  // namespace fiedler::attention_backward_one_tile
