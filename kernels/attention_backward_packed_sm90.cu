@@ -87,35 +87,39 @@ __global__ void __launch_bounds__(kNumbersThreads)
     }
 }
 
-// One thread: the next tile of queries is on its way to a place, and with the first of them V and OfKeys. After the last
-// tile nothing comes, and the place counts as filled.
+// A warp: the next tile of queries is on its way to a place, and with the first of them V and OfKeys. After the last tile
+// nothing comes, and the place counts as filled. base: the address of Shared. It is few instructions of one lane, since all
+// warps wait for it at the next product.
 template <int R>
-__device__ void load_queries(const Problem<R>& problem, Shared<R>& shared, int place) {
-    auto& next = shared.next;
-    if (next.left == 0) {
-        hopper::barrier_arrive(&shared.full[place]);
-        return;
-    }
-    const AttentionBackward<bf16>& p = problem.p;
-    const int head = next.head, query = next.query, first = next.first, keys = next.keys;
+__device__ void load_queries(const Problem<R>& problem, Shared<R>& shared, std::uint32_t base, int place) {
+    using S = Shared<R>;
+    static_assert(offsetof(S, gradients) == 0);
+    if (!hopper::elected()) return;
     constexpr int kBytes = kTileElements * 2 + int(sizeof(OfQueries<R>)),
                   kKeyBytes = kKeys * kRowBytes + int(sizeof(OfKeys<R>));
-    hopper::Barrier* full = &shared.full[place];
+    const std::uint32_t full = base + std::uint32_t(offsetof(S, full)) + place * std::uint32_t(sizeof(hopper::Barrier));
+    typename S::Next next = shared.next;
+    if (next.left == 0) return hopper::barrier_arrive(full);
     hopper::barrier_arrive_expecting(full, next.begins ? kBytes + kKeyBytes : kBytes);
-    hopper::load_box(shared.gradients[place], &problem.gradients, head * kWidth, query * kTile, full);
-    hopper::load_bytes(&shared.queries[place], problem.queries + (head * std::int64_t(p.seq.tokens / kTile) + query),
-                       sizeof(OfQueries<R>), full);
+    hopper::load_box(base + place * std::uint32_t(kTileElements * 2), &problem.gradients, next.column, next.row, full);
+    hopper::load_bytes(base + std::uint32_t(offsetof(S, queries)) + place * std::uint32_t(sizeof(OfQueries<R>)),
+                       next.queries, sizeof(OfQueries<R>), full);
     if (next.begins) {
-        hopper::load_box(shared.values[keys], &problem.values, head * kWidth, first, full);
-        hopper::load_bytes(&shared.keys[keys],
-                           problem.keys + (head * std::int64_t(p.seq.tokens / kKeys) + first / kKeys),
-                           sizeof(OfKeys<R>), full);
+        const std::int64_t tiles = problem.p.seq.tokens / kKeys;
+        hopper::load_box(base + std::uint32_t(offsetof(S, values)) + next.keys * std::uint32_t(kKeys * kRowBytes),
+                         &problem.values, next.column, next.first, full);
+        hopper::load_bytes(base + std::uint32_t(offsetof(S, keys)) + next.keys * std::uint32_t(sizeof(OfKeys<R>)),
+                           problem.keys + (next.column / kWidth * tiles + next.first / kKeys), sizeof(OfKeys<R>), full);
     }
-    next.query = query + 1, next.begins = query + 1 == next.end;
-    if (!next.begins) return;
-    const Range range(p, first + kKeys);
-    next.first = first + kKeys, next.keys = keys ^ 1, next.query = range.begin, next.end = range.end;
-    next.left = next.first < p.seq.tokens ? next.left - 1 : 0;
+    next.row += kTile, ++next.queries, next.begins = next.row == next.end;
+    if (next.begins) {  // the next keys, and the queries from theirs on
+        next.first += kKeys, next.keys ^= 1;
+        next.left = next.first < problem.p.seq.tokens ? next.left - 1 : 0;
+        const Range range(problem.p, next.first);
+        next.queries += range.begin - next.row / kTile;
+        next.row = range.begin * kTile, next.end = range.end * kTile;
+    }
+    shared.next = next;
 }
 
 // A lane's sums da of a tile, in the slab of the head.
@@ -137,21 +141,28 @@ struct Rounds {
     int place = 0, parity = 0, buffer = 0;  // of the round; of its weights
     typename Keys<R>::Products dp;
     const Operand operands;  // they are named by the first of them
+    const std::uint32_t base;
+    const int head, warp;
 
-    __device__ Rounds(const Problem<R>& p, S& s) : problem(p), shared(s), operands(operand_of(s.gradients)) {}
+    __device__ Rounds(const Problem<R>& p, S& s, std::uint32_t b, int h)
+        : problem(p),
+          shared(s),
+          operands(operand_of(s.gradients)),
+          base(b),
+          head(h),
+          warp(hopper::uniform(static_cast<int>(threadIdx.x / kWarp))) {}
 
     __device__ static int after(int place) { return place == kPlaces - 1 ? 0 : place + 1; }
     __device__ static int before(int place) { return place == 0 ? kPlaces - 1 : place - 1; }
-    // The number that all threads of the warp have, known to be so.
-    __device__ static Operand same(Operand x) { return __shfl_sync(0xffffffffu, x, 0); }
-    __device__ Operand gradients(int of) const { return same(advance(operands, of * kStageBytes)); }
+    __device__ Operand gradients(int of) const { return hopper::uniform(advance(operands, of * kStageBytes)); }
     __device__ void multiply(int of, int keys) {  // dP
         multiply_rows<kKeys>(dp, gradients(of),
-                             same(advance(operands, int(offsetof(S, values)) + keys * kWeightBytes)));
+                             hopper::uniform(advance(operands, int(offsetof(S, values)) + keys * kWeightBytes)));
     }
     __device__ void multiply_results(Keys<R>& keys) {  // dv of the round before
-        multiply_turned<kKeys>(keys.dv, gradients(before(place)),
-                               same(advance(operands, int(offsetof(S, weights)) + (buffer ^ 1) * kWeightBytes)));
+        multiply_turned<kKeys>(
+            keys.dv, gradients(before(place)),
+            hopper::uniform(advance(operands, int(offsetof(S, weights)) + (buffer ^ 1) * kWeightBytes)));
     }
     __device__ Sums* sums_of(int q) const {
         return reinterpret_cast<Sums*>(shared.slab + (q * (kTile * R) + Keys<R>::sums_place(thread_anew())));
@@ -167,7 +178,6 @@ struct Rounds {
 
     // The queries of one tile of keys, the first of which is `first`.
     __device__ void run(Keys<R>& keys, int of_keys, int first, const Range& range) {
-        const int head = shared.next.head;
         const AttentionBackward<bf16>& p = problem.p;
         // Products begin on one way alone, which ptxas asks for: the first round has a product dv with weights that are zeros.
         for (int i = threadIdx.x; i < kWeightBytes / 16; i += kThreads)
@@ -214,7 +224,7 @@ struct Rounds {
             if (Keys<R>::has_sums(thread_anew()))
                 *sums_of(q) = left;  // here, since publishing waits for what was stored
             // One warp after the other, or one were always behind.
-            if (thread_anew() == place * kWarp) load_queries(problem, shared, before(place));
+            if (warp == place) load_queries(problem, shared, base, before(place));
             if (next == 0) parity ^= 1;
             place = next, buffer ^= 1;
         }
@@ -247,14 +257,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         shared.slab = groups.partial + slab * groups.slab_floats + std::int64_t(head) * p.seq.tokens * R;
         shared.written = 0;
         const Range range(p, first);
-        shared.next = {first, groups.tiles, range.begin, range.end, 0, head, true};
+        shared.next = {problem.queries + (head * std::int64_t(p.seq.tokens / kTile) + range.begin),
+                       range.begin * kTile,
+                       head * kWidth,
+                       first,
+                       groups.tiles,
+                       range.end * kTile,
+                       0,
+                       true};
         for (int s = 0; s < kPlaces; ++s) hopper::barrier_init(&shared.full[s], 1);
         hopper::barrier_init_done();
     }
     __syncthreads();
     wait_for_previous();
-    if (threadIdx.x == 0) load_queries(problem, shared, 0), load_queries(problem, shared, 1);
-    Rounds<R> rounds(problem, shared);
+    const std::uint32_t base = hopper::uniform(shared_address(&shared));
+    Rounds<R> rounds(problem, shared, base, head);
+    if (rounds.warp == 0) load_queries(problem, shared, base, 0), load_queries(problem, shared, base, 1);
     rounds.wait();
     rounds.multiply(0, 0);
     hopper::product_wait<0>();

@@ -15,7 +15,7 @@
 //
 // What the arithmetic waits for is, more than its own pipes, shared memory (loads, movmatrix and the products' operands) and
 // instructions between tiles: operands that are constants stay in registers, and products' operands are named through
-// same(), which makes ptxas compute them once for the warp.
+// hopper::uniform, which makes ptxas compute them once for the warp.
 #pragma once
 #include "kernels/attention_backward_tile_sm90.cuh"
 #include "kernels/attention_packed.cuh"
@@ -100,10 +100,13 @@ struct Shared {
     OfKeys<R> keys[2];
     float* slab;  // of the head
     int written;  // tiles of queries that have sums there
-    // What is to be loaded next: the queries of tile `query`, up to `end`, for the keys from `first` on, which lie at `keys`;
-    // of these `left` tiles are left; begins: with this one's own.
-    struct {
-        int first, left, query, end, keys, head;
+    // What is to be loaded next: a tile of queries, which begins at token `row` of those up to `end` that see the keys from
+    // `first` on, which lie at `keys`; of such tiles of keys `left` are left; begins: with this one's own.
+    struct alignas(16) Next {
+        const OfQueries<R>* queries;  // of the tile
+        int row, column;              // column: of the head in dO and V
+        int first, left, end;
+        short keys;
         bool begins;
     } next;
     OfLane lanes[kWarp];
