@@ -1,18 +1,21 @@
 // kernels/embedding.cu: token embedding (see embedding.h).
 //
-// Backward, in two kernels. The first writes tokens and positions so that equal tokens follow one another, in the order of
-// positions: each block takes a class of tokens, reads all of them, counts those of the classes before, which is where its
-// own begin, and puts its own in order by counting. So the blocks need nothing of each other.
+// Backward, in two kernels. The first writes tokens and positions so that equal tokens follow one another, always in the
+// same order: each block takes a class of tokens, reads all of them, counts those of the classes before, which is where its
+// own begin, and puts its own in order by counting. So the blocks need nothing of each other. Where there are few classes
+// several blocks count the same one, and each puts its share of it in order.
 //
 // The second adds rows: a run of equal tokens in that order is one row of the table. A block looks after kPlaces places. A
-// short run is summed by 16 threads of the block that it begins in; a longer one by whole blocks, each the part that lies in
-// its own places, split over its groups of threads in a fixed way. Where such a run lies in several blocks they leave
-// their parts in memory, and the one that is done last adds them up in order: the same sum whichever it is. So no row is
-// written twice, no atomics of floats are needed, and the most frequent token waits on no single block.
+// short run is summed by 16 threads of the block that it begins in; a longer one by that whole block, split over groups of
+// its threads in a fixed way. A run longer than kMost is shared by the blocks that it lies in: they leave their parts in
+// memory, and of kFan neighbours the one that is done last adds them up in order, and of all those the last one: the same
+// sum whichever it is. So no row is written twice, no atomics of floats are needed, and the most frequent token waits on
+// no single block.
 #include <algorithm>
 
 #include "kernels/common.cuh"
 #include "kernels/dependent_launch.cuh"
+#include "kernels/dynamic_shared.cuh"
 #include "kernels/embedding.h"
 
 namespace fiedler {
@@ -23,13 +26,16 @@ constexpr int kLanes = 16, kBlockChannels = kLanes * kPackSize;  // one group of
 constexpr int kGroups = 16, kThreads = kLanes * kGroups;         // groups of a block
 constexpr int kPlaces = kEmbeddingPlaces;                        // sorted places that it looks after
 constexpr int kShort = 16;                                       // tokens of a run that one group sums
-constexpr int kBatch = 4;                                        // rows of dx loaded at a time by a thread
+constexpr int kMost = 4 * kPlaces;                               // tokens of a run that one block sums
+constexpr int kFan = 32;                                         // blocks whose parts of a run are added up first
+constexpr int kScatterBlocks = 4 * 132;                          // that run at once on an H200
+constexpr int kBatch = 4, kLongBatch = 4;                        // rows of dx loaded at a time by a thread
 constexpr int kGatherRows = 16, kGatherPacks = 4;
 constexpr int kOrderWarps = 32, kOrderThreads = kOrderWarps * kWarp;
-constexpr int kOrderBatch = 16;              // tokens loaded at a time by a thread
-constexpr int kClasses = 128, kRange = 192;  // at least so many classes, and no more tokens of each
-constexpr int kFew = 8;                      // tokens that are counted one by one
-constexpr int kFound = 88;                   // tokens of a part that are remembered
+constexpr int kOrderBlocks = 128;  // at least, but no more than kOrderWarps of one class
+constexpr int kOrderBatch = 32;    // tokens loaded at a time by a thread
+constexpr int kRange = 512;        // tokens of a class at most
+constexpr int kFound = 88;         // tokens of a part that are remembered
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
 struct Gather {
@@ -59,7 +65,9 @@ __global__ __launch_bounds__(kLanes* kGatherRows) void gather_kernel(Gather a) {
 // A run of equal tokens in order: places first .. end - 1.
 struct Run {
     int first, end;
-    __device__ int blocks() const { return (end - 1) / kPlaces - first / kPlaces + 1; }
+    __device__ int length() const { return end - first; }
+    __device__ int first_block() const { return first / kPlaces; }
+    __device__ int last_block() const { return (end - 1) / kPlaces; }
 };
 
 struct Order {
@@ -67,69 +75,111 @@ struct Order {
     Run* across;   // [blocks of places]: the run that reaches into a block from the one before; else unset
     int* arrived;  // [counters], to be 0
     const std::int32_t* tokens;
-    int count, bits, counters;  // classes: 2^bits, by a token's lowest bits
+    int count, counters;
+    int bits, range;  // classes: 2^bits, by a token's lowest bits; tokens of a class
 };
 
-// The tokens of a warp's part that are of class `own`, kWarp places at a time: body(position, token >> bits, inside),
-// called by all threads of the warp when any is inside. Returns how many are of a class below, of the thread's own.
-template <class Body>
-__device__ int for_own_tokens(const Order& a, int own, Body&& body) {
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    const int part = ceil_div(ceil_div(a.count, kWarp), kOrderWarps) * kWarp;
-    const int first = warp * part, last = min(first + part, a.count);  // first may be beyond the last token
-    int below = 0;
-    for (int p0 = first; p0 < last; p0 += kWarp * kOrderBatch) {
-        int token[kOrderBatch];
-#pragma unroll
-        for (int k = 0; k < kOrderBatch; ++k) {
-            const int p = p0 + k * kWarp + lane;
-            token[k] = p < last ? a.tokens[p] : -1;
-        }
-#pragma unroll
-        for (int k = 0; k < kOrderBatch; ++k) {
-            const int of = token[k] & ((1 << a.bits) - 1);  // of -1, which is no token, comes the highest class
-            const bool inside = of == own && token[k] >= 0;
-            below += of < own;
-            if (__any_sync(kWholeWarp, inside)) body(p0 + k * kWarp + lane, token[k] >> a.bits, inside);
-        }
+// Tokens of a warp's part: first .. last - 1; first may be beyond the last one.
+struct Part {
+    int first, last;
+    __device__ Part(const Order& a, int warp) {
+        const int tokens = ceil_div(ceil_div(a.count, kWarp), kOrderWarps) * kWarp;
+        first = warp * tokens, last = min(first + tokens, a.count);
     }
-    return below;
+};
+
+// Of kOrderBatch x kWarp tokens, those of class `own`: bit k of `hits` is that of token first + k kWarp + lane, and `below`
+// counts those of the classes below.
+struct Hits {
+    unsigned hits = 0;
+    int below = 0;
+    __device__ void look(int token, int k, int own, int mask) {
+        const int of = token & mask;
+        if (of == own) hits |= 1u << k;
+        if (of < own) ++below;
+    }
+    __device__ Hits(const Order& a, int own, int first, int last) {
+        const int mask = (1 << a.bits) - 1;
+        const std::int32_t* tokens = a.tokens + first + threadIdx.x % kWarp;
+        if (first + kOrderBatch * kWarp <= last) {
+            int token[kOrderBatch];
+#pragma unroll
+            for (int k = 0; k < kOrderBatch; ++k) token[k] = tokens[k * kWarp];
+#pragma unroll
+            for (int k = 0; k < kOrderBatch; ++k) look(token[k], k, own, mask);
+            return;
+        }
+        for (int k = 0; first + k * kWarp < last; ++k)
+            if (first + k * kWarp + int(threadIdx.x % kWarp) < last) look(tokens[k * kWarp], k, own, mask);
+    }
+};
+
+// The threads of the warp that are inside and have the same token: 0 for the others.
+__device__ unsigned equal_tokens(int token, bool inside) {
+    unsigned equal = 0;
+    for (unsigned left = __ballot_sync(kWholeWarp, inside); left != 0;) {
+        const int first = __shfl_sync(kWholeWarp, token, __ffs(int(left)) - 1);
+        const bool same = inside && token == first;
+        const unsigned all = __ballot_sync(kWholeWarp, same);
+        if (same) equal = all;
+        left &= ~all;
+    }
+    return equal;
 }
+
+struct OrderMemory {
+    int2 found[kOrderWarps][kFound];  // the first of a part: position and token, in order
+    int sums[2][kOrderWarps];
+    int begin[kRange];  // where each token's places begin
+    // [kOrderWarps][range], behind it: how many of each token are in each warp's part; then how many in the parts before.
+    __device__ int* counts() { return reinterpret_cast<int*>(this + 1); }
+    static constexpr int bytes(int range) {
+        return int(sizeof(OrderMemory) + sizeof(int) * kOrderWarps * std::size_t(range));
+    }
+};
 
 // A token is found by its class, so that frequent ones, which often have neighbouring numbers, are spread over the blocks.
 __global__ __launch_bounds__(kOrderThreads) void order_kernel(const Order a) {
     dependents_may_start();
-    __shared__ int counts[kOrderWarps][kRange];  // of each token in each warp's part; then its places before that part
-    __shared__ int sums[2][kOrderWarps];
-    __shared__ int2 found[kOrderWarps][kFound];  // the first of a part: position and token, in order
-    const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp, own = blockIdx.x;
+    extern __shared__ __align__(16) unsigned char memory[];
+    auto& shared = *reinterpret_cast<OrderMemory*>(memory);
+    const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
+    const int own = blockIdx.x & ((1 << a.bits) - 1), share = blockIdx.x >> a.bits, shares = gridDim.x >> a.bits;
+    const Part part(a, warp);
+    int* counts = shared.counts() + warp * a.range;
+    for (int i = lane; i < a.range; i += kWarp) counts[i] = 0;
     for (int i = blockIdx.x * kOrderThreads + thread; i < a.counters; i += gridDim.x * kOrderThreads) a.arrived[i] = 0;
-    for (int i = thread; i < kOrderWarps * kRange; i += kOrderThreads) (&counts[0][0])[i] = 0;
-    __syncthreads();
-    int listed = 0;
-    int below = for_own_tokens(a, own, [&](int position, int token, bool inside) {
-        const unsigned all = __ballot_sync(kWholeWarp, inside);
-        const int at = listed + __popc(all & ((1u << lane) - 1));
-        if (inside && at < kFound) found[warp][at] = {position, token};
-        listed += __popc(all);
-        if (__popc(all) > kFew) {
-            const unsigned equal = __match_any_sync(kWholeWarp, inside ? token : -1);
-            if (inside && lane == __ffs(int(equal)) - 1) counts[warp][token] += __popc(equal);
-        } else if (inside) {
-            atomicAdd(&counts[warp][token], 1);
+    __syncwarp();
+    // The class's tokens are counted and listed, those of one thread after those of the threads before it.
+    int listed = 0, below = 0;
+    for (int p0 = part.first; p0 < part.last; p0 += kOrderBatch * kWarp) {
+        const Hits own_tokens(a, own, p0, part.last);
+        below += own_tokens.below;
+        int end = __popc(own_tokens.hits);  // then the sum up to and with the thread's own
+#pragma unroll
+        for (int o = 1; o < kWarp; o *= 2) {
+            const int other = __shfl_up_sync(kWholeWarp, end, o);
+            if (lane >= o) end += other;
         }
-        __syncwarp();
-    });
+        int at = listed + end - __popc(own_tokens.hits);
+        for (unsigned left = own_tokens.hits; left != 0; left &= left - 1, ++at) {
+            const int position = p0 + (__ffs(int(left)) - 1) * kWarp + lane, token = a.tokens[position] >> a.bits;
+            if (at < kFound) shared.found[warp][at] = {position, token};
+            atomicAdd(&counts[token], 1);
+        }
+        listed += __shfl_sync(kWholeWarp, end, kWarp - 1);
+    }
     below = __reduce_add_sync(kWholeWarp, below);
     __syncthreads();
 
     // Thread t: of the class's token number t, how many there are, and before each part.
     int total = 0;
-    if (thread < kRange) {
+    if (thread < a.range) {
 #pragma unroll 8
         for (int w = 0; w < kOrderWarps; ++w) {
-            const int n = counts[w][thread];
-            counts[w][thread] = total;
+            int& count = shared.counts()[w * a.range + thread];
+            const int n = count;
+            count = total;
             total += n;
         }
     }
@@ -139,40 +189,48 @@ __global__ __launch_bounds__(kOrderThreads) void order_kernel(const Order a) {
         const int other = __shfl_up_sync(kWholeWarp, before, o);
         if (lane >= o) before += other;
     }
-    if (lane == kWarp - 1) sums[0][warp] = before;
-    if (lane == 0) sums[1][warp] = below;
+    if (lane == kWarp - 1) shared.sums[0][warp] = before;
+    if (lane == 0) shared.sums[1][warp] = below;
     __syncthreads();
-    int first = before - total;
-#pragma unroll 8
-    for (int w = 0; w < kOrderWarps; ++w) first += sums[1][w] + (w < warp ? sums[0][w] : 0);
-    if (thread < kRange) {
-#pragma unroll 8
-        for (int w = 0; w < kOrderWarps; ++w) counts[w][thread] += first;
-        const Run run{first, first + total};
-        for (int b = ceil_div(first + 1, kPlaces); b * kPlaces < run.end; ++b) a.across[b] = run;
+    const int first =
+        before - total + __reduce_add_sync(kWholeWarp, shared.sums[1][lane] + (lane < warp ? shared.sums[0][lane] : 0));
+    if (thread < a.range) shared.begin[thread] = first;
+    if (share == 0 && warp * kWarp < a.range) {
+        // The run of each thread's token, for the blocks that it reaches into: the first by the thread, the others by all.
+        const int end = first + total, reached = ceil_div(first + 1, kPlaces);
+        if (reached * kPlaces < end) a.across[reached] = {first, end};
+        for (unsigned left = __ballot_sync(kWholeWarp, (reached + 1) * kPlaces < end); left != 0; left &= left - 1) {
+            const int from = __ffs(int(left)) - 1;
+            const Run run{__shfl_sync(kWholeWarp, first, from), __shfl_sync(kWholeWarp, end, from)};
+            for (int b = ceil_div(run.first + 1, kPlaces) + 1 + lane; b * kPlaces < run.end; b += kWarp)
+                a.across[b] = run;
+        }
     }
     __syncthreads();
+    if (warp % shares != share) return;
     const auto place = [&](int position, int token, bool inside) {
         // Those of the same token are before one another as they were; one of them counts for all.
-        const unsigned equal = __match_any_sync(kWholeWarp, inside ? token : -1);
-        int at = 0;
+        const unsigned equal = equal_tokens(token, inside);
         if (inside) {
-            at = counts[warp][token] + __popc(equal & ((1u << lane) - 1));
+            const int at = shared.begin[token] + counts[token] + __popc(equal & ((1u << lane) - 1));
             a.sorted[at] = token << a.bits | own;
             a.positions[at] = position;
         }
         __syncwarp();
-        if (inside && lane == __ffs(int(equal)) - 1) counts[warp][token] += __popc(equal);
+        if (inside && lane == __ffs(int(equal)) - 1) counts[token] += __popc(equal);
         __syncwarp();
     };
-    if (listed > kFound) {
-        for_own_tokens(a, own, place);
+    if (listed > kFound) {  // not all are in the list
+        for (int p0 = part.first; p0 < part.last; p0 += kWarp) {
+            const int token = p0 + lane < part.last ? a.tokens[p0 + lane] : -1;
+            const bool inside = token >= 0 && (token & ((1 << a.bits) - 1)) == own;
+            if (__any_sync(kWholeWarp, inside)) place(p0 + lane, token >> a.bits, inside);
+        }
         return;
     }
-    __syncwarp();
     for (int i = 0; i < listed; i += kWarp) {
         const bool inside = i + lane < listed;
-        const int2 one = inside ? found[warp][i + lane] : int2{0, 0};
+        const int2 one = inside ? shared.found[warp][i + lane] : int2{0, 0};
         place(one.x, one.y, inside);
     }
 }
@@ -182,11 +240,14 @@ struct Scatter {
     const nv_bf16* dx;
     const std::int32_t *tokens, *positions;  // sorted
     const Run* across;
-    // [blocks of places][blocks of channels]: parts that are done of the run that begins there and goes on.
+    // Pieces of runs that several blocks share, two to a block of places: of the run from the block before, and of that
+    // into the next one. arrived: [pieces + blocks of places][blocks of channels].
     int* arrived;
-    float* parts;  // [blocks of places][2][channels]: of the run from the block before, and of that into the next one
+    float* parts;  // [pieces][channels]
     std::int64_t ld_dtable, ld_dx;
     int count, channels;  // tokens, below 2^30: places and a step beyond them fit an int
+    int width;            // channels of a block
+    __device__ float* row(int token) const { return dtable + token * ld_dtable; }
 };
 
 // Sums two bf16 of each word. Rows wait as raw words, two values to a register (a Pack may be spread over twice as
@@ -199,17 +260,18 @@ __device__ void add_raw(float (&sum)[kPackSize], const uint4& raw) {
 }
 
 // sum += rows dx[positions[p]] for p = first, first + step, ... < last, in that order.
+template <int kRows>
 __device__ void add_rows(float (&sum)[kPackSize], const Scatter& a, const std::int32_t* positions, int channel,
                          int first, int last, int step) {
-    for (int p0 = first; p0 < last; p0 += step * kBatch) {
-        uint4 rows[kBatch];
+    for (int p0 = first; p0 < last; p0 += step * kRows) {
+        uint4 rows[kRows];
 #pragma unroll
-        for (int k = 0; k < kBatch; ++k) {
+        for (int k = 0; k < kRows; ++k) {
             const int p = p0 + k * step;
             if (p < last) rows[k] = *reinterpret_cast<const uint4*>(a.dx + positions[p] * a.ld_dx + channel);
         }
 #pragma unroll
-        for (int k = 0; k < kBatch; ++k) {
+        for (int k = 0; k < kRows; ++k) {
             if (p0 + k * step < last) add_raw(sum, rows[k]);
         }
     }
@@ -219,8 +281,8 @@ __device__ void add_rows(float (&sum)[kPackSize], const Scatter& a, const std::i
 struct TableRow {
     float* out;
     Pack<float> value[2];
-    __device__ TableRow(const Scatter& a, std::int64_t row, int channel)
-        : out(a.dtable + row * a.ld_dtable + channel), value{load16(out), load16(out + 4)} {}
+    __device__ TableRow(const Scatter& a, int row, int channel)
+        : out(a.row(row) + channel), value{load16(out), load16(out + 4)} {}
     __device__ void add(const float (&sum)[kPackSize]) {
 #pragma unroll
         for (int e = 0; e < kPackSize; ++e) value[e / 4].v[e % 4] += sum[e];
@@ -228,67 +290,115 @@ struct TableRow {
     }
 };
 
-using Sums = float[kGroups][kBlockChannels];
+// A block's channels, and the work of all its threads on one row of them: groups of so many threads as the channels need.
+struct Team {
+    float (&sums)[kThreads * kPackSize];
+    int first_channel, channels;
 
-// The sum over the block's groups, in order, of channel number `thread`. All threads take part.
-__device__ float sum_of_groups(Sums& sums, const float (&sum)[kPackSize]) {
-    const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
-    __syncthreads();  // what was there has been read
+    // add(sum, channel, group, groups) gives a group's share of the sums of eight channels; then take(channel, sum) gets
+    // the sum over groups, in order, of one channel. All threads take part.
+    template <class Add, class Take>
+    __device__ void sum(Add&& add, Take&& take) const {
+        for (int c0 = 0; c0 < channels; c0 += kThreads * kPackSize) {
+            const int width = min(channels - c0, kThreads * kPackSize), lanes = width / kPackSize;
+            const int groups = kThreads / lanes, group = int(threadIdx.x) / lanes;
+            const int channel = (int(threadIdx.x) - group * lanes) * kPackSize;
+            Pack<float> pair[2];
+            if (group < groups) {
+                float sum[kPackSize] = {};
+                add(sum, first_channel + c0 + channel, group, groups);
 #pragma unroll
-    for (int e = 0; e < kPackSize; ++e) sums[group][lane * kPackSize + e] = sum[e];
-    __syncthreads();
-    float total = 0;
-    if (threadIdx.x < kBlockChannels)
-        for (int g = 0; g < kGroups; ++g) total += sums[g][threadIdx.x];
-    return total;
-}
-
-// A run that the whole block works on: its places within the block's, first .. last - 1. All threads take part.
-__device__ void add_long_run(const Scatter& a, Sums& sums, const Run& run, int first, int last) {
-    __shared__ int done;
-    const int thread = threadIdx.x, lane = thread % kLanes, group = thread / kLanes;
-    const int channel = blockIdx.y * kBlockChannels + lane * kPackSize, own = blockIdx.y * kBlockChannels + thread;
-    const bool writes = thread < kBlockChannels && own < a.channels;
-    float sum[kPackSize] = {};
-    if (channel < a.channels) add_rows(sum, a, a.positions, channel, first + group, last, kGroups);
-    float total = sum_of_groups(sums, sum);
-    if (run.blocks() > 1) {
-        const int begins = run.first / kPlaces;
-        float* part = a.parts + own;
-        if (writes) part[(2 * std::int64_t(blockIdx.x) + (int(blockIdx.x) == begins)) * a.channels] = total;
-        __threadfence();
-        __syncthreads();
-        if (thread == 0) done = atomicAdd(a.arrived + begins * gridDim.y + blockIdx.y, 1);
-        __syncthreads();
-        if (done != run.blocks() - 1) return;  // the same answer in every thread
-        __threadfence();
-#pragma unroll
-        for (int e = 0; e < kPackSize; ++e) sum[e] = 0.f;
-        if (channel < a.channels) {
-#pragma unroll 4
-            for (int b = group; b < run.blocks(); b += kGroups) {
-                const float* p = a.parts + (2 * std::int64_t(begins + b) + (b == 0)) * a.channels + channel;
-                const float4 v = __ldcg(reinterpret_cast<const float4*>(p)),
-                             u = __ldcg(reinterpret_cast<const float4*>(p) + 1);
-                sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
-                sum[4] += u.x, sum[5] += u.y, sum[6] += u.z, sum[7] += u.w;
+                for (int e = 0; e < kPackSize; ++e) pair[e / 4].v[e % 4] = sum[e];
+            }
+            __syncthreads();  // what was there has been read
+            if (group < groups) {
+                store16(sums + group * width + channel, pair[0]);
+                store16(sums + group * width + channel + 4, pair[1]);
+            }
+            __syncthreads();
+            for (int c = threadIdx.x; c < width; c += kThreads) {
+                float total = 0;
+                for (int g = 0; g < groups; ++g) total += sums[g * width + c];
+                take(first_channel + c0 + c, total);
             }
         }
-        total = sum_of_groups(sums, sum);
     }
-    if (writes) a.dtable[a.tokens[first] * a.ld_dtable + own] += total;
+    // dtable[row]: where sums are added to, and a word that it is asked for early.
+    __device__ void ask_for(const Scatter& a, int row) const {
+        constexpr int kLine = 32;
+        for (int c = threadIdx.x * kLine; c < channels; c += kThreads * kLine)
+            asm volatile("prefetch.global.L2 [%0];\n" ::"l"(a.row(row) + first_channel + c));
+    }
+    // Places first .. last - 1; take as in sum().
+    template <class Take>
+    __device__ void sum_places(const Scatter& a, int first, int last, Take&& take) const {
+        sum([&](float(&sum)[kPackSize], int channel, int group,
+                int groups) { add_rows<kLongBatch>(sum, a, a.positions, channel, first + group, last, groups); },
+            take);
+    }
+    // The pieces piece(0) .. piece(count - 1); take as in sum().
+    template <class Piece, class Take>
+    __device__ void sum_pieces(const Scatter& a, int count, Piece&& piece, Take&& take) const {
+        sum(
+            [&](float(&sum)[kPackSize], int channel, int group, int groups) {
+#pragma unroll 4
+                for (int k = group; k < count; k += groups) {
+                    const float* p = a.parts + std::int64_t(piece(k)) * a.channels + channel;
+                    const float4 v = __ldcg(reinterpret_cast<const float4*>(p)),
+                                 u = __ldcg(reinterpret_cast<const float4*>(p) + 1);
+                    sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+                    sum[4] += u.x, sum[5] += u.y, sum[6] += u.z, sum[7] += u.w;
+                }
+            },
+            take);
+    }
+};
+
+// Whether the block is the last of `count` that come here: the same answer in every thread. What those before have written
+// is then seen.
+__device__ bool is_last(int* arrived, int count) {
+    __shared__ int done;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) done = atomicAdd(arrived, 1);
+    __syncthreads();
+    __threadfence();
+    return done == count - 1;
+}
+
+// The block has left its piece of a run in memory; row: of the table. All threads take part.
+__device__ void finish_piece(const Scatter& a, const Team& team, const Run& run, int row) {
+    const int begins = run.first_block(), ends = run.last_block();
+    const auto piece = [&](int block) { return 2 * block + (block == begins); };
+    const auto add_to_table = [&](int channel, float sum) { a.row(row)[channel] += sum; };
+    const auto counter = [&](int k) { return a.arrived + std::int64_t(k) * gridDim.y + blockIdx.y; };
+    const int fan = int(blockIdx.x) / kFan, lowest = begins / kFan, fans = ends / kFan - lowest + 1;
+    const auto first_of = [&](int f) { return max(begins, f * kFan); };
+    const int first = first_of(fan), count = min(ends, fan * kFan + kFan - 1) - first + 1;
+    if (!is_last(counter(piece(first)), count)) return;
+    const auto neighbour = [&](int k) { return piece(first + k); };
+    if (fans == 1) {
+        team.sum_pieces(a, count, neighbour, add_to_table);
+        return;
+    }
+    float* part = a.parts + std::int64_t(piece(first)) * a.channels;
+    team.sum_pieces(a, count, neighbour, [&](int channel, float sum) { part[channel] = sum; });
+    if (!is_last(counter(2 * int(gridDim.x) + begins), fans)) return;
+    team.sum_pieces(
+        a, fans, [&](int k) { return piece(first_of(lowest + k)); }, add_to_table);
 }
 
 __global__ __launch_bounds__(kThreads, 4) void scatter_kernel(const Scatter a) {
-    static_assert(kPlaces % kWarp == 0 && kPlaces + 2 <= kThreads && kThreads == 2 * kBlockChannels);
+    static_assert(kPlaces % kWarp == 0 && kPlaces + 2 <= kThreads && kMost >= kPlaces);
     __shared__ std::int32_t window[kPlaces + 2];  // window[1 + p]: the token of the block's place p; -1 outside
     __shared__ std::int32_t positions[kPlaces + kShort - 1];  // of the block's places, and of a short run's beyond them
-    __shared__ unsigned starts[kPlaces / kWarp];              // where runs begin
-    __shared__ unsigned long_runs[kPlaces / kWarp];           // those of more than kShort tokens
-    __shared__ short run_at[kPlaces + 1];                     // the places where they do, in order
-    __shared__ Sums sums;
+    __shared__ Run ends[2];                          // the runs that reach into the block and out of it, if there are
+    __shared__ unsigned starts[kPlaces / kWarp];     // where runs begin
+    __shared__ unsigned long_runs[kPlaces / kWarp];  // those of more than kShort tokens
+    __shared__ short run_at[kPlaces + 1];            // the places where they do, in order
+    __shared__ __align__(16) float sums[kThreads * kPackSize];
     const int thread = threadIdx.x, lane = thread % kLanes, group = thread / kLanes;
-    const int channel = blockIdx.y * kBlockChannels + lane * kPackSize;
+    const int first_channel = blockIdx.y * a.width, channels = min(a.width, a.channels - first_channel);
     wait_for_previous();  // for the order
     const int base = blockIdx.x * kPlaces, end = min(kPlaces, a.count - base);
     if (thread < kPlaces + 2) {
@@ -296,6 +406,10 @@ __global__ __launch_bounds__(kThreads, 4) void scatter_kernel(const Scatter a) {
         window[thread] = p >= 0 && p < a.count ? a.tokens[p] : -1;
     }
     if (thread < kPlaces + kShort - 1) positions[thread] = base + thread < a.count ? a.positions[base + thread] : 0;
+    if (thread >= kThreads - 2) {
+        const int side = thread - (kThreads - 2), block = blockIdx.x + side;
+        if (block < gridDim.x) ends[side] = a.across[block];
+    }
     __syncthreads();
     const bool begins = thread < end && window[thread] != window[thread + 1];
     const unsigned mask = __ballot_sync(kWholeWarp, begins);
@@ -312,34 +426,51 @@ __global__ __launch_bounds__(kThreads, 4) void scatter_kernel(const Scatter a) {
     __syncthreads();
 
     // Run number r, as far as it goes; only the last one can go on into the next block.
-    const bool goes_on = window[end] == window[end + 1];
+    const bool comes_in = window[0] == window[1], goes_on = window[end] == window[end + 1];
     const auto run_of = [&](int r) {
-        return r == runs - 1 && goes_on ? a.across[blockIdx.x + 1] : Run{base + run_at[r], base + run_at[r + 1]};
+        return r == runs - 1 && goes_on ? ends[1] : Run{base + run_at[r], base + run_at[r + 1]};
     };
     if (thread < kPlaces) {
-        const Run run = thread < runs ? run_of(thread) : Run{0, 0};
-        const unsigned longs = __ballot_sync(kWholeWarp, run.end - run.first > kShort);
+        const bool is_long = thread < runs && run_of(thread).length() > kShort;
+        const unsigned longs = __ballot_sync(kWholeWarp, is_long);
         if (thread % kWarp == 0) long_runs[thread / kWarp] = longs;
     }
-    for (int r = group; r < runs; r += kGroups) {
+    const int slices = ceil_div(channels, kBlockChannels);
+    for (int i = group; i < runs * slices; i += kGroups) {
+        const int r = i / slices, channel = (i - r * slices) * kBlockChannels + lane * kPackSize;
         const Run run = run_of(r);
-        if (run.end - run.first > kShort || channel >= a.channels) continue;
+        if (run.length() > kShort || channel >= channels) continue;
         const int first = run.first - base;
-        TableRow row(a, window[1 + first], channel);
+        TableRow row(a, window[1 + first], first_channel + channel);
         float sum[kPackSize] = {};
-        add_rows(sum, a, positions, channel, first, run.end - base, 1);
+        add_rows<kBatch>(sum, a, positions, first_channel + channel, first, run.end - base, 1);
         row.add(sum);
     }
-    if (window[0] == window[1]) {
-        const Run run = a.across[blockIdx.x];
-        if (run.end - run.first > kShort) add_long_run(a, sums, run, base, min(run.end, base + kPlaces));
-    }
     __syncthreads();
+    const Team team{sums, first_channel, channels};
+    // Pieces of runs that other blocks share: 0, of the one that reaches into the block; 1, of one that begins in it.
+    const auto has_piece = [&](int side) {
+        if (!(side == 0 ? comes_in : goes_on) || ends[side].length() <= kMost) return false;
+        return side == 0 || ends[1].first >= base;
+    };
+#pragma unroll 1
+    for (int side = 0; side < 2; ++side) {
+        if (!has_piece(side)) continue;
+        float* part = a.parts + (2 * std::int64_t(blockIdx.x) + side) * a.channels;
+        team.sum_places(a, max(ends[side].first, base), min(ends[side].end, base + kPlaces),
+                        [&](int channel, float sum) { part[channel] = sum; });
+    }
+#pragma unroll 1
+    for (int side = 0; side < 2; ++side)
+        if (has_piece(side)) finish_piece(a, team, ends[side], window[side == 0 ? 1 : end]);
 #pragma unroll 1
     for (int w = 0; w < kPlaces / kWarp; ++w)
         for (unsigned left = long_runs[w]; left != 0; left &= left - 1) {
             const Run run = run_of(w * kWarp + __ffs(int(left)) - 1);
-            add_long_run(a, sums, run, run.first, min(run.end, base + kPlaces));
+            if (run.length() > kMost) continue;
+            const int row = window[1 + run.first - base];
+            team.ask_for(a, row);
+            team.sum_places(a, run.first, run.end, [&](int channel, float sum) { a.row(row)[channel] += sum; });
         }
 }
 
@@ -353,7 +484,7 @@ struct Parts {
         positions = sorted + embedding_aligned(tokens * 4);
         across = positions + embedding_aligned(tokens * 4);
         arrived = across + embedding_aligned(blocks * 8);
-        parts = arrived + embedding_aligned(blocks * slices * 4);
+        parts = arrived + embedding_aligned(3 * blocks * slices * 4);
         end = parts + embedding_aligned(blocks * 2 * channels * 4);
     }
 };
@@ -361,7 +492,7 @@ struct Parts {
 // Bits of a token's class.
 int class_bits(int vocab) {
     int bits = 0;
-    while (1 << bits < kClasses && 1 << bits < vocab) ++bits;
+    while (1 << bits < kOrderBlocks && 1 << bits < vocab) ++bits;
     while (ceil_div(vocab, 1 << bits) > kRange) ++bits;
     return bits;
 }
@@ -391,11 +522,19 @@ void embedding_backward(const Cuda& dev, const EmbeddingBackward<bf16>& p) {
     const auto part = [&](std::size_t offset) { return reinterpret_cast<std::int32_t*>(p.scratch.data + offset); };
     std::int32_t *sorted = part(parts.sorted), *positions = part(parts.positions);
     Run* across = reinterpret_cast<Run*>(part(parts.across));
-    const int bits = class_bits(vocab);
-    const Order order{sorted,        positions, across, part(parts.arrived),
-                      p.tokens.data, n,         bits,   int(parts.blocks * parts.slices)};
-    order_kernel<<<1u << bits, kOrderThreads, 0, stream_of(dev)>>>(order);
+    Order order{};
+    order.sorted = sorted, order.positions = positions, order.across = across, order.arrived = part(parts.arrived);
+    order.tokens = p.tokens.data;
+    order.count = n, order.counters = int(3 * parts.blocks * parts.slices);
+    order.bits = class_bits(vocab), order.range = ceil_div(vocab, 1 << order.bits);
+    const int shares = std::clamp(kOrderBlocks >> order.bits, 1, kOrderWarps);
+    allow_shared<OrderMemory::bytes(kRange)>(order_kernel);
+    order_kernel<<<unsigned(shares << order.bits), kOrderThreads, OrderMemory::bytes(order.range), stream_of(dev)>>>(
+        order);
     LAUNCH_CHECK("embedding_order");
+    // Blocks for about one wave of them on an H200. Fixed, so that the order of the sums is fixed too.
+    const std::int64_t most = std::clamp(kScatterBlocks / parts.blocks, std::int64_t(1), parts.slices);
+    const std::int64_t width = ceil_div(parts.slices, most) * kBlockChannels;
     const Scatter args{p.dtable.data,
                        nv(p.dx.data),
                        sorted,
@@ -406,8 +545,9 @@ void embedding_backward(const Cuda& dev, const EmbeddingBackward<bf16>& p) {
                        p.dtable.ld,
                        p.dx.ld,
                        n,
-                       int(p.dx.cols)};
-    const dim3 grid(unsigned(parts.blocks), unsigned(parts.slices));
+                       int(p.dx.cols),
+                       int(width)};
+    const dim3 grid(unsigned(parts.blocks), unsigned(ceil_div(p.dx.cols, width)));
     launch_dependent(dev, scatter_kernel, grid, kThreads, 0, args);
     LAUNCH_CHECK("embedding_backward");
 }

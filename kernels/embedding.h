@@ -7,7 +7,7 @@
 //            aligned rows on Cuda; tokens: [tokens] int32 in [0, vocab) (the caller's duty; checked on the CPU only)
 // Scratch    backward on Cuda puts tokens in order: embedding_scratch_bytes(tokens, channels) bytes, 256-byte aligned
 // Writes     x overwritten; dtable accumulated (+=), rows of absent tokens untouched.
-// Numerics   each row's sum in acc_t<T>, in token order per fixed chunk: bit-equal from run to run (no atomics of floats).
+// Numerics   each row's sum in acc_t<T>, in a fixed order: bit-equal from run to run (no atomics of floats).
 #pragma once
 #include "kernels/contract.h"
 #include "kernels/device.h"
@@ -53,15 +53,15 @@ Traffic traffic(const EmbeddingBackward<T>& p) {  // as if every token were dist
     return {n * sizeof(T) + 2 * rows * double(p.dx.cols) * sizeof(acc_t<T>) + 4.0 * double(p.dx.rows), n};
 }
 
-// Tokens and positions in order; and for each block of so many of them, the run that reaches into it, counters for each
-// 128 channels, and two partial rows of sums.
+// Tokens and positions in order; and for each block of so many of them, the run that reaches into it, three counters for
+// each 128 channels, and two partial rows of sums.
 inline constexpr std::int64_t kEmbeddingPlaces = 64;
 inline std::size_t embedding_aligned(std::int64_t bytes) { return (std::size_t(bytes) + 255) / 256 * 256; }
 inline std::int64_t embedding_blocks(std::int64_t tokens) { return (tokens + kEmbeddingPlaces - 1) / kEmbeddingPlaces; }
 inline std::size_t embedding_scratch_bytes(std::int64_t tokens, std::int64_t channels) {
     const std::int64_t blocks = embedding_blocks(tokens);
     return 2 * embedding_aligned(tokens * 4) + embedding_aligned(blocks * 8) +
-           embedding_aligned(blocks * ((channels + 127) / 128) * 4) + embedding_aligned(blocks * 2 * channels * 4);
+           embedding_aligned(3 * blocks * ((channels + 127) / 128) * 4) + embedding_aligned(blocks * 2 * channels * 4);
 }
 
 template <class T>  // float, double

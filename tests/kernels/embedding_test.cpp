@@ -1,7 +1,9 @@
 // embedding: gather and its gradient in naive loops, and the GPU from all tokens distinct to one token everywhere.
 #include "kernels/embedding.h"
 
+#include <algorithm>
 #include <numeric>
+#include <random>
 
 #include "tests/support/gradcheck.h"
 #include "tests/support/padded.h"
@@ -128,6 +130,17 @@ std::vector<Problem> gpu_problems() {
         edges.insert(edges.end(), std::size_t(length), token);
     }
     all.emplace_back(edges, std::int64_t(edges.size()), 24);
+    // Runs that one block sums and such that several share, up to more of them than are added up in one step.
+    std::vector<std::int32_t> shared;
+    std::int32_t token = 0;
+    for (const int length : {255, 256, 257, 16, 17, 15, 1, 2047, 2048, 2049, 63, 4200, 1}) {
+        shared.insert(shared.end(), std::size_t(length), token);
+        ++token;
+    }
+    all.emplace_back(shared, token, 24);
+    std::shuffle(shared.begin(), shared.end(), std::mt19937_64(10));
+    all.emplace_back(shared, token, 264);
+    all.emplace_back(random_ints(40000, 11, 0, 3), 3, 16);
     return all;
 }
 
