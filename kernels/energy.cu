@@ -90,18 +90,7 @@ int launch_width(const Cuda& d, const EnergyBackward<bf16>& p) {
 }
 template <class P>
 auto launch_any(const Cuda& d, const P& p) {
-    switch (p.lap.dim) {
-        case 16:
-            return launch_width<16>(d, p);
-        case 32:
-            return launch_width<32>(d, p);
-        case 64:
-            return launch_width<64>(d, p);
-        case 128:
-            return launch_width<128>(d, p);
-        default:
-            contract_failed("energy", "D in {16, 32, 64, 128} on Cuda");
-    }
+    return for_width(p.lap.dim, [&](auto dim) { return launch_width<decltype(dim)::value>(d, p); });
 }
 
 // The same by sm_90's own instructions, where there are any for it.

@@ -405,4 +405,21 @@ auto for_scalars(int scalars, F&& f) {
     }
 }
 
+// f(D) likewise.
+template <class F>
+auto for_width(int dim, F&& f) {
+    switch (dim) {
+        case 16:
+            return f(std::integral_constant<int, 16>());
+        case 32:
+            return f(std::integral_constant<int, 32>());
+        case 64:
+            return f(std::integral_constant<int, 64>());
+        case 128:
+            return f(std::integral_constant<int, 128>());
+        default:
+            contract_failed("energy", "D in {16, 32, 64, 128} on Cuda");
+    }
+}
+
 }  // namespace fiedler::energy_kernels

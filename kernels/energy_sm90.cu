@@ -174,16 +174,7 @@ int launch_width(const Cuda& d, const EnergyBackward<bf16>& p) {
 }
 template <class P>
 auto launch_any(const Cuda& d, const P& p) {
-    switch (p.lap.dim) {
-        case 16:
-            return launch_width<16>(d, p);
-        case 32:
-            return launch_width<32>(d, p);
-        case 64:
-            return launch_width<64>(d, p);
-        default:
-            return launch_width<128>(d, p);
-    }
+    return for_width(p.lap.dim, [&](auto dim) { return launch_width<decltype(dim)::value>(d, p); });
 }
 
 }  // namespace
