@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kNumbersThreads)
     const std::int64_t number = std::int64_t(token) * p.heads + head;
     float4 x{};
     if (part == 0) {
-        x.x = p.lse.data[number] * kLog2e, x.z = p.a.data[number], x.w = Keys::scaled_scalar(x.z);
+        x.x = p.lse.data[number], x.z = p.a.data[number], x.w = Keys::scaled_scalar(x.z);
         if (p.F.data != nullptr) x.y = p.F.data[number];
     }
     float sum = 0.f;

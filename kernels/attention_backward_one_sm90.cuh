@@ -40,7 +40,7 @@ constexpr int kColumns = kKeys / 4;  // of a thread
 
 // ---- operands of X -----------------------------------------------------------------------------------------------
 struct alignas(16) QueryNumbers {
-    float lse, gate, a, scaled;  // lse and scaled: log2(e) lse, log2(e) a
+    float lse, gate, a, scaled;  // scaled: log2(e) a
 };
 // What is needed of 64 queries beside dO, as it lies at the begin of AttentionBackward::partial, [heads][tiles]. Rows of
 // - delta: three numbers that add up to it, and zeros.
@@ -226,7 +226,7 @@ struct Keys {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             const float4 x = read.row[k];
-            r.base[k] = fmaf(x.y - of.x, kLog2e, -x.x), r.a[k] = x.w;
+            r.base[k] = ((x.y - of.x) - x.x) * kLog2e, r.a[k] = x.w;
         }
         const float mine = threadIdx.x % 2 ? r.a[1] : r.a[0];  // of the four lanes of a row two have one each
         const std::uint32_t bits = __float_as_uint(mine);
@@ -310,7 +310,7 @@ struct Keys {
                         if (kOwn && last + 8 * k < 8 * m + j) base = -INFINITY;
                         if constexpr (kCareful) {
                             distance = fabsf(d) * kLog2e;
-                            base = fmaf(of[i].gate - (j ? below.y : below.x), kLog2e, -of[i].lse);
+                            base = ((of[i].gate - (j ? below.y : below.x)) - of[i].lse) * kLog2e;
                             if (column(c + j) > i + shift) base = -INFINITY;
                         }
                         float score = base - distance;
