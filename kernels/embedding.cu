@@ -33,9 +33,14 @@ constexpr int kBatch = 4, kLongBatch = 4;                        // rows of dx l
 constexpr int kGatherRows = 16, kGatherPacks = 4;
 constexpr int kOrderWarps = 32, kOrderThreads = kOrderWarps * kWarp;
 constexpr int kOrderBlocks = 128;  // at least, but no more than kOrderWarps of one class
-constexpr int kOrderBatch = 32;    // tokens loaded at a time by a thread
-constexpr int kRange = 512;        // tokens of a class at most
-constexpr int kFound = 88;         // tokens of a part that are remembered
+// Tokens loaded at a time by a thread. In which order equal tokens are added up follows from it.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1000
+constexpr int kOrderBatch = 16;  // with more, registers are spilled there
+#else
+constexpr int kOrderBatch = 32;
+#endif
+constexpr int kRange = 512;  // tokens of a class at most
+constexpr int kFound = 88;   // tokens of a part that are remembered
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
 struct Gather {
