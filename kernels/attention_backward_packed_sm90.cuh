@@ -13,9 +13,9 @@
 // along rows, da. Z = X of rows g + X of rows g + 8, rounded to bf16, turned, 8 x 8 each, and times the same ones is that
 // along columns, db. So sums take no exchange between lanes, and db four registers for 16 keys and all scalars.
 //
-// What the arithmetic waits for is, more than its own pipes, shared memory (loads, movmatrix and the products' operands) and
-// instructions between tiles: operands that are constants stay in registers, and products' operands are named through
-// hopper::uniform, which makes ptxas compute them once for the warp.
+// Shared memory is what an H200 is busiest with here (loads, movmatrix and the products' operands): operands that are
+// constants stay in registers. Products' operands are named through hopper::uniform, which makes ptxas compute them once for
+// the warp.
 #pragma once
 #include "kernels/attention_backward_tile_sm90.cuh"
 #include "kernels/attention_packed.cuh"
@@ -67,6 +67,11 @@ static_assert(kNumbersOfToken<8> == attention_numbers_of_token(8) &&
               kNumbersOfToken<4> == attention_numbers_of_token(4) &&
               kNumbersOfToken<2> == attention_numbers_of_token(2));
 
+// What step_of makes.
+constexpr unsigned kTie = 0x2800, kAbove = 0x2880;
+static_assert(0x0800 + kTie >= kAbove);            // 0x0800: 2^-13, the least |d|
+static_assert(0x57ff - 0x8000 + int(kTie) < 0);    // 0x57ff: the largest number below 2^7, of d < 0 without its sign
+static_assert(2 * kPackedRange * kLog2e < 127.f);  // the largest |d|, which may be rounded up
 // A lane's part of operands that are constants.
 struct alignas(32) OfLane {
     std::uint32_t low[2], high[2];  // bytes of bf16 ones: byte i of low[k] and of high[k] is column 4k + i's
@@ -80,7 +85,7 @@ struct alignas(32) OfLane {
             low[k] = own ? 0x80u << shift : 0u, high[k] = own ? 0x3fu << shift : 0u;
         }
         diagonal = minus_diagonals();
-        tie = 0x28002800u;
+        tie = kTie << 16 | kTie;
     }
     // B operand of 8 of the inner dimension: ones in a column. Of 16: in columns p and q for the first and second eight.
     __device__ std::uint32_t ones(int column) const {
@@ -124,13 +129,11 @@ __device__ inline void turn(std::uint32_t (&x)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) turn(x[i]);
 }
-// Read as bf16: 0 where d < 0, 2^-47 where d = 0 (tie, 0x2800 twice), 2^-46 where d > 0. d is taken as integers, of which
-// max(min(d + 0x2800, 0x2880), 0) is made in one instruction: those of numbers from 2^-13 on are at least 0x0800, and those
-// of numbers over -2^7, as all are, below -0x2800.
+// Read as bf16: 0 where d < 0, 2^-47 where d = 0 (tie: kTie twice), 2^-46 where d > 0. d is taken as integers, of which
+// max(min(d + kTie, kAbove), 0) is made in one instruction.
 __device__ inline std::uint32_t step_of(std::uint32_t d, std::uint32_t tie) {
-    return __viaddmin_s16x2_relu(d, tie, 0x28802880u);
+    return __viaddmin_s16x2_relu(d, tie, kAbove << 16 | kAbove);
 }
-static_assert(2 * kPackedRange * kLog2e < 128.f);
 __device__ inline std::uint32_t add_bf16(std::uint32_t x, std::uint32_t y) {
     std::uint32_t z;
     asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));

@@ -286,6 +286,7 @@ __device__ void attend(typename Way::Shared& shared, const ForwardProblem<Stored
         return Way::numbers(base, stage);
     };
     const auto ask = [&](float reach) {  // for the tile after the next, where the one before was
+        static_assert(kStages == 3);
         if (loader == 0 || k + 2 >= count) return;
         const int ahead = last - k - 2, before = stage == 0 ? kStages - 1 : stage - 1;
         const bool with_values = any(counts(reach, least));

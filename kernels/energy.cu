@@ -29,6 +29,10 @@ struct WarpProducts {
     static constexpr int forward_at_least(int, int) { return 0; }
 #endif
     static constexpr int backward_at_least(int, int) { return 0; }
+    static constexpr int forward_blocks(int d, int) { return d == 128 ? 2 : d == 64 ? 3 : 4; }
+    static constexpr int backward_blocks(int d, int r) {
+        return d == 128 ? 1 : d == 64 ? (r == 1 ? 2 : 3) : d == 32 ? 3 : 4;
+    }
     template <int D>
     static constexpr bool kAhead = false;
     __device__ static float quotient(float x, float y) { return x / y; }
@@ -64,45 +68,16 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) (is_tau ? dlog_tau[total] : dlog_temp[total - taus]) += sum;
 }
 
-// Blocks of a launch: those that run at once on the 132 multiprocessors of an H200, as registers allow. A second wave would
-// load the matrix again. Fixed, so that the order of the sums is fixed too.
-constexpr int kMultiprocessors = kMaxBlocks / 4;
-template <int D>
-constexpr int kForwardBlocks = kMultiprocessors*(D == 128  ? 2
-                                                 : D == 64 ? 3
-                                                           : 4);
-template <int D, int R>
-constexpr int kBackwardBlocks = kMultiprocessors*(D == 128  ? 1
-                                                  : D == 64 ? (R == 1 ? 2 : 3)
-                                                  : D == 32 ? 3
-                                                            : 4);
-
-template <int D>
-void launch_width(const Cuda& d, const EnergyForward<bf16>& p) {
-    for_scalars(p.scalars, [&](auto r) { launch<D, decltype(r)::value, WarpProducts>(d, p, kForwardBlocks<D>); });
-}
-template <int D>
-int launch_width(const Cuda& d, const EnergyBackward<bf16>& p) {
-    return for_scalars(p.scalars, [&](auto r) {
-        constexpr int R = decltype(r)::value;
-        return launch<D, R, WarpProducts>(d, p, kBackwardBlocks<D, R>);
-    });
-}
-template <class P>
-auto launch_any(const Cuda& d, const P& p) {
-    return for_width(p.lap.dim, [&](auto dim) { return launch_width<decltype(dim)::value>(d, p); });
-}
-
-// The same by sm_90's own instructions, where there are any for it.
+// By sm_90's own instructions, where there are any for it.
 #if FIEDLER_SM90A  // kernels/energy_sm90.cu is in this build
 template <class P>
 auto launch_best(const Cuda& d, const P& p) {
-    return energy_sm90_takes(d, p.lap.dim) ? energy_sm90(d, p) : launch_any(d, p);
+    return energy_sm90_takes(d, p.lap.dim) ? energy_sm90(d, p) : launch_with<WarpProducts>(d, p);
 }
 #else
 template <class P>
 auto launch_best(const Cuda& d, const P& p) {
-    return launch_any(d, p);
+    return launch_with<WarpProducts>(d, p);
 }
 #endif
 }  // namespace

@@ -1,6 +1,8 @@
 // kernels/energy_kernels.cuh: energy's two kernels (see energy.cu), for any way of multiplying: struct P has
 //   kTogether   warps that multiply together: all of them take every step of the loop
 //   forward_at_least(D, R), backward_at_least(D, R)      blocks that fit on a multiprocessor at least; 0: left to ptxas
+//   forward_blocks(D, R), backward_blocks(D, R)          blocks of a launch for each multiprocessor: those that run at once,
+//               as registers allow. A second wave would load the matrix again
 //   kAhead<D>   whether there are registers for the first vectors while the matrix is loaded, and backward for the
 //               gradients of the scalars during the product
 //   quotient(x, y)                         x / y, where y is neither denormal nor infinite
@@ -360,6 +362,8 @@ __global__ void __launch_bounds__(kBackwardThreads<D, R>, P::backward_at_least(D
 
 // ---- launch ----
 
+// Of an H200. Fixed, so that the order of the sums is fixed too.
+constexpr int kMultiprocessors = kMaxBlocks / 4;
 // Blocks per head: every block gets the same number of rounds.
 inline unsigned blocks_per_head(std::int64_t tokens, std::int64_t heads, int threads, int blocks) {
     const std::int64_t work = ceil_div(tokens, std::int64_t(kTokens) * (threads / kWarp));
@@ -368,58 +372,46 @@ inline unsigned blocks_per_head(std::int64_t tokens, std::int64_t heads, int thr
 }
 
 template <int D, int R, class P>
-void launch(const Cuda& d, const EnergyForward<bf16>& p, int most) {
+void launch(const Cuda& d, const EnergyForward<bf16>& p) {
     constexpr int bytes = static_cast<int>(shared_bytes<D>());
     const auto kernel = energy_forward_kernel<D, R, P>;
     allow_shared<bytes>(kernel);
-    const unsigned blocks = blocks_per_head(p.x.rows, p.heads, kThreads, most);
+    const unsigned blocks = blocks_per_head(p.x.rows, p.heads, kThreads, P::forward_blocks(D, R) * kMultiprocessors);
     kernel<<<dim3(blocks, unsigned(p.heads)), kThreads, bytes, stream_of(d)>>>(p);
     LAUNCH_CHECK("energy_forward");
 }
 // Returns the blocks of a head.
 template <int D, int R, class P>
-int launch(const Cuda& d, const EnergyBackward<bf16>& p, int most) {
+int launch(const Cuda& d, const EnergyBackward<bf16>& p) {
     constexpr int bytes = static_cast<int>(shared_bytes<D>());
     constexpr int threads = kBackwardThreads<D, R>;
     const auto kernel = energy_backward_kernel<D, R, P>;
     allow_shared<bytes>(kernel);
-    const unsigned blocks = blocks_per_head(p.x.rows, p.heads, threads, most);
+    const unsigned blocks = blocks_per_head(p.x.rows, p.heads, threads, P::backward_blocks(D, R) * kMultiprocessors);
     kernel<<<dim3(blocks, unsigned(p.heads)), threads, bytes, stream_of(d)>>>(p);
     LAUNCH_CHECK("energy_backward");
     return int(blocks);
 }
-// f(R) of the R at hand as a constant.
-template <class F>
-auto for_scalars(int scalars, F&& f) {
-    switch (scalars) {
-        case 1:
-            return f(std::integral_constant<int, 1>());
-        case 2:
-            return f(std::integral_constant<int, 2>());
-        case 4:
-            return f(std::integral_constant<int, 4>());
-        case 8:
-            return f(std::integral_constant<int, 8>());
-        default:  // check(): R divides D, a power of two, and is at most 16
-            return f(std::integral_constant<int, 16>());
-    }
-}
 
-// f(D) likewise.
-template <class F>
-auto for_width(int dim, F&& f) {
-    switch (dim) {
-        case 16:
-            return f(std::integral_constant<int, 16>());
-        case 32:
-            return f(std::integral_constant<int, 32>());
-        case 64:
-            return f(std::integral_constant<int, 64>());
-        case 128:
-            return f(std::integral_constant<int, 128>());
-        default:
-            contract_failed("energy", "D in {16, 32, 64, 128} on Cuda");
-    }
+// f(x) as a constant: x is one of these numbers.
+template <int kLast, class F>
+auto with_one_of(int, F&& f) {
+    return f(std::integral_constant<int, kLast>());
+}
+template <int kFirst, int kSecond, int... kMore, class F>
+auto with_one_of(int x, F&& f) {
+    return x == kFirst ? f(std::integral_constant<int, kFirst>()) : with_one_of<kSecond, kMore...>(x, f);
+}
+// Forward, or backward, which returns the blocks of a head.
+template <class P, class Problem>
+auto launch_with(const Cuda& d, const Problem& p) {
+    const int dim = p.lap.dim;
+    if (dim != 16 && dim != 32 && dim != 64 && dim != 128) contract_failed("energy", "D in {16, 32, 64, 128} on Cuda");
+    return with_one_of<16, 32, 64, 128>(dim, [&](auto width) {
+        return with_one_of<1, 2, 4, 8, 16>(p.scalars, [&](auto scalars) {  // check(): R divides D and is at most 16
+            return launch<decltype(width)::value, decltype(scalars)::value, P>(d, p);
+        });
+    });
 }
 
 }  // namespace fiedler::energy_kernels

@@ -69,6 +69,10 @@ struct WarpgroupProducts {
     static constexpr int kTogether = hopper::kWarpgroup / kWarp;
     static constexpr int forward_at_least(int d, int r) { return d == 128 ? (r == 16 ? 1 : 2) : d == 64 ? 3 : 4; }
     static constexpr int backward_at_least(int d, int r) { return d == 64 && r == 1 ? 3 : 0; }
+    static constexpr int forward_blocks(int d, int r) { return forward_at_least(d, r); }
+    static constexpr int backward_blocks(int d, int r) {
+        return d == 128 ? 1 : d == 64 ? (r == 1 ? 3 : 4) : d == 32 ? 3 : 4;
+    }
     template <int D>
     static constexpr bool kAhead = D < 128;
 
@@ -147,42 +151,12 @@ struct WarpgroupProducts {
     }
 };
 
-// Blocks that run at once on the 132 multiprocessors of an H200.
-constexpr int kMultiprocessors = kMaxBlocks / 4;
-template <int D, int R>
-constexpr int kForwardBlocks = WarpgroupProducts::forward_at_least(D, R) * kMultiprocessors;
-template <int D, int R>
-constexpr int kBackwardBlocks = (D == 128  ? 1
-                                 : D == 64 ? (R == 1 ? 3 : 4)
-                                 : D == 32 ? 3
-                                           : 4) *
-                                kMultiprocessors;
-
-template <int D>
-void launch_width(const Cuda& d, const EnergyForward<bf16>& p) {
-    for_scalars(p.scalars, [&](auto r) {
-        constexpr int R = decltype(r)::value;
-        launch<D, R, WarpgroupProducts>(d, p, kForwardBlocks<D, R>);
-    });
-}
-template <int D>
-int launch_width(const Cuda& d, const EnergyBackward<bf16>& p) {
-    return for_scalars(p.scalars, [&](auto r) {
-        constexpr int R = decltype(r)::value;
-        return launch<D, R, WarpgroupProducts>(d, p, kBackwardBlocks<D, R>);
-    });
-}
-template <class P>
-auto launch_any(const Cuda& d, const P& p) {
-    return for_width(p.lap.dim, [&](auto dim) { return launch_width<decltype(dim)::value>(d, p); });
-}
-
 }  // namespace
 
 bool energy_sm90_takes(const Cuda& d, int dim) {
     return d.arch == 90 && (dim == 16 || dim == 32 || dim == 64 || dim == 128);
 }
-void energy_sm90(const Cuda& d, const EnergyForward<bf16>& p) { launch_any(d, p); }
-int energy_sm90(const Cuda& d, const EnergyBackward<bf16>& p) { return launch_any(d, p); }
+void energy_sm90(const Cuda& d, const EnergyForward<bf16>& p) { launch_with<WarpgroupProducts>(d, p); }
+int energy_sm90(const Cuda& d, const EnergyBackward<bf16>& p) { return launch_with<WarpgroupProducts>(d, p); }
 
 }  // namespace fiedler

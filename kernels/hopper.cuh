@@ -86,18 +86,19 @@ __device__ inline std::uint32_t uniform(std::uint32_t x) { return __shfl_sync(0x
 // ---- shared memory by its address ----------------------------------------------------------------------------------
 // Where an address is kept: that of a name would be made anew each time. `offset` is part of the instruction.
 template <int offset = 0>
-__device__ inline float4 load_four(std::uint32_t from) {
-    float4 x;
-    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4+%5];\n"
-                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                 : "r"(from), "n"(offset));
-    return x;
-}
-template <int offset = 0>
 __device__ inline uint4 load_four_words(std::uint32_t from) {
     uint4 x;
     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4+%5];\n"
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(from), "n"(offset));
+    return x;
+}
+// Not by load_four_words: then ptxas makes other code of attention_forward_packed_sm90.
+template <int offset = 0>
+__device__ inline float4 load_four(std::uint32_t from) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4+%5];\n"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
                  : "r"(from), "n"(offset));
     return x;
 }
@@ -288,7 +289,7 @@ __device__ inline void multiply_registers(float (&d)[32], const std::uint32_t (&
         : FIEDLER_D32(0)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(kTurned)));
 }
-// The same with 72 columns, B as it lies: the last 8 are the first 8 columns of another tile, which b names (beside()).
+// The same with 72 columns, B as it lies: the last 8 are the first 8 columns of another tile, which b names (beside_low()).
 __device__ inline void multiply_registers(float (&d)[36], const std::uint32_t (&a)[4], std::uint64_t b, bool add) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %41, 0;\n"
@@ -297,14 +298,9 @@ __device__ inline void multiply_registers(float (&d)[36], const std::uint32_t (&
         : FIEDLER_D32(0), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
 }
-// The operand of `tile`, as it lies, with columns 64 and on in `next`, which comes after it: bits 16-29 are the distance /
-// 16. The operand k steps of 16 rows on, with the same `next`, is k kBesideStep more.
-__device__ inline std::uint64_t beside(const void* tile, const void* next) {
-    const std::uint64_t distance = (shared_address(next) - shared_address(tile)) / 16;
-    return (operand(tile) & ~(std::uint64_t(0x3fff) << 16)) | distance << 16;
-}
-// The same by its parts: the upper half, which is the same for all; and the lower, of a tile at `address` and one that begins
-// `distance` bytes further on.
+// The operand of a tile at `address`, as it lies, with columns 64 and on in one that begins `distance` bytes further on: bits
+// 16-29 are the distance / 16. By its parts: the upper half, which is the same for all, and the lower. The operand k steps of
+// 16 rows on, with the same second tile, is k kBesideStep more.
 constexpr std::uint64_t kBesideLayout = std::uint64_t(8 * kSwizzleBytes / 16) << 32 | std::uint64_t(1) << 62;
 __device__ inline std::uint32_t beside_low(std::uint32_t address, std::uint32_t distance) {
     return (address >> 4) + (distance / 16 << 16);

@@ -128,17 +128,16 @@ class Timer {
 
     // A single run between two events, after the L2 cache has been filled with other, clean lines. Where a run takes less than 10 us, the
     // events themselves would be a good part of it: then a batch of runs after one flush, and the row says so.
-    Timing operator()(const std::function<void()>& run, int samples = 0) {
-        if (samples == 0) samples = samples_;
+    Timing operator()(const std::function<void()>& run) {
         for (int i = 0; i < 3; ++i) run();
-        const Timing single = measure(run, 1, samples);
+        const Timing single = measure(run, 1);
         if (single.seconds >= 10e-6) return single;
-        return measure(run, 20, samples);
+        return measure(run, 20);
     }
     // As many runs a sample as another row has.
     Timing in_batches(const std::function<void()>& run, int batch) {
         for (int i = 0; i < 3; ++i) run();
-        return measure(run, batch, samples_);
+        return measure(run, batch);
     }
     double sample(const std::function<void()>& run, int batch) {
         read_through(device_, flush_, bytes_);
@@ -149,9 +148,9 @@ class Timer {
     int samples() const { return samples_; }
 
   private:
-    Timing measure(const std::function<void()>& run, int batch, int count) {
+    Timing measure(const std::function<void()>& run, int batch) {
         std::vector<double> samples;
-        for (int i = 0; i < count; ++i) samples.push_back(sample(run, batch));
+        for (int i = 0; i < samples_; ++i) samples.push_back(sample(run, batch));
         return summary(std::move(samples), batch);
     }
     const Device& device_;
@@ -166,24 +165,23 @@ class Timer {
   public:
     Timer(const Device&, int samples) : samples_(samples) {}
     // One run a sample on the steady clock; short runs in batches of about a millisecond; at most two seconds a case.
-    Timing operator()(const std::function<void()>& run, int samples = 0) {
-        if (samples == 0) samples = samples_;
+    Timing operator()(const std::function<void()>& run) {
         run();
         const double once = std::max(seconds(run, 1), 1e-9);
-        return measure(run, once < 1e-4 ? int(1e-3 / once) : 1, samples);
+        return measure(run, once < 1e-4 ? int(1e-3 / once) : 1);
     }
     Timing in_batches(const std::function<void()>& run, int batch) {
         run();
-        return measure(run, batch, samples_);
+        return measure(run, batch);
     }
     double sample(const std::function<void()>& run, int batch) { return seconds(run, batch); }
     int samples() const { return samples_; }
 
   private:
-    static Timing measure(const std::function<void()>& run, int batch, int samples) {
+    Timing measure(const std::function<void()>& run, int batch) const {
         std::vector<double> found;
         double spent = 0;
-        for (int i = 0; i < samples && (i < 3 || spent < 2); ++i) {
+        for (int i = 0; i < samples_ && (i < 3 || spent < 2); ++i) {
             found.push_back(seconds(run, batch));
             spent += found.back() * batch;
         }
