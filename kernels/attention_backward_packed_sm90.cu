@@ -26,15 +26,27 @@ struct Problem {
     const OfQueries<R>* queries;  // [heads][tiles]
     const OfKeys<R>* keys;
     int pairs, together;  // of sequence and head; of these whose dO stays in L2 together
+    int all = kKeys;      // see Keys::add
 };
 
 // Of every token and head: delta = dO . o, and what goes with it. Eight lanes share one; a block has a tile of keys.
 constexpr int kNumbersThreads = kKeys * 8, kNumbersWarps = kNumbersThreads / kWarp;
+// By the block's threads from number `first` on.
+template <int first, class T>
+__device__ void copy_whole(T& to, const T& from) {
+    static_assert(sizeof(T) % 16 == 0);
+    for (int i = static_cast<int>(threadIdx.x) - first; i < int(sizeof(T) / 16); i += kNumbersThreads)
+        if (i >= 0) reinterpret_cast<uint4*>(&to)[i] = reinterpret_cast<const uint4*>(&from)[i];
+}
+// As fmaxf over the warp, but that NaN is the largest.
+__device__ inline float largest(float x) { return from_ordered(largest_of_warp(x)); }
 template <int R>
-__global__ void __launch_bounds__(kNumbersThreads)
+__global__ void __launch_bounds__(kNumbersThreads, 2048 / kNumbersThreads)
     attention_packed_numbers_kernel(AttentionBackward<bf16> p, OfQueries<R>* queries, OfKeys<R>* keys) {
     dependents_may_start();
     __shared__ float most[kNumbersWarps], tops[kNumbersWarps];
+    __shared__ OfQueries<R> tile;  // both go to memory as a whole: what lanes write by themselves is slow in L2
+    __shared__ OfKeys<R> of;
     const int head = static_cast<int>(blockIdx.x), part = static_cast<int>(threadIdx.x) % 8;
     const int key = static_cast<int>(threadIdx.x) / 8, token = static_cast<int>(blockIdx.y) * kKeys + key;
     const auto g = load16(nv(p.do_.data) + token * p.do_.ld + head * kWidth + part * 8);
@@ -42,10 +54,11 @@ __global__ void __launch_bounds__(kNumbersThreads)
     const std::int64_t number = std::int64_t(token) * p.heads + head;
     // Two scalars each of a and b.
     float a[2] = {}, b[2] = {};
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-        if (part < R / 2 && 2 * part + i < p.scalars)
-            a[i] = p.a.data[number * p.scalars + 2 * part + i], b[i] = p.b.data[number * p.scalars + 2 * part + i];
+    if (part < R / 2) {
+        const std::int64_t at = number * p.scalars + 2 * part;
+        load_numbers(a, p.a.data + at, p.scalars - 2 * part, whole_scalars<R>(p.a.data, p.scalars));
+        load_numbers(b, p.b.data + at, p.scalars - 2 * part, whole_scalars<R>(p.b.data, p.scalars));
+    }
     QueryNumbers numbers{};
     float centre = 0.f;
     if (part == 0) numbers.lse = p.lse.data[number];
@@ -59,25 +72,22 @@ __global__ void __launch_bounds__(kNumbersThreads)
     for (int i = 4; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
     const float base = numbers.gate - numbers.lse;  // of part 0
     const bool far = !(packs(a[0]) && packs(a[1]) && base < INFINITY);
-    const float top_of_warp = warp_max(far ? INFINITY : part == 0 ? base : -INFINITY);
-    OfQueries<R>& tile = queries[head * std::int64_t(p.seq.tokens / kTile) + token / kTile];
-    if (part < R / 2) tile.a[token % kTile][part] = pack_half(packed_number(a[0]), packed_number(a[1]));
+    const float top_of_warp = largest(far ? INFINITY : part == 0 ? base : -INFINITY);
+    if (part < R / 2) tile.a[key][part] = pack_half(packed_number(a[0]), packed_number(a[1]));
     if (part == 0) numbers.delta = p.delta.data[number] = sum;
     // Of two keys each packs one scalar of both.
-    OfKeys<R>& of = keys[head * std::int64_t(p.seq.tokens / kKeys) + blockIdx.y];
     const bool odd = key % 2 != 0;
     const float own = packed_number(odd ? b[1] : b[0]), send = packed_number(odd ? b[0] : b[1]);
     const float other = __shfl_xor_sync(0xffffffffu, send, 8);
     KeyPair<R>& pair = of.pairs[key / 8][key % 8 / 2];
     if (part < R / 2) pair.b[2 * part + odd] = odd ? pack_half(other, own) : pack_half(own, other);
-    const float apart = centre - numbers.gate, of_warp = warp_max(apart);
+    const float apart = centre - numbers.gate, of_warp = largest(apart);
     if (part == 0) (&pair.gate.x)[odd] = -apart * kLog2e;
     if (threadIdx.x % kWarp == 0) most[threadIdx.x / kWarp] = of_warp, tops[threadIdx.x / kWarp] = top_of_warp;
     const bool out = __syncthreads_or(!packs(b[0]) | !packs(b[1])) != 0;
     static_assert(kKeys == kTile && kWarp % kNumbersWarps == 0);
-    numbers.top = warp_max(tops[threadIdx.x % kNumbersWarps]);
-    if (part == 0)
-        *reinterpret_cast<float4*>(&tile.numbers[token % kTile]) = *reinterpret_cast<const float4*>(&numbers);
+    numbers.top = largest(tops[threadIdx.x % kNumbersWarps]);
+    if (part == 0) *reinterpret_cast<float4*>(&tile.numbers[key]) = *reinterpret_cast<const float4*>(&numbers);
     if (threadIdx.x == 0) {
         float x = most[0];
 #pragma unroll
@@ -85,6 +95,10 @@ __global__ void __launch_bounds__(kNumbersThreads)
         const float faded = p.F.data != nullptr && p.skip ? -(kFaded + x) * kLog2e : -1e30f;  // finite: see Rows::rare
         *reinterpret_cast<float4*>(&of.centre) = make_float4(centre, out ? -INFINITY : faded, 0.f, 0.f);
     }
+    __syncthreads();
+    const std::int64_t place = head * std::int64_t(p.seq.tokens / kTile) + blockIdx.y;
+    copy_whole<0>(queries[place], tile);
+    copy_whole<sizeof(tile) / 16 % kNumbersThreads>(keys[place], of);
 }
 
 // A warp: the next tile of queries is on its way to a place, and with the first of them V and OfKeys. After the last tile
@@ -122,23 +136,14 @@ __device__ void load_queries(const Problem<R>& problem, Shared<R>& shared, std::
     shared.next = next;
 }
 
-// A lane's sums da of a tile, in the slab of the head.
-template <int R>
-using SumsOfLane = std::conditional_t<R == 2, float2, float4>;
-__device__ inline void add_sums(float2& to, const float (&x)[4]) { to.x += x[0], to.y += x[2]; }
-__device__ inline void add_sums(float4& to, const float (&x)[4]) {
-    to.x += x[0], to.y += x[2], to.z += x[1], to.w += x[3];
-}
-
 // The block's tiles of queries, one a round.
 template <int R>
 struct Rounds {
     using S = Shared<R>;
-    using Sums = SumsOfLane<R>;
     static constexpr int kStageBytes = kTileElements * 2, kWeightBytes = kKeys * kRowBytes;
     const Problem<R>& problem;
     S& shared;
-    int place = 0, parity = 0, buffer = 0;  // of the round; of its weights
+    std::uint32_t round;  // address of the round's OfRound
     typename Keys<R>::Products dp;
     const Operand operands;  // they are named by the first of them
     const std::uint32_t base;
@@ -148,89 +153,113 @@ struct Rounds {
         : problem(p),
           shared(s),
           operands(operand_of(s.gradients)),
+          round(b + std::uint32_t(offsetof(S, rounds))),
           base(b),
           head(h),
           warp(hopper::uniform(static_cast<int>(threadIdx.x / kWarp))) {}
 
-    __device__ static int after(int place) { return place == kPlaces - 1 ? 0 : place + 1; }
     __device__ static int before(int place) { return place == 0 ? kPlaces - 1 : place - 1; }
-    __device__ Operand gradients(int of) const { return hopper::uniform(advance(operands, of * kStageBytes)); }
-    __device__ void multiply(int of, int keys) {  // dP
-        multiply_rows<kKeys>(dp, gradients(of),
+    __device__ void multiply(Operand gradients, int keys) {  // dP
+        multiply_rows<kKeys>(dp, hopper::uniform(gradients),
                              hopper::uniform(advance(operands, int(offsetof(S, values)) + keys * kWeightBytes)));
     }
-    __device__ void multiply_results(Keys<R>& keys) {  // dv of the round before
-        multiply_turned<kKeys>(
-            keys.dv, gradients(before(place)),
-            hopper::uniform(advance(operands, int(offsetof(S, weights)) + (buffer ^ 1) * kWeightBytes)));
+    __device__ void multiply_results(Keys<R>& keys, const uint4& of) {  // dv of the round before
+        multiply_turned<kKeys>(keys.dv, hopper::uniform(of.x), hopper::uniform(of.y));
     }
-    __device__ Sums* sums_of(int q) const {
-        return reinterpret_cast<Sums*>(shared.slab + (q * (kTile * R) + Keys<R>::sums_place(thread_anew())));
+    // OfRound number i.
+    __device__ void tell(int i) const {
+        static_assert(kPlaces == 3 && kRoundNumbers == 6);
+        const int place = i % 3, next = (i + 1) % 6;
+        shared.rounds[i] = {advance(operands, before(place) * kStageBytes),
+                            advance(operands, int(offsetof(S, weights)) + (~i & 1) * kWeightBytes),
+                            std::uint32_t(place * sizeof(OfQueries<R>)),
+                            std::uint32_t((i & 1) * kWeightBytes),
+                            advance(operands, next % 3 * kStageBytes),
+                            base + std::uint32_t(offsetof(S, full) + next % 3 * sizeof(hopper::Barrier)),
+                            std::uint32_t(next / 3),
+                            base + std::uint32_t(offsetof(S, rounds) + next * sizeof(OfRound))};
     }
-    // What an earlier tile of keys left in the slab, if any did, without registers.
-    __device__ static void ask_for_sums(float4* to, const Sums* from, bool any) {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;\n" ::"r"(shared_address(to)), "l"(from),
-                     "n"(sizeof(Sums)), "r"(any ? int(sizeof(Sums)) : 0)
-                     : "memory");
-        cp_async_commit();
+    // da of the lane into the slab. Where an earlier tile of keys left sums, the same thread adds to them, in order.
+    __device__ void keep_sums(int q, const float (&da)[4]) const {
+        const unsigned thread = static_cast<unsigned>(thread_anew());
+        if (!Keys<R>::has_sums(thread)) return;
+        const uint4 slab = *reinterpret_cast<const uint4*>(&shared.slab);  // with `written`
+        float* const to = reinterpret_cast<float*>(std::uint64_t(slab.y) << 32 | slab.x) +
+                          (unsigned(q) * (kTile * R) + shared.threads.places[thread].y);
+        if (q >= static_cast<int>(slab.z)) {
+            if constexpr (R == 2)
+                *reinterpret_cast<float2*>(to) = make_float2(da[0], da[2]);
+            else
+                *reinterpret_cast<float4*>(to) = make_float4(da[0], da[1], da[2], da[3]);
+        } else if constexpr (R == 2) {
+            asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(da[0]), "f"(da[2])
+                         : "memory");
+        } else {
+            asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(da[0]), "f"(da[1]),
+                         "f"(da[2]), "f"(da[3])
+                         : "memory");
+        }
     }
-    __device__ void wait() { hopper::barrier_wait(&shared.full[place], parity); }
+    __device__ void wait_for_first() { hopper::barrier_wait(&shared.full[0], 0); }
 
     // The queries of one tile of keys, the first of which is `first`.
     __device__ void run(Keys<R>& keys, int of_keys, int first, const Range& range) {
         const AttentionBackward<bf16>& p = problem.p;
         // Products begin on one way alone, which ptxas asks for: the first round has a product dv with weights that are zeros.
+        const bool second = hopper::load_word<offsetof(OfRound, buffer)>(round) == 0;  // not the round's own
         for (int i = threadIdx.x; i < kWeightBytes / 16; i += kThreads)
-            reinterpret_cast<uint4*>(shared.weights[buffer ^ 1])[i] = {0, 0, 0, 0};
+            reinterpret_cast<uint4*>(shared.weights[second])[i] = {0, 0, 0, 0};
         hopper::publish_shared();
         __syncthreads();
         const OfKeys<R>& of = shared.keys[of_keys];
+        int from = p.causal ? first : range.begin * kTile - kTile;  // not causal: all shifts are 64 or more
+        int end = range.end;
+        asm volatile("" : "+r"(from), "+r"(end));  // or they are made anew each time
 #pragma unroll 1
-        for (int q = range.begin; q < range.end; ++q) {
-            const bool ends = q + 1 == range.end;
-            // What the thread's number tells is made anew each time: registers are short.
-            const int row = static_cast<int>(first_row(thread_anew())), shift = p.causal ? q * kTile - first : kTile,
-                      next = after(place);
-            const std::uint32_t turned =
-                shared_address(shared.weights) + place_of_turned(thread_anew()) + buffer * kWeightBytes;
-            const OfQueries<R>& queries = shared.queries[place];
+        for (int q = range.begin; q < end; ++q) {
+            const bool ends = q + 1 == end;
+            // What the thread's number tells is loaded each time: registers are short.
+            const uint2 places = shared.threads.places[thread_anew()];
+            const std::uint32_t thread = base + static_cast<std::uint32_t>(thread_anew()) * 16;
+            const uint4 first_words = hopper::load_four_words<offsetof(S, threads.first)>(thread),
+                        second_words = hopper::load_four_words<offsetof(S, threads.second)>(thread),
+                        of_round = hopper::load_four_words(round);
+            const OfLane of_lane(first_words, second_words);
+            const int row = static_cast<int>(places.x), shift = q * kTile - from;
+            const std::uint32_t turned = second_words.w + of_round.w;
+            const OfQueries<R>& queries =
+                *reinterpret_cast<const OfQueries<R>*>(reinterpret_cast<const char*>(shared.queries) + of_round.z);
             const typename Keys<R>::Rows rows(of, queries, row);
-            if (Keys<R>::has_sums(thread_anew()))
-                ask_for_sums(&shared.left[thread_anew()], sums_of(q), q < shared.written);
             hopper::product_wait<0>();
             hopper::pin(dp);
-            multiply_results(keys);
+            multiply_results(keys, of_round);
             float da[4] = {};
-            const OfLane of_lane = shared.lanes[static_cast<unsigned>(thread_anew()) % kWarp];
             if (rows.rare()) {
                 if (rows.far())
                     keys.add_far(da, dp, p, of, turned, head, q * kTile, first, row, shift, rows);
                 else
                     keys.add_nothing(turned);
             } else if (shift < kKeys) {
-                keys.template add<true>(da, dp, of_lane, of, queries, turned, row, shift, rows);
+                keys.template add<true>(da, dp, of_lane, of, queries, turned, row, shift, rows, problem.all);
             } else {
-                keys.template add<false>(da, dp, of_lane, of, queries, turned, row, shift, rows);
+                keys.template add<false>(da, dp, of_lane, of, queries, turned, row, shift, rows, problem.all);
             }
-            hopper::barrier_wait(&shared.full[next], next == 0 ? parity ^ 1 : parity);
-            multiply(next, of_keys ^ int(ends));
+            const uint4 after = hopper::load_four_words<16>(round);
+            hopper::barrier_wait(after.y, static_cast<int>(after.z));
+            multiply(after.x, of_keys ^ int(ends));
             hopper::product_wait<1>();
             hopper::pin(keys.dv);
             hopper::publish_shared();
             __syncthreads();
-            cp_async_wait<0>();
-            Sums left = *reinterpret_cast<const Sums*>(&shared.left[thread_anew()]);
-            add_sums(left, da);
-            if (Keys<R>::has_sums(thread_anew()))
-                *sums_of(q) = left;  // here, since publishing waits for what was stored
+            keep_sums(q, da);  // here, since publishing waits for what was stored
             // One warp after the other, or one were always behind.
+            const int place = int(hopper::load_word<offsetof(OfRound, place)>(round) / sizeof(OfQueries<R>));
             if (warp == place) load_queries(problem, shared, base, before(place));
-            if (next == 0) parity ^= 1;
-            place = next, buffer ^= 1;
+            round = after.w;
         }
         hopper::product_wait<0>();
         hopper::pin(dp);
-        multiply_results(keys);
+        multiply_results(keys, hopper::load_four_words(round));
         hopper::product_wait<0>();
         hopper::pin(keys.dv);
     }
@@ -248,10 +277,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const int head = pair % p.heads,
               group = pair / p.heads * static_cast<int>(gridDim.y) + static_cast<int>(blockIdx.y);
     int first = group * groups.tiles * kKeys;
-    for (int i = threadIdx.x; i < kPlaces * kTileElements / 8; i += kThreads)  // what has not come goes times zero
-        reinterpret_cast<uint4*>(shared.gradients)[i] = {0, 0, 0, 0};
-    if (threadIdx.x < kWarp) shared.lanes[threadIdx.x].make(threadIdx.x);
-    hopper::publish_shared();
     if (threadIdx.x == 0) {
         const unsigned slab = unsigned(group) % unsigned(groups.slabs);
         shared.slab = groups.partial + slab * groups.slab_floats + std::int64_t(head) * p.seq.tokens * R;
@@ -268,13 +293,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         for (int s = 0; s < kPlaces; ++s) hopper::barrier_init(&shared.full[s], 1);
         hopper::barrier_init_done();
     }
-    __syncthreads();
-    wait_for_previous();
     const std::uint32_t base = hopper::uniform(shared_address(&shared));
     Rounds<R> rounds(problem, shared, base, head);
-    if (rounds.warp == 0) load_queries(problem, shared, base, 0), load_queries(problem, shared, base, 1);
-    rounds.wait();
-    rounds.multiply(0, 0);
+    if (rounds.warp == 0) {  // the others do nothing that memory shows before these loads have come
+        __syncwarp();
+        wait_for_previous();
+        load_queries(problem, shared, base, 0), load_queries(problem, shared, base, 1);
+    }
+    for (int i = threadIdx.x; i < kTileElements / 8; i += kThreads)  // what has not come goes times zero
+        reinterpret_cast<uint4*>(shared.gradients[kPlaces - 1])[i] = {0, 0, 0, 0};
+    shared.threads.template make<R>(threadIdx.x, shared_address(shared.weights));
+    if (threadIdx.x < kRoundNumbers) rounds.tell(static_cast<int>(threadIdx.x));
+    hopper::publish_shared();
+    __syncthreads();
+    rounds.wait_for_first();
+    rounds.multiply(rounds.operands, 0);
     hopper::product_wait<0>();
     hopper::pin(rounds.dp);
 #pragma unroll 1

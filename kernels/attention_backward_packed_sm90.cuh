@@ -77,6 +77,10 @@ struct alignas(32) OfLane {
     std::uint32_t low[2], high[2];  // bytes of bf16 ones: byte i of low[k] and of high[k] is column 4k + i's
     uint2 diagonal;                 // B operand of packed_scores
     std::uint32_t tie;              // see step_of; a constant that is loaded stays in a register
+    OfLane() = default;
+    // As OfThread keeps it.
+    __device__ OfLane(const uint4& first, const uint4& second)
+        : low{first.x, first.y}, high{first.z, first.w}, diagonal{second.x, second.y}, tie(second.z) {}
     __device__ void make(unsigned lane) {
         const unsigned column = lane / 4, shift = column % 4 * 8;
 #pragma unroll
@@ -94,6 +98,35 @@ struct alignas(32) OfLane {
     }
     __device__ uint2 ones(int p, int q) const { return {ones(p), ones(q)}; }
 };
+// Where the lane's sums da go, among those of the tile's rows: its row, and four scalars (two of R = 2) from one on. Lanes t
+// with more than R have none.
+template <int R>
+__device__ int sums_place(unsigned thread) {
+    const unsigned t = thread % 4;
+    return static_cast<int>((first_row(thread) + t / 2 * 8) * R + t % 2 * 4);
+}
+// What follows from a thread's number alone and would take many instructions each round.
+struct OfThread {
+    uint4 first[kThreads], second[kThreads];  // OfLane; the last word: address of its place in the first turned weights
+    uint2 places[kThreads];                   // its first row, sums_place()
+    template <int R>
+    __device__ void make(unsigned thread, std::uint32_t weights) {
+        OfLane x;
+        x.make(thread % kWarp);
+        first[thread] = {x.low[0], x.low[1], x.high[0], x.high[1]};
+        second[thread] = {x.diagonal.x, x.diagonal.y, x.tie, weights + place_of_turned(thread)};
+        places[thread] = {first_row(thread), static_cast<unsigned>(sums_place<R>(thread))};
+    }
+};
+// What follows from the number of a round modulo 6: places are taken in turn, three of tiles of queries, two of weights.
+constexpr int kRoundNumbers = 2 * kPlaces;
+struct alignas(16) OfRound {
+    std::uint32_t before, weights;  // operands of the product dv of the round before
+    std::uint32_t place, buffer;    // bytes to its queries, and to its weights
+    std::uint32_t next;             // operand: dO of the next round
+    std::uint32_t full, parity;     // address of the next round's barrier, and what to wait for
+    std::uint32_t after;            // address of the next round's OfRound
+};
 template <int R>
 struct Shared {
     using Parts = float4[kThreads / 2];         // of a quad of sums, those of two lanes of each four
@@ -103,8 +136,8 @@ struct Shared {
     float dF[kWarps][kKeys];
     OfQueries<R> queries[kPlaces];
     OfKeys<R> keys[2];
-    float* slab;  // of the head
-    int written;  // tiles of queries that have sums there
+    alignas(16) float* slab;  // of the head
+    int written;              // tiles of queries that have sums there
     // What is to be loaded next: a tile of queries, which begins at token `row` of those up to `end` that see the keys from
     // `first` on, which lie at `keys`; of such tiles of keys `left` are left; begins: with this one's own.
     struct alignas(16) Next {
@@ -114,8 +147,8 @@ struct Shared {
         short keys;
         bool begins;
     } next;
-    OfLane lanes[kWarp];
-    float4 left[kThreads];          // see Rounds::ask_for_sums
+    OfThread threads;
+    OfRound rounds[kRoundNumbers];
     hopper::Barrier full[kPlaces];  // dO and OfQueries are there, and V and OfKeys with the first of these for them
 
     __device__ Parts* db() { return reinterpret_cast<Parts*>(weights[0]); }
@@ -174,14 +207,15 @@ struct Keys {
     using Products = float[kKeys / 2];  // dP of a tile
 
     // dP of the thread's rows, of which `row` is the first, to weights and into all sums. to: the lane's place in the turned
-    // weights; da: see sums_place. kMasked: row i sees keys up to i + shift. The scores of an eight are made before the sums
+    // weights; da: see sums_place. kMasked: row i sees keys up to i + shift;
+    // otherwise all: kKeys, in a form that the compiler does not know. The scores of an eight are made before the sums
     // of the one before, which hides how long they take.
     template <bool kMasked>
     __device__ void add(float (&da)[4], const Products& dp, const OfLane& of_lane, const OfKeys<R>& keys,
-                        const OfQueries<R>& queries, std::uint32_t to, int row, int shift, const Rows& rows) {
+                        const OfQueries<R>& queries, std::uint32_t to, int row, int shift, const Rows& rows, int all) {
         const int t = static_cast<int>(thread_anew() % 4), last = row + shift - 2 * t;
-        int seen = shift + 16 + (kMasked ? row & 48 : 0);
-        asm volatile("" : "+r"(seen));
+        int seen = kMasked ? shift + 16 + (row & 48) : all;
+        if (kMasked) asm volatile("" : "+r"(seen));
         Scores x[2];
         std::uint32_t weights[2][2], minus_ds[4];
         score<kMasked>(x[0], of_lane, keys, queries, row, rows, t, 0, last);
@@ -286,7 +320,7 @@ struct Keys {
             const int key = i / R, r = i % R;
             if (r < p.scalars)
                 p.db.data[(std::int64_t(first + key) * p.heads + head) * p.scalars + r] =
-                    -sum(parts[key / 8], key, r % 2, r / 2);
+                    -sum(parts[key / 8], key, R == 2 ? r : r / 2 % 2, R == 2 ? 0 : r / 4 * 2 + r % 2);
         }
         if (p.dF.data != nullptr && thread < kKeys) {
             float x = 0.f;
@@ -298,12 +332,6 @@ struct Keys {
         __syncthreads();
     }
 
-    // Where the lane's sums da go, among those of the tile's rows: its row, and four scalars (two of R = 2) from one on.
-    // Lanes t with more than R have none.
-    __device__ static int sums_place(unsigned thread) {
-        const unsigned t = thread % 4;
-        return static_cast<int>((first_row(thread) + t / 2 * 8) * R + t % 2 * 4);
-    }
     __device__ static bool has_sums(unsigned thread) { return R == 8 || thread % 2 == 0; }
 
   private:
@@ -372,7 +400,7 @@ struct Keys {
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) x[k][i] = signed_ds(k, 4 * q + i);
+                    for (int i = 0; i < 4; ++i) x[k][i] = signed_ds(k, 4 * q + i / 2 + i % 2 * 2);
                     const uint2 ones = of_lane.ones(4 * k + 2 * q, 4 * k + 2 * q + 1);
                     mma_bf16(da, x[k], ones.x, ones.y);
                 }
@@ -411,7 +439,7 @@ struct Keys {
             std::uint32_t x[4];
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const int r = 2 * p + e % 2, of = e / 2 * 2;
+                const int r = R == 2 ? e % 2 : p / 2 * 4 + p % 2 + e % 2 * 2, of = e / 2 * 2;
                 x[e] = fma_bf16(minus_ds[e / 2], pack_bf16(-d.sign(of, r), -d.sign(of + 1, r)), 0x80008000u);
             }
             mma_bf16(da, x, ones_in(p), ones_in(p + 4));

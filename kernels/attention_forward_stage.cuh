@@ -75,15 +75,6 @@ struct Order {
     }
 };
 
-// The numbers of f32 in their order, as integers; NaN of either sign beyond the infinities.
-__device__ inline int ordered(float x) {
-    const int bits = __float_as_int(x);
-    return bits ^ (bits >> 31 & 0x7fffffff);
-}
-__device__ inline float from_ordered(int bits) { return __int_as_float(bits ^ (bits >> 31 & 0x7fffffff)); }
-__device__ inline int least_of_warp(float x) { return __reduce_min_sync(0xffffffffu, ordered(x)); }  // ordered()
-__device__ inline int largest_of_warp(float x) { return __reduce_max_sync(0xffffffffu, ordered(x)); }
-
 // Numbers of the thread. volatile: what follows from them is made again where it is used, since registers are short.
 __device__ inline int thread_number() {
     int x;

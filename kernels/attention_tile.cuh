@@ -48,6 +48,15 @@ __device__ inline float row_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
     return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
+// The numbers of f32 in their order, as integers; NaN of either sign beyond the infinities.
+__device__ inline int ordered(float x) {
+    const int bits = __float_as_int(x);
+    return bits ^ (bits >> 31 & 0x7fffffff);
+}
+__device__ inline float from_ordered(int bits) { return __int_as_float(bits ^ (bits >> 31 & 0x7fffffff)); }
+__device__ inline int least_of_warp(float x) { return __reduce_min_sync(0xffffffffu, ordered(x)); }  // ordered()
+__device__ inline int largest_of_warp(float x) { return __reduce_max_sync(0xffffffffu, ordered(x)); }
+
 // The row's running maximum, in shared memory and the same for its four lanes, takes in the lane's `best`. Scores are to be
 // lowered by `shift`, and what has been summed up so far goes times `rescale`.
 struct Raised {
