@@ -67,15 +67,11 @@ __global__ void __launch_bounds__(kKeys) attention_pack_kernel(AttentionForward<
     }
 }
 
-// What a block must know of its queries, a thread for each; ends without a barrier.
+// What a block must know of its queries, a thread for each, from what global memory has of its query; ends without a
+// barrier.
 template <int R>
-__device__ void note_queries(Shared<R>& shared, const AttentionForward<bf16>& p, int head, int first) {
+__device__ void note_queries(Shared<R>& shared, const float (&a)[R], const float (&b)[R], float F) {
     const int query = threadIdx.x;
-    const std::int64_t token = first + query;
-    float a[R], b[R];
-    load_scalars(a, p.a, token, head, p.scalars);
-    load_scalars(b, p.b, token, head, p.scalars);
-    const float F = p.F.data == nullptr ? 0.f : p.F.data[token * p.F.ld + head];
     float own = 0.f, spread = 0.f;
 #pragma unroll
     for (int r = 0; r < R; r += 2) {
@@ -110,7 +106,8 @@ struct Way {
     using Queries = attention_forward_packed_sm90_tile::Queries<R>;
     using Numbers = float2;  // largest and least gate
     static constexpr int kOwnBytes = 0;
-    static constexpr std::int64_t kResident = attention_forward_tile::kResident;
+    static constexpr bool kLooksAhead = true;
+    static constexpr std::int64_t kResident = 64 << 20;  // as one scalar's
     static __device__ References of(std::uint32_t base) {
         const float4 x = hopper::load_four<offsetof(Shared, of)>(base);
         return {x.x, x.y, __float_as_int(x.z)};
@@ -148,7 +145,11 @@ __global__ void __launch_bounds__(kThreads, tuning::kAttentionForwardPackedSm90B
     const int first = (sequence * of_sequence + in_sequence) * kQueries;
     const float faded = p.skip ? kFaded : INFINITY;
     const bool loads = threadIdx.x == 0;
-    float least = 0.f;
+    const std::int64_t token = first + static_cast<int>(threadIdx.x);
+    float a[R], b[R], least = 0.f;  // a, b and F are on their way while barriers and the first tiles are seen to
+    load_scalars(a, p.a, token, head, p.scalars);
+    load_scalars(b, p.b, token, head, p.scalars);
+    const float F = p.F.data == nullptr ? 0.f : p.F.data[token * p.F.ld + head];
     if (loads) {
         const int count =
             begin_tiles<Way<R>>(shared, problem, head, first, sequence * of_sequence, in_sequence, of_sequence);
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, tuning::kAttentionForwardPackedSm90B
     }
     static_assert(sizeof(shared.ones) == kThreads * sizeof(uint4));
     reinterpret_cast<uint4*>(shared.ones)[threadIdx.x] = {kTwoOnes, kTwoOnes, kTwoOnes, kTwoOnes};
-    note_queries(shared, p, head, first);
+    note_queries(shared, a, b, F);
     hopper::publish_shared();
     __syncthreads();
     if (loads) shared.of = references_of(shared);

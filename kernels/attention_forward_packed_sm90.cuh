@@ -81,19 +81,25 @@ struct Queries : OutputSums<Shared<R>, true> {
         }
     }
 
-    // A tile within the bounds that every query sees. above: E - G in base 2.
-    __device__ void add(int stage, float above) {
+    // A tile within the bounds that every query sees. above: E - G in base 2. meanwhile(): while the last products run.
+    template <class Meanwhile>
+    __device__ void add(int stage, float above, const Meanwhile& meanwhile) {
         raise_gates(stage, above);
-        multiply_seen<0, kKeys>(stage);
+        multiply_seen<0, kKeys>(stage, [&] { wait(); });
+        meanwhile();
         wait();
     }
-    // The queries' own tokens, of which each sees those up to itself: a triangle of 64 for either product, by products of
-    // a warp alone, which need no more keys than the warp's queries do; and the first 64 keys, which the others see all.
+    // The queries' own tokens, of which each sees those up to itself: a triangle of 64 for either product; and the first 64
+    // keys, which the second's queries see all.
     __device__ void add_diagonal(int stage, float above) {
         raise_gates(stage, above);
-        add_triangle<1>(stage);
-        multiply_seen<1, 64>(stage);
-        add_triangle<0>(stage);
+        Sums sum[M] = {};
+        multiply_own(sum, stage);
+        multiply_seen<1, 64>(stage, [&] {
+            wait();
+#pragma unroll
+            for (int m = 0; m < M; ++m) Base::keep_own_sums(m, sum[m]);
+        });
         wait();
     }
 
@@ -162,46 +168,67 @@ struct Queries : OutputSums<Shared<R>, true> {
             packed_scores<R, true>(s[m][n], d, c, diagonal);
         }
     }
-    __device__ static void exponentiate(Weights& w) {
+    // Begins the products from `from` on of a tile's first `keys` keys, which all their queries see. before(): ends the
+    // products that are open. Scores are made 8 keys ahead of exponentials, so that a warp has instructions for one pipe
+    // while another is busy; products come 32 keys at a time, since the tensor cores lose time with every change between
+    // these and those of scores.
+    template <int from, int keys, class Before>
+    __device__ void multiply_seen(int stage, const Before& before) {
+        Weights w[M];
+        Packed packed[2][M];
+        score<from, M>(w, 0, shared.keys[stage], 0);
 #pragma unroll
-        for (int e = 0; e < 8; ++e) w[e / 4][e % 4] = exp2_fast(w[e / 4][e % 4]);
+        for (int eight = 0; eight < keys / 8; ++eight) {
+            const int n = eight % 2, chunk = eight / 2;
+            if (eight + 1 < keys / 8) score<from, M>(w, 1 - n, shared.keys[stage], eight + 1);
+            if (eight == 0)
+                before();
+            else if (eight % 4 == 0)
+                hopper::product_wait<0>();  // operands are free
+#pragma unroll
+            for (int m = from; m < M; ++m) exponentiate(w[m], n), pack(packed[chunk % 2][m], w[m], n);
+            if (eight % 4 == 3)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) Base::template multiply_chunk<from>(packed[i], stage, chunk - 1 + i);
+        }
     }
-    // Begins the products from `from` on of a tile's first `keys` keys, which all their queries see.
-    template <int from, int keys>
-    __device__ void multiply_seen(int stage) {
+    // Begins the products of the 64 own keys of either product's 64 queries, of which nothing has been summed yet. Warps whose
+    // queries see none of 16 keys have zeros. sum: of weights.
+    __device__ void multiply_own(Sums (&sum)[M], int stage) {
+        const int of = hopper::uniform(warp());
         wait();
 #pragma unroll
-        for (int chunk = 0; chunk < keys / 16; ++chunk) {
-            Weights w[M];
-            score<from, M>(w, 0, shared.keys[stage], 2 * chunk);
-            score<from, M>(w, 1, shared.keys[stage], 2 * chunk + 1);
-#pragma unroll
-            for (int m = from; m < M; ++m) exponentiate(w[m]);
+        for (int chunk = 0; chunk < 4; ++chunk) {
             if (chunk > 0) hopper::product_wait<1>();  // the operands before the last ones are free
-            Packed packed[M];
-#pragma unroll
-            for (int m = from; m < M; ++m)
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    packed[m][i] = pack_bf16(w[m][i / 2][i % 2 * 2], w[m][i / 2][i % 2 * 2 + 1]);
-            Base::template multiply_chunk<from>(packed, stage, chunk);
+            Packed packed[M] = {};
+            weigh_own<0>(packed[0], sum[0], stage, chunk, of);
+            weigh_own<1>(packed[1], sum[1], stage, chunk, kWarps - 1 - of);
+            Base::template multiply_chunk<0, 4>(packed, stage, chunk);
         }
     }
-    // The 64 own keys of a product's 64 queries. Nothing has been summed for these yet.
+    // last: of the 16s of keys, which the warp's queries are.
     template <int m>
-    __device__ void add_triangle(int stage) {
-        const int last = place(m);  // 16 keys of which the warp's queries see some
-        Sums sum = {};
-#pragma unroll 1
-        for (int chunk = 0; chunk <= last; ++chunk) {
-            Weights w[M];
+    __device__ void weigh_own(Packed& packed, Sums& sum, int stage, int chunk, int last) const {
+        if (chunk > 0 && chunk > last) return;
+        Weights w[M];
 #pragma unroll
-            for (int n = 0; n < 2; ++n) score<m, m + 1>(w, n, shared.keys[stage], 2 * (4 * m + chunk) + n);
-            if (chunk == last) Base::hide(w[m], 0, -INFINITY);
-            exponentiate(w[m]);
-            Base::template multiply_in_warp<m>(w[m], sum, stage, 4 * m + chunk);
+        for (int n = 0; n < 2; ++n) score<m, m + 1>(w, n, shared.keys[stage], 2 * (4 * m + chunk) + n);
+        if (chunk == last) Base::hide(w[m], 0, -INFINITY);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            exponentiate(w[m], n);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[e / 2] += w[m][n][e];
+            pack(packed, w[m], n);
         }
-        Base::keep_own_sums(m, sum);
+    }
+    // Half n of 16 keys.
+    __device__ static void exponentiate(Weights& w, int n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) w[n][e] = exp2_fast(w[n][e]);
+    }
+    __device__ static void pack(Packed& packed, const Weights& w, int n) {
+        packed[2 * n] = pack_bf16(w[n][0], w[n][1]), packed[2 * n + 1] = pack_bf16(w[n][2], w[n][3]);
     }
     template <int m>
     __device__ void add_chunk_carefully(const AttentionForward<bf16>& p, int head, int stage, int chunk, int first,

@@ -130,17 +130,18 @@ struct OutputSums : Rows<kOpposite> {
         for (int k = 0; k < 2; ++k) sum[k] = row_sum(sum[k]) - o[m][8][2 * k];
         keep_sums(m, sum);
     }
-    // Begins the products from `from` on with 16 keys' values.
-    template <int from>
+    // Begins the products from `from` on with 16 keys' values; of number m they are `apart` m times 16 tokens further on.
+    template <int from, int apart = 0>
     __device__ void multiply_chunk(const Packed (&packed)[M], int stage, int chunk) {
         static_assert(offsetof(Shared, values) == 0);
         constexpr int kBytes = sizeof(Shared::values[0]);
-        const std::uint64_t b = hopper::kBesideLayout |
-                                (hopper::beside_low(base + stage * kBytes, offsetof(Shared, ones) - stage * kBytes) +
-                                 chunk * hopper::kBesideStep);
+        const std::uint32_t b = hopper::beside_low(base + stage * kBytes, offsetof(Shared, ones) - stage * kBytes) +
+                                chunk * hopper::kBesideStep;
         hopper::product_begin();
 #pragma unroll
-        for (int m = from; m < M; ++m) hopper::multiply_registers(products(m), packed[m], b, true);
+        for (int m = from; m < M; ++m)
+            hopper::multiply_registers(products(m), packed[m],
+                                       hopper::kBesideLayout | (b + m * apart * hopper::kBesideStep), true);
         hopper::product_commit();
     }
     // The keys of 16 that a query does not see. beyond: by how many 16 tokens they are past the warp's 16 queries.
@@ -203,6 +204,8 @@ struct OutputSums : Rows<kOpposite> {
 //   Shared      values, keys, ones, sum, tiles, full, empty; of(base): what all weights of the block are relative to,
 //               with `reach`: keys with F_j beyond that + kFaded are nothing
 //   Queries     OutputSums with add(stage, by), add_diagonal(stage, by), add_carefully(p, head, stage, first, diagonal)
+//   kLooksAhead whether the next tile is looked at, and the one after it asked for, while the last products of a tile run:
+//               add(stage, by, meanwhile) then calls meanwhile(). For long tiles
 //   Stored      of 128 tokens of a head, as a first kernel made it; keys(stored): what goes to a stage's Shared::keys
 //   Numbers     of a tile; numbers(base, stage); least(numbers), least(keys): its least F
 //   bounded(of, numbers)                           whether weights may be relative to `of`
@@ -311,14 +314,43 @@ __device__ void attend(typename Way::Shared& shared, const ForwardProblem<Stored
         }
     }
     if (!p.causal || k > 0) {  // a loop of its own: products in a row want that nothing else changes their sums in it
+        if constexpr (Way::kLooksAhead) {
+            bool seen = false, over = k >= count;  // of tile k; over: the careful way begins, or nothing is left
+            float by = 0.f, reach = 0.f;
+            const auto look = [&](int at, int parity_of_it) {
+                hopper::barrier_wait(full + at * kBarrier, parity_of_it);
+                const auto of_tile = Way::numbers(base, at);
+                const auto of = Way::of(base);
+                seen = any(counts(of.reach, Way::least(of_tile)));
+                over = any(seen & !Way::bounded(of, of_tile));
+                by = Way::by(of, of_tile), reach = of.reach;
+            };
+            if (!over) look(stage, parity);
 #pragma unroll 1
-        for (; k < count; done()) {
-            const auto of_tile = tile();
-            const auto of = Way::of(base);
-            const bool seen = any(counts(of.reach, Way::least(of_tile)));
-            if (any(seen & !Way::bounded(of, of_tile))) break;
-            ask(of.reach);
-            if (seen) queries.add(stage, Way::by(of, of_tile));
+            for (; !over; done()) {
+                const auto meanwhile = [&] {
+                    ask(reach);
+                    const bool turns = stage + 1 == kStages;
+                    if (k + 1 < count)
+                        look(turns ? 0 : stage + 1, turns ? parity ^ 1 : parity);
+                    else
+                        over = true;
+                };
+                if (seen)
+                    queries.add(stage, by, meanwhile);
+                else
+                    meanwhile();
+            }
+        } else {
+#pragma unroll 1
+            for (; k < count; done()) {
+                const auto of_tile = tile();
+                const auto of = Way::of(base);
+                const bool seen = any(counts(of.reach, Way::least(of_tile)));
+                if (any(seen & !Way::bounded(of, of_tile))) break;
+                ask(of.reach);
+                if (seen) queries.add(stage, Way::by(of, of_tile));
+            }
         }
     }
     const bool careful = k < count;
