@@ -8,7 +8,7 @@
 // f16 (kernels/attention_packed.cuh), of two keys. -ds, rounded to bf16 once for all of its sums, is multiplied by the signs,
 //     step = 0, 2^-47 (d = 0) or 2^-46, see step_of
 //     X_r = (-2^47 (-ds)) step + (-ds) = sign(d_r) ds                        exact, and 0 at a tie
-// Of rows g (or g + 8), four scalars r and 8 columns {X_r, X_r+1, X_r+2, X_r+3} are an A operand of a warp, 16 x 16. Its
+// Of rows g (or g + 8), four scalars r and 8 columns {X_r, X_r+2, X_r+1, X_r+3} are an A operand of a warp, 16 x 16. Its
 // product with ones in one column for the first eight of the inner dimension and in the next one for the others is the sum
 // along rows, da. Z = X of rows g + X of rows g + 8, rounded to bf16, turned, 8 x 8 each, and times the same ones is that
 // along columns, db. So sums take no exchange between lanes, and db four registers for 16 keys and all scalars.
@@ -73,7 +73,7 @@ static_assert(0x0800 + kTie >= kAbove);            // 0x0800: 2^-13, the least |
 static_assert(0x57ff - 0x8000 + int(kTie) < 0);    // 0x57ff: the largest number below 2^7, of d < 0 without its sign
 static_assert(2 * kPackedRange * kLog2e < 127.f);  // the largest |d|, which may be rounded up
 // A lane's part of operands that are constants.
-struct alignas(32) OfLane {
+struct OfLane {
     std::uint32_t low[2], high[2];  // bytes of bf16 ones: byte i of low[k] and of high[k] is column 4k + i's
     uint2 diagonal;                 // B operand of packed_scores
     std::uint32_t tie;              // see step_of; a constant that is loaded stays in a register
@@ -182,8 +182,8 @@ template <int R>
 struct Keys {
     static constexpr int P = R / 2;  // pairs of scalars
     float dv[kKeys / 2] = {};
-    // Rows are keys: of an eight, first a pair's first scalar, then the second. Columns: of pair p, p (of two eights, the
-    // first) and p + 4 (the second). dF: rows are keys of two eights, of which those of m are in columns 2m (queries of rows
+    // Rows are keys of an eight, first of scalars 4q and 4q + 1, which are columns 2q and 2q + 1, then of the two after these;
+    // of the second of two eights columns are 4 further on. R = 2: of the first scalar, then the second, column 0 or 4. dF: rows are keys of two eights, of which those of m are in columns 2m (queries of rows
     // g) and 2m + 1 (g + 8).
     float db[kEights / 2][4] = {}, dF[4] = {};
 
