@@ -97,22 +97,40 @@ __global__ __launch_bounds__(kThreads, kForwardBlocks) void forward_kernel(const
 struct Rows {
     uint4 dy[kDepth][kThreads], x[kDepth][kThreads];
 };
+// kLeave: what is read leaves the L2 cache first.
+template <bool kLeave>
 struct Stream {
     Rows& rows;
     const nv_bf16 *dy, *x;  // of the next row to be sent for
     std::int64_t ld_dy, ld_x;
     int left;  // rows that have not been sent for
 
-    // A row into a slot, or zeros after the last one.
-    __device__ void send(int slot) {
+    // A row into a slot, or zeros after the last one; and what else `more` asks for, which arrives with it.
+    template <class More>
+    __device__ void send(int slot, More&& more) {
         const int thread = threadIdx.y * kLanes + threadIdx.x, bytes = left > 0 ? 16 : 0;
-        asm volatile(
-            "cp.async.cg.shared.global [%0], [%2], 16, %4;\n"
-            "cp.async.cg.shared.global [%1], [%3], 16, %4;\n"
-            "cp.async.commit_group;\n" ::"r"(shared_address(&rows.dy[slot][thread])),
-            "r"(shared_address(&rows.x[slot][thread])), "l"(dy), "l"(x), "r"(bytes)
-            : "memory");
+        fetch(rows.dy[slot][thread], dy, bytes);
+        fetch(rows.x[slot][thread], x, bytes);
+        more();
+        cp_async_commit();
         dy -= ld_dy, x -= ld_x, --left;
+    }
+    __device__ void send(int slot) {
+        send(slot, [] {});
+    }
+    __device__ static void fetch(uint4& to, const nv_bf16* from, int bytes) {
+        if constexpr (kLeave) {
+            std::uint64_t policy;
+            asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+            asm volatile(
+                "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;\n" ::"r"(shared_address(&to)),
+                "l"(from), "r"(bytes), "l"(policy)
+                : "memory");
+        } else {
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(&to)), "l"(from),
+                         "r"(bytes)
+                         : "memory");
+        }
     }
     // Until no more than kPending of the last rows are on their way.
     template <int kPending>
@@ -122,7 +140,8 @@ struct Stream {
 };
 
 // One thread's share of backward: dx of its run, and its run's terms of dw. The first kDepth - 1 rows have been sent for.
-__device__ void backward_run(Row (&dw)[kTaps], const Row (&w)[kTaps], const Args& a, Stream& stream,
+template <bool kLeave>
+__device__ void backward_run(Row (&dw)[kTaps], const Row (&w)[kTaps], const Args& a, Stream<kLeave>& stream,
                              const Row (&after)[kReach], int channel, int start, int stop) {
     const int thread = threadIdx.y * kLanes + threadIdx.x;
     nv_bf16* dx = a.out + channel + (stop - 1) * a.ld_out;
@@ -134,7 +153,7 @@ __device__ void backward_run(Row (&dw)[kTaps], const Row (&w)[kTaps], const Args
     int boundary = a.seq.first(stop - 1);
     const auto take = [&](int slot) {
         stream.send((slot + kDepth - 1) % kDepth);  // where the row before was: it has been used
-        Stream::wait<kDepth - 1>();
+        stream.template wait<kDepth - 1>();
         unpack(window[0], stream.rows.dy[slot][thread]);
         store_sum(dx, window, w);
         Row x;
@@ -165,6 +184,7 @@ __device__ void backward_run(Row (&dw)[kTaps], const Row (&w)[kTaps], const Args
     }
 }
 
+template <bool kLeave>
 __global__ __launch_bounds__(kThreads, kBackwardBlocks) void backward_kernel(const Args a) {
     dependents_may_start();
     __shared__ union Memory {
@@ -174,30 +194,30 @@ __global__ __launch_bounds__(kThreads, kBackwardBlocks) void backward_kernel(con
     } shared;
     __shared__ Weights weights;
     const Place at(a.channels);
-    weights.send(a.w, a.channels, at.first_channel);
     const int channel = at.first_channel + threadIdx.x * kPackSize;
     const int start = (at.token_block * kRuns + threadIdx.y) * kBackwardRun;
     const int stop = min(start + kBackwardRun, a.tokens);
     const bool any = channel < a.channels && start < stop;
-    Stream stream{shared.rows,
-                  a.in + channel + (stop - 1) * a.ld_in,
-                  a.x + channel + (stop - 1) * a.ld_x,
-                  a.ld_in,
-                  a.ld_x,
-                  any ? stop - start : 0};
+    Stream<kLeave> stream{shared.rows,
+                          a.in + channel + (stop - 1) * a.ld_in,
+                          a.x + channel + (stop - 1) * a.ld_x,
+                          a.ld_in,
+                          a.ld_x,
+                          any ? stop - start : 0};
     const nv_bf16* dy = stream.dy;
+    stream.send(0, [&] { weights.send(a.w, a.channels, at.first_channel); });
 #pragma unroll
-    for (int s = 0; s < kDepth - 1; ++s) stream.send(s);
+    for (int s = 1; s < kDepth - 1; ++s) stream.send(s);
     Row after[kReach], w[kTaps], dw[kTaps] = {};
     const int last = any ? a.seq.last(stop - 1) : stop;
 #pragma unroll
     for (int o = 1; o < kTaps; ++o)
         unpack(after[o - 1], stop - 1 + o < last ? load_raw(dy + o * a.ld_in) : uint4{0, 0, 0, 0});
-    Stream::wait<kDepth - 2>();  // for the first group of rows, and with it the weights
+    stream.template wait<kDepth - 2>();  // for the first group of rows, and with it the weights
     __syncthreads();
     weights.read(w, own_channels());
     if (any) backward_run(dw, w, a, stream, after, channel, start, stop);
-    Stream::wait<0>();
+    stream.template wait<0>();
     __syncthreads();  // the rows have been read
     store_partial(shared.sums, dw, a.partial, a.channels, Place(a.channels), own_channels());
 }
@@ -219,9 +239,12 @@ void conv_backward(const Cuda& dev, const ConvBackward<bf16>& p) {
     FIEDLER_REQUIRE("conv", p.x.cols % kPackSize == 0 && is_aligned16(p.x) && is_aligned16(p.dy) && is_aligned16(p.dx));
     if (p.x.rows == 0 || p.x.cols == 0) return;
     FIEDLER_REQUIRE("conv", p.scratch && p.scratch.size >= conv_scratch_elements(p.x.rows, p.x.cols));
+    // dx is read next: where it fits, dy and x, which are not, should not drive it out of the L2 cache.
+    const bool stays = 2 * p.x.rows * p.x.cols * std::int64_t(sizeof(bf16)) <= std::int64_t(dev.l2_bytes);
     const Args args{nv(p.dx.data), nv(p.dy.data), nv(p.x.data), p.w.data,      p.scratch.data, p.dx.ld,
                     p.dy.ld,       p.x.ld,        p.seq.tokens, int(p.x.cols), p.seq};
-    backward_kernel<<<grid_for(p.x.rows, p.x.cols, kBackwardRun), dim3(kLanes, kRuns), 0, stream_of(dev)>>>(args);
+    const auto kernel = stays ? backward_kernel<true> : backward_kernel<false>;
+    kernel<<<grid_for(p.x.rows, p.x.cols, kBackwardRun), dim3(kLanes, kRuns), 0, stream_of(dev)>>>(args);
     LAUNCH_CHECK("conv_backward");
     add_partials(dev, p.dw.data, p.scratch.data, token_blocks(p.x.rows, kBackwardRun), p.x.cols);
 }

@@ -40,10 +40,8 @@ constexpr int kBackwardDepth = D < 128 ? 8 : 4;
 // close it is depends on the architecture.
 constexpr int kForwardBlocks = 4;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-template <int D>
-constexpr int kBackwardBlocks = D < 128 ? 3 : 2;
+constexpr int kBackwardBlocks = 3;
 #else
-template <int D>
 constexpr int kBackwardBlocks = 2;
 #endif
 static_assert(kForwardRun % kStep == 0 && kBackwardPart % kStep == 0 && kStep % kTaps == 0);
@@ -218,17 +216,14 @@ __device__ inline void load_row(Row& row, unsigned from) {
 
 // From the gradient of a row of y to that of m, in place; x and distance: as in convolve. The first row before the token
 // is read here, from a ring: until then the angles need the registers.
-template <int D, class T>
+template <int D, bool kNormalise, class T>
 __device__ void turn_gradient(Row& g, Row (&x)[kTaps], unsigned from, int distance, const Row (&w)[kTaps],
                               const Args& a, const T& turns) {
     float cosine[kAngles], sine[kAngles];
     turns.at(cosine, sine);
     turn_back(g, cosine, sine);
-    if (!a.normalise) {
-        load_row(x[kAfter], from);
-        return;
-    }
     load_row(x[kAfter], from);
+    if (!kNormalise) return;
     Row m;
     if (distance >= kAfter)
         convolve(m, x, kAfter, w);
@@ -298,7 +293,7 @@ struct BackwardStream {
 };
 
 // One thread's share of backward: dx of its run, and its run's terms of dw.
-template <int D, bool kTurned>
+template <int D, bool kTurned, bool kNormalise>
 struct BackwardWalk {
     static constexpr int kSteps = kBackwardPart + kAfter;
     static constexpr int kBefore = kTurned ? kAfter : 0;  // rows of x before a token that are needed with it
@@ -365,7 +360,8 @@ struct BackwardWalk {
                 stream.advance_inside(s == 0 ? last : here + (s - 1) * kPlace, left - s, i);
                 load_row(window[0], here + s * kPlace);
                 if constexpr (kTurned)
-                    turn_gradient<D>(window[0], before, here + s * kPlace + Stream::kX, kAfter, w, a, turns);
+                    turn_gradient<D, kNormalise>(window[0], before, here + s * kPlace + Stream::kX, kAfter, w, a,
+                                                 turns);
                 else
                     load_row(before[kBefore], here + s * kPlace + Stream::kX);
                 if (!kAfterRun) write();
@@ -387,7 +383,8 @@ struct BackwardWalk {
                 begin_turns((stream.shared.part[me] - stream.shared.start[me]) / kBackwardPart, first);
             }
             if constexpr (kTurned)
-                turn_gradient<D>(window[0], before, ring + (slot + s) * kPlace + Stream::kX, i - first, w, a, turns);
+                turn_gradient<D, kNormalise>(window[0], before, ring + (slot + s) * kPlace + Stream::kX, i - first, w,
+                                             a, turns);
             // Tokens of another sequence than the run's last, or beyond the last of all, have no part in the run.
             if (i >= (kAfterRun ? int(stream.shared.end[me]) : a.tokens))
                 clear_row(window[0]);
@@ -415,7 +412,7 @@ struct BackwardWalk {
 };
 
 // kJob: see place_of.
-template <int D, int kJob>
+template <int D, bool kNormalise, int kJob>
 __device__ void backward_job(const Args& a, BackwardMemory<D>& shared) {
     const Place at = place_of(a, kJob);
     const bool turned = kJob == 0 && at.first_channel < a.turned;
@@ -441,9 +438,9 @@ __device__ void backward_job(const Args& a, BackwardMemory<D>& shared) {
     Row w[kTaps], dw[kTaps] = {};
     shared.weights.read(w, columns.own);
     if (turned)
-        BackwardWalk<D, true>(dw, w, newest, a, columns, rows_of_turned).all();
+        BackwardWalk<D, true, kNormalise>(dw, w, newest, a, columns, rows_of_turned).all();
     else
-        BackwardWalk<D, false>(dw, w, newest, a, columns, stream).all();
+        BackwardWalk<D, false, false>(dw, w, newest, a, columns, stream).all();
     wait_for_rows<0>();
     __syncthreads();  // table and rows have been read
     // Partial sums are those of kBackwardPart tokens of each run: the first of a block with two parts has both.
@@ -460,17 +457,17 @@ __device__ inline bool has_place(const Args& a, int job) {
     return place_of(a, job).token_block * kRuns * kBackwardPart * (job == 0 ? 2 : 1) < a.tokens;
 }
 
-template <int D>
-__global__ __launch_bounds__(kThreads, kBackwardBlocks<D>) void backward_kernel(const Args a) {
+template <int D, bool kNormalise>
+__global__ __launch_bounds__(kThreads, kBackwardBlocks) void backward_kernel(const Args a) {
     dependents_may_start();
     extern __shared__ __align__(16) unsigned char memory[];
     auto& shared = *reinterpret_cast<BackwardMemory<D>*>(memory);
     if (a.parts == 2) {
-        if (has_place(a, 1)) backward_job<D, 1>(a, shared);
+        if (has_place(a, 1)) backward_job<D, kNormalise, 1>(a, shared);
         __syncthreads();  // its sums have been read
         if (!has_place(a, 0)) return;
     }
-    backward_job<D, 0>(a, shared);
+    backward_job<D, kNormalise, 0>(a, shared);
 }
 
 // How a launch of the backward pass is cut.
@@ -479,14 +476,13 @@ struct Cut {
     unsigned blocks;
 };
 // Blocks come in waves of as many as run at a time, and a wave takes as long as its runs and what each begins with. On an
-// H200 one wave of blocks with two jobs is the best for 32,768 tokens, but for heads of 128, of which two blocks run at a
-// time; elsewhere the shared memory of two parts may cost a block its room.
-template <int D>
+// H200 one wave of blocks with two jobs is the best for 32,768 tokens; elsewhere the shared memory of two parts may cost a
+// block its room.
 Cut cut_for(const Cuda& dev, std::int64_t tokens, std::int64_t channels, std::int64_t turned) {
     constexpr int kWave = 132 * 3, kBeginning = 10;  // kBackwardBlocks on an H200; in tokens
     const std::int64_t others = channels - turned;
     const Cut one{1, grid_for(tokens, channels, kBackwardPart)};
-    if (D == 128 || dev.arch != 90 || turned != 2 * others || others == 0 || others % kBlockChannels != 0) return one;
+    if (dev.arch != 90 || turned != 2 * others || others == 0 || others % kBlockChannels != 0) return one;
     const Cut two{2, std::max(grid_for(tokens, turned, 2 * kBackwardPart), grid_for(tokens, others, kBackwardPart))};
     const auto cost = [&](const Cut& cut) {
         const int runs = cut.parts == 1 ? 1 : 3;  // parts that a block walks
@@ -539,11 +535,12 @@ void conv_rotary_backward(const Cuda& dev, const ConvRotaryBackward<bf16>& p) {
         args.out = nv(p.dx.data), args.ld_out = row_bytes(p.dx);
         args.in = nv(p.dy.data), args.ld_in = row_bytes(p.dy);
         args.partial = p.scratch.data;
-        const Cut cut = cut_for<D>(dev, p.x.rows, p.x.cols, args.turned);
+        const Cut cut = cut_for(dev, p.x.rows, p.x.cols, args.turned);
         args.parts = cut.parts;
         using Memory = BackwardMemory<D>;
-        allow_shared<Memory::bytes(kMaxParts)>(backward_kernel<D>);
-        backward_kernel<D><<<cut.blocks, dim3(kLanes, kRuns), Memory::bytes(args.parts), stream_of(dev)>>>(args);
+        const auto kernel = p.normalise ? backward_kernel<D, true> : backward_kernel<D, false>;
+        allow_shared<Memory::bytes(kMaxParts)>(kernel);
+        kernel<<<cut.blocks, dim3(kLanes, kRuns), Memory::bytes(args.parts), stream_of(dev)>>>(args);
         LAUNCH_CHECK("conv_rotary_backward");
         add_partials(dev, p.dw.data, p.scratch.data, token_blocks(p.x.rows, kBackwardPart), p.x.cols);
     });

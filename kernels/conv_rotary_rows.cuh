@@ -41,15 +41,16 @@ __device__ inline int parts_of(const Args& a, bool turned) { return turned ? a.p
 template <int D>
 struct Columns {
     Channels own;
-    int angle, first;  // the first of its angles, and of its columns of the lower half
+    int angle;       // the first of its angles
+    unsigned first;  // of its columns of the lower half, in bytes from the matrix's first
     bool inside, turns;
     __device__ Columns(const Args& a, int first_channel) {
         const int head = threadIdx.x / (D / 8) * D;
         angle = threadIdx.x % (D / 8) * kAngles;
         own = {head + angle, head + angle + D / 2};
-        inside = first_channel + head < a.channels;
+        inside = D == kBlockChannels || first_channel + head < a.channels;
         turns = first_channel + head < a.turned;
-        first = first_channel + (inside ? own.lower : angle);
+        first = unsigned(first_channel + (inside ? own.lower : angle)) * unsigned(sizeof(nv_bf16));
     }
 };
 
@@ -62,13 +63,15 @@ using Ring = uint4[kDepth][kThreads];
 template <int D>
 struct Rows {
     const nv_bf16* matrix;
-    const int &ld, &first;
+    const int& ld;
+    const unsigned& first;
     __device__ const char* at(int row) const {
         const char* address;
         asm volatile(
-            "{ .reg .b64 r;\n"
+            "{ .reg .b64 r, f;\n"
             "mad.wide.s32 r, %1, %2, %4;\n"
-            "mad.wide.s32 %0, %3, 2, r; }\n"
+            "cvt.u64.u32 f, %3;\n"
+            "add.s64 %0, r, f; }\n"
             : "=l"(address)
             : "r"(row), "r"(ld), "r"(first), "l"(matrix));
         return address;

@@ -278,16 +278,16 @@ TEST(ConvRotary, GpuManyBlocksAndFarPositions) {  // dw from more blocks than th
 }
 
 // So many tokens that on an H200 the blocks have two jobs each; against the same sequences a few at a time.
-TEST(ConvRotary, GpuLargeBatchIsItsSequences) {
-    FIEDLER_GPU_OR_SKIP();
+void expect_large_batch_is_its_sequences(std::int64_t width) {
     constexpr int kCount = 100, kLength = 680, kParts = 5;
-    const Problem whole(Lengths(kCount, kLength), 64, 6, 4);
+    const std::int64_t heads = 384 / width, turned = heads / 3 * 2;
+    const Problem whole(Lengths(kCount, kLength), width, heads, turned);
     const Gradients all = backward<bf16>(gpu(), whole, true), again = backward<bf16>(gpu(), whole, true);
     EXPECT_EQ(all.dx, again.dx);
     EXPECT_EQ(all.dw, again.dw);
     Values dx, dw = whole.dw0;
     for (int part = 0; part < kParts; ++part) {
-        Problem few(Lengths(kCount / kParts, kLength), 64, 6, 4);
+        Problem few(Lengths(kCount / kParts, kLength), width, heads, turned);
         const auto size = std::ptrdiff_t(few.x.size()), first = part * size;
         few.x.assign(whole.x.begin() + first, whole.x.begin() + first + size);
         few.dy.assign(whole.dy.begin() + first, whole.dy.begin() + first + size);
@@ -299,6 +299,13 @@ TEST(ConvRotary, GpuLargeBatchIsItsSequences) {
     }
     EXPECT_TRUE(close_to(all.dx, dx, 8e-3));  // one bf16 may be rounded the other way
     EXPECT_TRUE(close_to(all.dw, dw, 1e-5));
+}
+TEST(ConvRotary, GpuLargeBatchIsItsSequences) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const std::int64_t width : {64, 128}) {
+        SCOPED_TRACE(testing::Message() << "width " << width);
+        expect_large_batch_is_its_sequences(width);
+    }
 }
 
 TEST(ConvRotary, GpuSequencesDoNotSeeEachOther) {

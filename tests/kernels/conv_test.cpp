@@ -2,6 +2,7 @@
 #include "kernels/conv.h"
 
 #include <algorithm>
+#include <memory>
 
 #include "tests/support/gradcheck.h"
 #include "tests/support/padded.h"
@@ -219,6 +220,19 @@ TEST(Conv, GpuManyBlocks) {  // dw from more blocks than the finishing kernel ha
     EXPECT_TRUE(close(got.dw, ref.dw, low.dw));
     EXPECT_TRUE(
         close(forward<bf16>(gpu(), q, true), q.naive_forward(), round_to<bf16>(forward<float>(Cpu{}, q, true))));
+}
+
+TEST(Conv, GpuResultsDoNotDependOnTheCache) {  // whose size decides which rows it keeps
+    FIEDLER_GPU_OR_SKIP();
+    const auto without = std::make_unique<Cuda>();
+    without->l2_bytes = 0;
+    for (const auto& [lengths, channels] : kGpuShapes) {
+        SCOPED_TRACE(testing::Message() << testing::PrintToString(lengths) << " x " << channels);
+        const Problem q = Problem(lengths, channels).round<bf16>();
+        const Gradients with = backward<bf16>(gpu(), q, false, 8), got = backward<bf16>(*without, q, false, 8);
+        EXPECT_EQ(got.dx, with.dx);
+        EXPECT_EQ(got.dw, with.dw);
+    }
 }
 
 TEST(Conv, GpuSequencesDoNotSeeEachOther) {
