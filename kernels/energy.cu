@@ -1,15 +1,17 @@
 // kernels/energy.cu: Rayleigh-quotient scalars on the GPU (contract in energy.h), on tensor cores without losing f32.
 //
-// x is bf16, so it is exact as it is; each f32 entry of the matrix (Lf for R = 1, the eigenvectors for R > 1) is the
-// sum of three bf16 parts (3 x 8 bits of significand), kept in shared memory. y = M x is then up to three bf16 products
-// with f32 accumulation per 16 columns, added up in f32. A matrix whose entries are bf16 numbers (the Laplacian of an
-// unweighted graph: small integers) needs one product only, which is why Lf is treated as dense: at D <= 128 that is
-// faster than indexing a sparse matrix, and takes any sparsity, up to full.
+// x is bf16, so it is exact as it is; each f32 entry of the matrix (Lf for R = 1, from the eigenvectors for R > 1) is the sum
+// of three bf16 parts (3 x 8 bits of significand), kept in shared memory. y = M x is then up to three bf16 products with f32
+// accumulation per 16 columns, added up in f32. A matrix whose entries are bf16 numbers (the Laplacian of an unweighted
+// graph: small integers) needs one product only, which is why Lf is treated as dense: at D <= 128 that is faster than
+// indexing a sparse matrix, and takes any sparsity, up to full.
 //
 // A warp takes 16 tokens of one head. With g = lane / 4 and t = lane % 4 a lane holds values of tokens g and g + 8.
 // The columns of x are renumbered so that what a lane loads by 16-byte accesses is what the tensor core wants of it
 // (position() in energy_product.cuh); the matrix is stored with the same renumbering. With R = 1 its rows are
-// renumbered as well: y then lies on the lanes exactly as x does, and x'Lx and dx = .. (Lx - E x) need no exchange.
+// renumbered as well: y then lies on the lanes exactly as x does, and x'Lx and dx = .. (Lx - E x) need no exchange. With
+// R > 1 the rows are the eigenvectors times the roots of their eigenvalues, so that an energy is a sum of squares of y; they
+// are numbered such that a lane has whole bands of them, or a part of one if R < 4.
 #include "kernels/common.cuh"
 #include "kernels/dependent_launch.cuh"
 #include "kernels/energy.h"
@@ -20,23 +22,32 @@ namespace fiedler {
 namespace {
 using namespace energy_kernels;
 
+// The kernels count in ints, some steps beyond the last one.
+constexpr std::int64_t kMostTokens = std::int64_t(1) << 30;
+
 // Products by the instructions that every architecture has: each warp for itself.
 struct WarpProducts {
-    static constexpr int kTogether = 1;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1200  // ptxas takes two blocks once where that spills
-    static constexpr int forward_at_least(int d, int r) { return d == 128 && r == 16 ? 1 : 0; }
-#else
+    static constexpr int forward_threads(int, int) { return kThreads; }
+    // With up to 150 registers a thread three blocks of 128 fit on a multiprocessor, but one of 256.
+    static constexpr int backward_threads(int d, int r) { return d == 64 && r > 1 ? 128 : kThreads; }
     static constexpr int forward_at_least(int, int) { return 0; }
-#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1200  // ptxas takes four blocks where that spills
+    static constexpr int backward_at_least(int d, int r) { return d == 32 && r == 1 ? 3 : 0; }
+#else
     static constexpr int backward_at_least(int, int) { return 0; }
+#endif
     static constexpr int forward_blocks(int d, int) { return d == 128 ? 2 : d == 64 ? 3 : 4; }
     static constexpr int backward_blocks(int d, int r) {
         return d == 128 ? 1 : d == 64 ? (r == 1 ? 2 : 3) : d == 32 ? 3 : 4;
     }
     template <int D>
-    static constexpr bool kAhead = false;
+    static constexpr int kStages = 0;
+    template <std::size_t bytes, class Kernel>
+    static void allow(Kernel kernel) {
+        allow_shared<bytes>(kernel);
+    }
     __device__ static float quotient(float x, float y) { return x / y; }
-    __device__ static void matrix_is_there() {}
+    __device__ static void publish_matrix() {}
     template <int D, class Take>
     __device__ static __forceinline__ void multiply(const Vectors<D>& v, const nv_bf16* parts, int used, Take&& take) {
         if (used == 1)
@@ -55,7 +66,7 @@ struct WarpProducts {
 // One block per total: R of dlog_tau (if wanted), then one per head of dlog_temp (if wanted).
 __global__ void __launch_bounds__(kThreads)
     energy_totals_kernel(const float* partial, int blocks, int heads, int scalars, float* dlog_tau, float* dlog_temp) {
-    __shared__ float shared[kWarps];
+    __shared__ float shared[kThreads / kWarp];
     const int taus = dlog_tau ? scalars : 0, total = blockIdx.x;
     const bool is_tau = total < taus;
     const float* mine = is_tau ? partial + std::int64_t(total) * heads * blocks
@@ -84,14 +95,14 @@ auto launch_best(const Cuda& d, const P& p) {
 
 void energy_forward(const Cuda& d, const EnergyForward<bf16>& p) {
     check(p);
-    FIEDLER_REQUIRE("energy", is_aligned16(p.x));
+    FIEDLER_REQUIRE("energy", is_aligned16(p.x) && p.x.rows < kMostTokens);
     if (p.x.rows > 0) launch_best(d, p);
 }
 
 void energy_backward(const Cuda& d, const EnergyBackward<bf16>& given) {
     EnergyBackward<bf16> p = given;
     check(p);
-    FIEDLER_REQUIRE("energy", is_aligned16(p.x) && is_aligned16(p.dx));
+    FIEDLER_REQUIRE("energy", is_aligned16(p.x) && is_aligned16(p.dx) && p.x.rows < kMostTokens);
     if (p.x.rows == 0) return;
     const bool sums = p.dlog_tau || p.dlog_temp;
     FIEDLER_REQUIRE("energy",

@@ -1,13 +1,13 @@
 // kernels/energy_kernels.cuh: energy's two kernels (see energy.cu), for any way of multiplying: struct P has
-//   kTogether   warps that multiply together: all of them take every step of the loop
+//   forward_threads(D, R), backward_threads(D, R)        threads of a block
 //   forward_at_least(D, R), backward_at_least(D, R)      blocks that fit on a multiprocessor at least; 0: left to ptxas
 //   forward_blocks(D, R), backward_blocks(D, R)          blocks of a launch for each multiprocessor: those that run at once,
 //               as registers allow. A second wave would load the matrix again
-//   kAhead<D>   whether there are registers for the first vectors while the matrix is loaded, and backward for the
-//               gradients of the scalars during the product
+//   kStages<D>  steps of the loop whose vectors are in shared memory, or on their way there; 0: none, they come from memory.
+//               With stages, the gradients of the scalars are asked for a step ahead, too
 //   quotient(x, y)                         x / y, where y is neither denormal nor infinite
 //   multiply<D>(v, parts, used, take)      y = M x of the vectors of a warp, as product() gives it
-//   turn<D>(hi, mid, parts, take)          z = U' y; y as the sum of two bf16 parts, in the layout of A (kernels/mma.cuh):
+//   turn<D>(hi, mid, parts, take)          z = M' y; y as the sum of two bf16 parts, in the layout of A (kernels/mma.cuh):
 //                                          take(q, z) for q = 0, 2, .. of D / 8 with z[k] of chunk q + k
 #pragma once
 #include <type_traits>
@@ -20,267 +20,272 @@ namespace fiedler::energy_kernels {
 
 using namespace energy_product;
 
-// ---- energies ----
+// ---- scalars of a lane ----
 
-// R bands of kWidth eigenpairs. A lane sees two rows of every tile, so its share of the bands comes in kSlots slots:
-// slot s is the part of band(s, t) that lies in the lane's own rows; kLanes neighbouring lanes share a band.
+// R > 1: a lane has D / 4 rows of the product, which are neighbouring eigenvectors (see load_eigenvectors()): kBands whole
+// bands, or its part of one that kLanes lanes share. R = 1: one "band", the whole of Lf, is everybody's.
 template <int D, int R>
 struct Bands {
-    static constexpr int kWidth = D / R;
-    static constexpr int kSlots = kWidth >= 8 ? R : kWidth == 1 ? D / 4 : D / 8;
-    static constexpr int kLanes = kWidth >= 8 ? 4 : kWidth == 4 ? 2 : 1;
-    static constexpr int kTiles = kWidth >= 8 ? kWidth / 8 : 1;  // of one slot
-    __device__ static constexpr int tile(int slot) { return kWidth == 1 ? slot / 2 : slot * kTiles; }
-    __device__ static int band(int slot, int t) {
-        if (kWidth >= 8) return slot;
-        if (kWidth == 1) return slot / 2 * 8 + 2 * t + slot % 2;
-        return (8 * slot + 2 * t) / kWidth;
-    }
-    __device__ static constexpr bool takes(int slot, int element) { return kWidth > 1 || element == slot % 2; }
-    // Slots that are complete with the tiles before this one.
-    __device__ static constexpr int complete(int tile) { return kWidth == 1 ? 2 * tile : tile / kTiles; }
+    static constexpr int kBands = R < 4 ? 1 : R / 4, kLanes = R < 4 ? 4 / R : 1;
+    static constexpr int kRows = D / 4 / kBands;  // of a lane, in a band
+    __device__ static int first() { return R < 4 ? threadIdx.x % 4 / kLanes : threadIdx.x % 4 * kBands; }
+    // Whether the lane speaks for its bands: each is counted once over the four lanes.
+    __device__ static bool counts() { return threadIdx.x % kLanes == 0; }
+    // Of tile j's rows 2t + e: which of the lane's bands they belong to.
+    __device__ static constexpr int of(int j, int e) { return (2 * j + e) / kRows; }
 };
+// One number for each of a lane's bands, of token g (0) and of token g + 8 (1).
+template <int D, int R>
+using Scalars = float[2][Bands<D, R>::kBands];
 
 __device__ __forceinline__ float sum_of_lanes(float x, int lanes) {  // over 1, 2 or 4 neighbouring lanes
     if (lanes >= 2) x += __shfl_xor_sync(0xffffffffu, x, 1);
     if (lanes >= 4) x += __shfl_xor_sync(0xffffffffu, x, 2);
     return x;
 }
-// x / y. With R = 1 there are two of them to a lane, and their branches keep the compiler from unpacking x early.
-template <int R, class P>
-__device__ __forceinline__ float ratio(float x, float y) {
-    if constexpr (R == 1) return x / y;
-    return P::quotient(x, y);
-}
-template <int D>
-__device__ __forceinline__ float inverse_square(const Vectors<D>& v, int half, float eps) {
-    float sum = 0.f;
-#pragma unroll
-    for (int q = 0; q < D / 8; ++q) {
-        const float lo = low_half(v.x[half][q]), hi = high_half(v.x[half][q]);
-        sum += lo * lo + hi * hi;
-    }
-    return 1.f / (sum_of_lanes(sum, 4) + eps);
-}
-// A tile's share of the energy of the slot's band, before the division, for token g (half 0) or g + 8 (half 1). R > 1:
-// leaves mu_m y_m in place of y_m.
+// tau of the lane's bands, and the head's inverse temperature: loaded, and only later waited for.
 template <int D, int R>
-__device__ __forceinline__ float tile_energy(const Vectors<D>& v, float (&y)[4], const float* mu, int tile, int slot,
-                                             int half) {
+struct Parameters {
     using B = Bands<D, R>;
-    float &y0 = y[2 * half], &y1 = y[2 * half + 1];
-    if constexpr (R == 1) return y0 * low_half(v.x[half][tile]) + y1 * high_half(v.x[half][tile]);
-    const float2 m = *reinterpret_cast<const float2*>(mu + 8 * tile + threadIdx.x % 4 * 2);
-    float sum = 0.f;
-    if (B::takes(slot, 0)) sum += y0 * (m.x * y0), y0 *= m.x;
-    if (B::takes(slot, 1)) sum += y1 * (m.y * y1), y1 *= m.y;
-    return sum;
+    float tau[B::kBands] = {}, inverse_temp = 0.f;
+    __device__ __forceinline__ void load(const float* log_tau, const float* log_temp) {
+#pragma unroll
+        for (int b = 0; b < B::kBands; ++b) tau[b] = load_now(log_tau + B::first() + b);
+        inverse_temp = load_now(log_temp);
+    }
+    __device__ __forceinline__ void finish() {
+#pragma unroll
+        for (float& x : tau) x = expf(x);
+        inverse_temp = expf(-inverse_temp);
+    }
+};
+// A row's numbers from memory or to it, as one access where rows are aligned to as many (are_aligned()).
+template <int n>
+__device__ __forceinline__ void load_row(float (&v)[n], const float* row, bool aligned) {
+    if (n == 2 && aligned) {
+        const float2 r = *reinterpret_cast<const float2*>(row);
+        v[0] = r.x, v[n - 1] = r.y;
+    } else if (n == 4 && aligned) {
+        const float4 r = *reinterpret_cast<const float4*>(row);
+        v[0] = r.x, v[n > 1 ? 1 : 0] = r.y, v[n > 2 ? 2 : 0] = r.z, v[n - 1] = r.w;
+    } else {
+#pragma unroll
+        for (int i = 0; i < n; ++i) v[i] = row[i];
+    }
 }
-// From the lane's sum over the tiles of a slot: the same in the kLanes lanes that share the band.
-template <int D, int R>
-__device__ __forceinline__ float band_energy(float sum, float inverse) {
-    const float energy = sum_of_lanes(sum, Bands<D, R>::kLanes) * inverse;
-    return energy < 0.f ? 0.f : energy;  // rounding can leave a vanishing energy below zero; a NaN stays a NaN
+template <int n>
+__device__ __forceinline__ void store_row(float* row, const float (&v)[n], bool aligned) {
+    if (n == 2 && aligned) {
+        *reinterpret_cast<float2*>(row) = {v[0], v[n - 1]};
+    } else if (n == 4 && aligned) {
+        *reinterpret_cast<float4*>(row) = {v[0], v[n > 1 ? 1 : 0], v[n > 2 ? 2 : 0], v[n - 1]};
+    } else {
+#pragma unroll
+        for (int i = 0; i < n; ++i) row[i] = v[i];
+    }
+}
+template <int n, class T>
+__device__ __forceinline__ bool are_aligned(const Mat<T>& m) {
+    return m.ld % n == 0 && reinterpret_cast<std::uintptr_t>(m.data) % (n * sizeof(T)) == 0;
 }
 
-template <int D, int R>
-__device__ __forceinline__ int load_matrix(const FeatureLaplacian<float>& lap, const Shared& s) {
-    if constexpr (R == 1) return load_sparse<D>(lap, s);
-    load_eigenvectors<D>(lap, s);
+// ---- energies ----
+
+// 1 / (x'x + eps) of tokens g and g + 8. The squares are the diagonal of the product of the vectors with themselves: of the
+// lanes of token g, number g / 2 % 4 has it.
+template <int D, class P>
+__device__ __forceinline__ void inverse_squares(float (&inverse)[2], const Vectors<D>& v, float eps) {
+    float low[4] = {}, high[4] = {};
+#pragma unroll
+    for (int s = 0; s < D / 16; ++s) {
+        const std::uint32_t a[4] = {v.x[0][2 * s], v.x[1][2 * s], v.x[0][2 * s + 1], v.x[1][2 * s + 1]};
+        mma_bf16(low, a, a[0], a[2]);
+        mma_bf16(high, a, a[1], a[3]);
+    }
+    const int g = threadIdx.x % kWarp / 4, from = 4 * g + g / 2;
+    const float mine[2] = {g % 2 == 0 ? low[0] : low[1], g % 2 == 0 ? high[2] : high[3]};
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+        inverse[half] = P::quotient(1.f, __shfl_sync(0xffffffffu, mine[half], from) + eps);
+}
+
+template <int D, int R, class P, class Meanwhile>
+__device__ __forceinline__ int load_matrix(const FeatureLaplacian<float>& lap, const Shared& s, Meanwhile&& meanwhile) {
+    if constexpr (R == 1) return load_sparse<D, P>(lap, s, meanwhile);
+    load_eigenvectors<D, P>(lap, s, meanwhile);
     return kParts;
 }
-// y = M x and the energies of its bands, as the tiles come: tile(j, y) with the rows of each, times mu where R > 1; then
-// take(slot, half, energy) of the slots that are complete with it. inverse: of the squares of the tokens' vectors.
-template <int D, int R, class P, class Tile, class Take>
-__device__ __forceinline__ void energies(Vectors<D>& v, const Shared& shared, int used, const float (&inverse)[2],
-                                         Tile&& tile, Take&& take) {
+// y = M x as the tiles come: tile(j, y) with the rows of each; returns the energies of the lane's bands.
+template <int D, int R, class P, class Tile>
+__device__ __forceinline__ void energies(Scalars<D, R>& energy, Vectors<D>& v, const Shared& shared, int used,
+                                         const float (&inverse)[2], Tile&& tile) {
     using B = Bands<D, R>;
-    constexpr int kOfTile = B::kWidth == 1 ? 2 : 1;  // slots that have a part in a tile
-    float sum[kOfTile][2] = {};
-    const auto each = [&](int j, float(&y)[4]) {
-        const int slot = B::complete(j);
 #pragma unroll
-        for (int n = 0; n < kOfTile; ++n)
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) sum[n][half] += tile_energy<D, R>(v, y, shared.mu, j, slot + n, half);
-        tile(j, y);
-        if (slot == B::complete(j + 1)) return;
+        for (int b = 0; b < B::kBands; ++b) energy[half][b] = 0.f;
+    P::template multiply<D>(v, shared.parts, used, [&](int j, float(&pair)[2][4]) {
 #pragma unroll
-        for (int n = 0; n < kOfTile; ++n)
+        for (int k = 0; k < 2; ++k) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                take(slot + n, half, band_energy<D, R>(sum[n][half], inverse[half]));
-                sum[n][half] = 0.f;
-            }
-    };
-    if constexpr (D < 64) {  // few tiles: rather none waits for the energies of those before
-        float y[D / 8][4];
-        P::template multiply<D>(v, shared.parts, used, [&](int j, const float(&pair)[2][4]) {
+            for (int half = 0; half < 2; ++half)
 #pragma unroll
-            for (int k = 0; k < 8; ++k) y[j + k / 4][k % 4] = pair[k / 4][k % 4];
-        });
+                for (int e = 0; e < 2; ++e) {
+                    const float y = pair[k][2 * half + e];
+                    const std::uint32_t x = v.x[half][j + k];
+                    energy[half][B::of(j + k, e)] += y * (R > 1 ? y : e == 0 ? low_half(x) : high_half(x));
+                }
+            tile(j + k, pair[k]);
+        }
+    });
 #pragma unroll
-        for (int j = 0; j < D / 8; ++j) each(j, y[j]);
-    } else {
-        P::template multiply<D>(v, shared.parts, used, [&](int j, float(&pair)[2][4]) {
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
-            for (int k = 0; k < 2; ++k) each(j + k, pair[k]);
-        });
-    }
+        for (int b = 0; b < B::kBands; ++b) {
+            float& e = energy[half][b];
+            e = sum_of_lanes(e, B::kLanes) * inverse[half];
+            if (R == 1 && e < 0.f) e = 0.f;  // rounding can leave a vanishing energy below zero; a NaN stays a NaN
+        }
 }
 
 // ---- forward ----
 
-// Whether forward forgets what the squares have unpacked: where ptxas makes fewer registers of it, not spills.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-template <int D, int R>
-constexpr bool kForgets = true;
-#else
-template <int D, int R>
-constexpr bool kForgets = R > 1;
-#endif
-
 template <int D, int R, class P>
-__global__ void __launch_bounds__(kThreads, P::forward_at_least(D, R)) energy_forward_kernel(EnergyForward<bf16> p) {
+__global__ void __launch_bounds__(P::forward_threads(D, R), P::forward_at_least(D, R))
+    energy_forward_kernel(EnergyForward<bf16> p) {
     using B = Bands<D, R>;
+    const int warps = blockDim.x / kWarp;
     extern __shared__ __align__(1024) unsigned char memory[];
     const Shared shared = carve<D>(memory);
-    const int head = blockIdx.y, lane = threadIdx.x % kWarp, t = lane % 4;
+    const int head = blockIdx.y, lane = threadIdx.x % kWarp;
     const auto* x = reinterpret_cast<const nv_bf16*>(p.x.data) + head * D;
-    const std::int64_t tokens = p.x.rows, tiles = ceil_div(tokens, std::int64_t(kTokens));
-    const std::int64_t step = std::int64_t(gridDim.x) * kWarps;
-    std::int64_t tile = std::int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-    prefetch_vectors<D>(x, p.x.ld, tile, step, tokens);
-    Vectors<D> v;
-    constexpr bool kAhead = P::template kAhead<D>;  // the first ones are on their way while the matrix is loaded
-    if (kAhead) load_vectors(v, x, p.x.ld, tile * kTokens + lane / 4, tokens);
-    if (threadIdx.x < R) shared.tau[threadIdx.x] = p.raw ? 0.f : expf(p.log_tau.data[threadIdx.x]);
-    const int used = load_matrix<D, R>(p.lap, shared);  // ends with a barrier
-    P::matrix_is_there();
-    const float inverse_temp = p.raw ? 1.f : expf(-p.log_temp.data[head]);
-    for (; tile - threadIdx.x / kWarp % P::kTogether < tiles; tile += step) {
-        const std::int64_t token = tile * kTokens + lane / 4;
-        if (!kAhead || tile >= step) load_vectors(v, x, p.x.ld, token, tokens);
-        const float inverse[2] = {inverse_square(v, 0, p.eps), inverse_square(v, 1, p.eps)};
-        if (kForgets<D, R>) forget_unpacked(v);
-        float mine[2] = {};  // lanes that share a band take turns, so that neighbouring bands are written together
-        energies<D, R, P>(
-            v, shared, used, inverse, [](int, const float(&)[4]) {},
-            [&](int slot, int half, float energy) {
-                if (slot % B::kLanes == t % B::kLanes) mine[half] = energy;
-                if (slot % B::kLanes < B::kLanes - 1 && slot < B::kSlots - 1) return;
-                const int owned = slot / B::kLanes * B::kLanes + t % B::kLanes, band = B::band(owned, t);
-                if (owned < B::kSlots && token + 8 * half < tokens)
-                    p.a.data[(token + 8 * half) * p.a.ld + head * R + band] =
-                        p.raw ? mine[half] : ratio<R, P>(mine[half], mine[half] + shared.tau[band]) * inverse_temp;
-            });
+    const int tokens = int(p.x.rows), step = gridDim.x * warps;  // ints hold them: see energy.cu
+    const int tile = blockIdx.x * warps + threadIdx.x / kWarp;
+    Supply<D, P::template kStages<D>> supply(shared.stages, x, p.x.ld, tile, step, tokens);
+    const bool aligned = are_aligned<B::kBands>(p.a);
+    // Token g of the warp's tile, and what is left from it on.
+    float* a = p.a.data + (tile * kTokens + lane / 4) * p.a.ld + head * R + B::first();
+    int left = tokens - tile * kTokens - lane / 4;
+    Parameters<D, R> parameters;
+    const int used = load_matrix<D, R, P>(p.lap, shared, [&] {
+        if (!p.raw) parameters.load(p.log_tau.data, p.log_temp.data + head);
+        supply.begin();
+    });  // ends with a barrier
+    parameters.finish();
+    for (int first = blockIdx.x * warps * kTokens; first < tokens; first += step * kTokens) {  // of the block
+        Vectors<D> v;
+        supply.next(v);
+        float inverse[2];
+        inverse_squares<D, P>(inverse, v, p.eps);
+        Scalars<D, R> energy;
+        energies<D, R, P>(energy, v, shared, used, inverse, [](int, const float(&)[4]) {});
+        if (!p.raw) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+                for (int b = 0; b < B::kBands; ++b) {
+                    float& e = energy[half][b];
+                    e = P::quotient(e, e + parameters.tau[b]) * parameters.inverse_temp;
+                }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            if (B::counts() && 8 * half < left) store_row(a + 8 * half * p.a.ld, energy[half], aligned);
+        a += step * kTokens * p.a.ld, left -= step * kTokens;
     }
 }
 
 // ---- backward ----
 
-// R > 1: the rows of y, weighted, times the eigenvectors: z_d = sum_m y_m U_md. Both factors as the sum of two bf16
-// parts: the product keeps 16 bits, twice what dx is rounded to. What is left of v.x is dx.
-template <int D, class P>
-__device__ __forceinline__ void backward_product(Vectors<D>& v, const float (&y)[D / 8][4], const nv_bf16* parts,
-                                                 const float (&inverse)[2], const float (&weighted)[2]) {
+// R > 1: the rows of y times the matrix: dx = sum_m g_m y_m M_m - w x, in place of x; store(group) when a group of its
+// chunks is done. Both factors as the sum of two bf16 parts: the product keeps 16 bits, twice what dx is rounded to.
+template <int D, int R, class P, class Supply, class Store>
+__device__ __forceinline__ void backward_product(Vectors<D>& v, const float (&y)[D / 8][4], const Scalars<D, R>& g,
+                                                 const float (&w)[2], const nv_bf16* parts, const Supply& supply,
+                                                 Store&& store) {
     std::uint32_t hi[D / 16][4], mid[D / 16][4];
 #pragma unroll
     for (int s = 0; s < D / 16; ++s) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            const float y0 = y[2 * s + k / 2][k % 2 * 2], y1 = y[2 * s + k / 2][k % 2 * 2 + 1];
+            const int j = 2 * s + k / 2, half = k % 2;
+            const float y0 = y[j][2 * half] * g[half][Bands<D, R>::of(j, 0)];
+            const float y1 = y[j][2 * half + 1] * g[half][Bands<D, R>::of(j, 1)];
             hi[s][k] = pack_bf16(y0, y1);
             mid[s][k] = pack_bf16(y0 - low_half(hi[s][k]), y1 - high_half(hi[s][k]));
             asm volatile("" : "+r"(hi[s][k]), "+r"(mid[s][k]));  // one after the other: the pair takes the place of y
         }
     }
     P::template turn<D>(hi, mid, parts, [&](int q, const float(&z)[2][4]) {
+        constexpr int kChunks = Shape<D>::kGroupChunks;
+        if (q % kChunks == 0) supply.again(v, q / kChunks);
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 std::uint32_t& pair = v.x[half][q + k];
-                const float f = 2.f * inverse[half], w = weighted[half];
-                pair = pack_bf16(f * (z[k][2 * half] - w * low_half(pair)),
-                                 f * (z[k][2 * half + 1] - w * high_half(pair)));
+                pair = pack_bf16(fmaf(-w[half], low_half(pair), z[k][2 * half]),
+                                 fmaf(-w[half], high_half(pair), z[k][2 * half + 1]));
             }
         }
+        if (q % kChunks == kChunks - 2) store(q / kChunks);
     });
 }
-// R = 1: dx = 2 g (Lx - E x) / (x'x + eps), in place of x.
-template <int D>
-__device__ __forceinline__ void backward_sparse(Vectors<D>& v, const float (&y)[D / 8][4], const float (&inverse)[2],
-                                                const float (&weighted)[2], const float (&g)[2]) {
+// R = 1: dx = g Lx - w x, likewise.
+template <int D, class Store>
+__device__ __forceinline__ void backward_sparse(Vectors<D>& v, const float (&y)[D / 8][4], const float (&g)[2],
+                                                const float (&w)[2], Store&& store) {
+    constexpr int kChunks = Shape<D>::kGroupChunks;
 #pragma unroll
     for (int q = 0; q < D / 8; ++q) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             std::uint32_t& pair = v.x[half][q];
-            const float f = 2.f * inverse[half], w = weighted[half];
-            pair = pack_bf16(f * (g[half] * y[q][2 * half] - w * low_half(pair)),
-                             f * (g[half] * y[q][2 * half + 1] - w * high_half(pair)));
+            pair = pack_bf16(fmaf(g[half], y[q][2 * half], -w[half] * low_half(pair)),
+                             fmaf(g[half], y[q][2 * half + 1], -w[half] * high_half(pair)));
         }
+        if (q % kChunks == kChunks - 1) store(q / kChunks);
     }
 }
 
 // A lane's sums over its tokens.
 template <int D, int R>
 struct Sums {
-    float log_tau[Bands<D, R>::kSlots] = {};
+    float log_tau[Bands<D, R>::kBands] = {};
     float log_temp = 0.f;
 };
 
-// da of a lane's slots: asked for before the product where there are registers for it, so that no slot waits for its own.
-template <int D, int R, bool kAhead>
-struct Gradients {
-    const float* rows[2];  // null beyond the last token
-    float ahead[kAhead ? Bands<D, R>::kSlots : 1][2];
-    __device__ __forceinline__ Gradients(const EnergyBackward<bf16>& p, std::int64_t token) {
+// da of a lane's bands, of token g in `row` and of token g + 8; zeros beyond the last token.
+template <int D, int R>
+__device__ __forceinline__ void load_gradients(Scalars<D, R>& da, const float* row, std::int64_t ld, int left,
+                                               bool aligned) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const std::int64_t row = token + 8 * half;
-            rows[half] = row < p.x.rows ? p.da.data + row * p.da.ld + blockIdx.y * R : nullptr;
-            if constexpr (kAhead) {
+    for (int half = 0; half < 2; ++half) {
+        if (8 * half < left) {
+            load_row(da[half], row + 8 * half * ld, aligned);
+        } else {
 #pragma unroll
-                for (int slot = 0; slot < Bands<D, R>::kSlots; ++slot) ahead[slot][half] = load(slot, half);
-            }
+            for (float& x : da[half]) x = 0.f;
         }
     }
-    __device__ __forceinline__ float load(int slot, int half) const {
-        return rows[half] ? rows[half][Bands<D, R>::band(slot, threadIdx.x % 4)] : 0.f;
-    }
-    __device__ __forceinline__ float at(int slot, int half) const {
-        if constexpr (kAhead) return ahead[slot][half];
-        return load(slot, half);
-    }
-};
-
-// g of a slot: the sums, share += g_r E_r, and (R > 1) g_r mu_m y_m in place of mu_m y_m.
+}
+// g_r of one token's bands, in place of da_r exp(-log_temp); returns sum_r g_r E_r. Adds to the sums.
 template <int D, int R, class P>
-__device__ __forceinline__ float weigh(const EnergyBackward<bf16>& p, const Shared& shared, float (&y)[D / 8][4],
-                                       std::int64_t token, int slot, int half, float energy, float gradient,
-                                       float inverse_temp, Sums<D, R>& sums, float& share) {
+__device__ __forceinline__ float weigh(float (&da)[Bands<D, R>::kBands], const float (&energy)[Bands<D, R>::kBands],
+                                       const Parameters<D, R>& parameters, bool inside, Sums<D, R>& sums) {
     using B = Bands<D, R>;
-    const int t = threadIdx.x % 4, band = B::band(slot, t);
-    const bool inside = token + 8 * half < p.x.rows;
-    const bool counted = t % B::kLanes == 0;  // each band once over the four lanes
-    const float da = gradient * inverse_temp;
-    const float tau = shared.tau[band], inverse_sum = inside ? ratio<R, P>(1.f, energy + tau) : 0.f;
-    const float lambda = energy * inverse_sum, rest = tau * inverse_sum;  // rest = 1 - lambda
-    const float g = da * rest * inverse_sum;
-    share += counted ? g * energy : 0.f;
-    sums.log_tau[slot] -= da * lambda * rest;
-    sums.log_temp -= counted ? da * lambda : 0.f;
-    if constexpr (R > 1) {
+    float share = 0.f;
 #pragma unroll
-        for (int n = 0; n < B::kTiles; ++n) {
-            const int j = B::tile(slot) + n;
-            if (B::takes(slot, 0)) y[j][2 * half] *= g;
-            if (B::takes(slot, 1)) y[j][2 * half + 1] *= g;
-        }
+    for (int b = 0; b < B::kBands; ++b) {
+        const float inverse_sum = inside ? P::quotient(1.f, energy[b] + parameters.tau[b]) : 0.f;
+        const float lambda = energy[b] * inverse_sum, rest = parameters.tau[b] * inverse_sum;  // rest = 1 - lambda
+        const float d = da[b] * parameters.inverse_temp, part = d * lambda;
+        da[b] = d * rest * inverse_sum;
+        sums.log_tau[b] -= part * rest;
+        sums.log_temp -= part;
+        share += da[b] * energy[b];
     }
-    return g;
+    return sum_of_lanes(B::counts() ? share : 0.f, 4);
 }
 
 // Scratch: partial[(k * heads + head) * gridDim.x + blockIdx.x], k < R: dlog_tau, k = R: dlog_temp.
@@ -288,16 +293,16 @@ template <int D, int R>
 __device__ __forceinline__ void store_sums(const EnergyBackward<bf16>& p, const Shared& shared,
                                            const Sums<D, R>& sums) {
     using B = Bands<D, R>;
-    const int lane = threadIdx.x % kWarp, t = lane % 4;
+    const int lane = threadIdx.x % kWarp;
     float* mine = shared.partials + threadIdx.x / kWarp * (kMaxScalars + 1);
 #pragma unroll
-    for (int slot = 0; slot < B::kSlots; ++slot) {
-        float sum = sums.log_tau[slot];
+    for (int b = 0; b < B::kBands; ++b) {
+        float sum = sums.log_tau[b];
 #pragma unroll
         for (int offset = 4; offset < kWarp; offset *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-        if (lane < 4 && t % B::kLanes == 0) mine[B::band(slot, t)] = sum;
+        if (lane < 4 && B::counts()) mine[B::first() + b] = sum;
     }
-    const float log_temp = warp_sum(sums.log_temp);
+    const float log_temp = warp_sum(B::counts() ? sums.log_temp : 0.f);
     if (lane == 0) mine[R] = log_temp;
     __syncthreads();
     if (threadIdx.x > R) return;
@@ -306,56 +311,74 @@ __device__ __forceinline__ void store_sums(const EnergyBackward<bf16>& p, const 
     p.scratch.data[(std::int64_t(threadIdx.x) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x] = sum;
 }
 
-// With up to 150 registers a thread three blocks of 128 fit on a multiprocessor, but one of 256.
-template <int D, int R>
-constexpr int kBackwardThreads = D == 64 && R > 1 ? 128 : kThreads;
 template <int D, int R, class P>
-__global__ void __launch_bounds__(kBackwardThreads<D, R>, P::backward_at_least(D, R))
+__global__ void __launch_bounds__(P::backward_threads(D, R), P::backward_at_least(D, R))
     energy_backward_kernel(EnergyBackward<bf16> p) {
     dependents_may_start();
+    using B = Bands<D, R>;
+    const int warps = blockDim.x / kWarp;
     extern __shared__ __align__(1024) unsigned char memory[];
     const Shared shared = carve<D>(memory);
     const int head = blockIdx.y, lane = threadIdx.x % kWarp;
     const auto* x = reinterpret_cast<const nv_bf16*>(p.x.data) + head * D;
-    auto* dx = reinterpret_cast<nv_bf16*>(p.dx.data) + head * D;
-    constexpr int kBlockWarps = kBackwardThreads<D, R> / kWarp;
-    const std::int64_t tokens = p.x.rows, tiles = ceil_div(tokens, std::int64_t(kTokens));
-    const std::int64_t step = std::int64_t(gridDim.x) * kBlockWarps;
-    std::int64_t tile = std::int64_t(blockIdx.x) * kBlockWarps + threadIdx.x / kWarp;
-    prefetch_vectors<D>(x, p.x.ld, tile, step, tokens);
-    Vectors<D> v;
-    constexpr bool kAhead = P::template kAhead<D>;  // the first ones are on their way while the matrix is loaded
-    if (kAhead) load_vectors(v, x, p.x.ld, tile * kTokens + lane / 4, tokens);
-    if (threadIdx.x < R) shared.tau[threadIdx.x] = expf(p.log_tau.data[threadIdx.x]);
-    const int used = load_matrix<D, R>(p.lap, shared);  // ends with a barrier
-    P::matrix_is_there();
-    const float inverse_temp = expf(-p.log_temp.data[head]);
+    const int tokens = int(p.x.rows), step = gridDim.x * warps;  // ints hold them: see energy.cu
+    const int tile = blockIdx.x * warps + threadIdx.x / kWarp;
+    constexpr int kStages = P::template kStages<D>;
+    constexpr bool kAhead = kStages > 0;
+    Supply<D, kStages> supply(shared.stages, x, p.x.ld, tile, step, tokens);
+    const bool aligned = are_aligned<B::kBands>(p.da);
+    // Token g of the warp's tile, and what is left from it on.
+    const int token = tile * kTokens + lane / 4;
+    auto* dx = reinterpret_cast<nv_bf16*>(p.dx.data) + token * p.dx.ld + head * D + lane % 4 * Shape<D>::kRun;
+    const float* da = p.da.data + token * p.da.ld + head * R + B::first();
+    int left = tokens - token;
+    Scalars<D, R> ahead;
+    Parameters<D, R> parameters;
+    const int used = load_matrix<D, R, P>(p.lap, shared, [&] {
+        parameters.load(p.log_tau.data, p.log_temp.data + head);
+        supply.begin();
+        if (kAhead) load_gradients<D, R>(ahead, da, p.da.ld, left, aligned);
+    });  // ends with a barrier
+    parameters.finish();
     Sums<D, R> sums;
-    for (; tile - threadIdx.x / kWarp % P::kTogether < tiles; tile += step) {
-        const std::int64_t token = tile * kTokens + lane / 4;
-        if (!kAhead || tile >= step) load_vectors(v, x, p.x.ld, token, tokens);
-        const float inverse[2] = {inverse_square(v, 0, p.eps), inverse_square(v, 1, p.eps)};
-        forget_unpacked(v);
-        const Gradients<D, R, kAhead> gradients(p, token);
-        float y[D / 8][4], weighted[2] = {}, g[2] = {};
-        energies<D, R, P>(
-            v, shared, used, inverse,
-            [&](int j, const float(&tile)[4]) {
+    for (int first = blockIdx.x * warps * kTokens; first < tokens; first += step * kTokens) {  // of the block
+        Vectors<D> v;
+        supply.next(v);
+        Scalars<D, R> g;
+        const int now = left;
+        if constexpr (kAhead) {
 #pragma unroll
-                for (int k = 0; k < 4; ++k) y[j][k] = tile[k];
-            },
-            [&](int slot, int half, float energy) {
-                g[half] = weigh<D, R, P>(p, shared, y, token, slot, half, energy, gradients.at(slot, half),
-                                         inverse_temp, sums, weighted[half]);
-            });
+            for (int i = 0; i < 2 * B::kBands; ++i)
+                g[i / B::kBands][i % B::kBands] = ahead[i / B::kBands][i % B::kBands];
+            da += step * kTokens * p.da.ld, left -= step * kTokens;
+            load_gradients<D, R>(ahead, da, p.da.ld, left, aligned);
+        } else {
+            load_gradients<D, R>(g, da, p.da.ld, left, aligned);
+            da += step * kTokens * p.da.ld, left -= step * kTokens;
+        }
+        float inverse[2], y[D / 8][4], w[2];
+        inverse_squares<D, P>(inverse, v, p.eps);
+        Scalars<D, R> energy;
+        energies<D, R, P>(energy, v, shared, used, inverse, [&](int j, const float(&tile)[4]) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) weighted[half] = sum_of_lanes(weighted[half], 4);
-        forget_unpacked(v);
-        if constexpr (R == 1)
-            backward_sparse<D>(v, y, inverse, weighted, g);
-        else
-            backward_product<D, P>(v, y, shared.parts, inverse, weighted);
-        store_vectors(v, dx, p.dx.ld, token, tokens);
+            for (int k = 0; k < 4; ++k) y[j][k] = tile[k];
+        });
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float f = 2.f * inverse[half];
+            w[half] = f * weigh<D, R, P>(g[half], energy[half], parameters, 8 * half < now, sums);
+#pragma unroll
+            for (int b = 0; b < B::kBands; ++b) g[half][b] *= f;
+        }
+        const auto store = [&](int group) { store_group(v, group, dx, p.dx.ld, now); };
+        if constexpr (R == 1) {
+            forget_unpacked(v);
+            const float of_y[2] = {g[0][0], g[1][0]};
+            backward_sparse<D>(v, y, of_y, w, store);
+        } else {
+            backward_product<D, R, P>(v, y, g, w, shared.parts, supply, store);
+        }
+        dx += step * kTokens * p.dx.ld;
     }
     if (p.scratch.data) store_sums<D, R>(p, shared, sums);
 }
@@ -373,20 +396,21 @@ inline unsigned blocks_per_head(std::int64_t tokens, std::int64_t heads, int thr
 
 template <int D, int R, class P>
 void launch(const Cuda& d, const EnergyForward<bf16>& p) {
-    constexpr int bytes = static_cast<int>(shared_bytes<D>());
+    constexpr int threads = P::forward_threads(D, R);
+    constexpr std::size_t bytes = shared_bytes<D>(P::template kStages<D> * threads / kWarp);
     const auto kernel = energy_forward_kernel<D, R, P>;
-    allow_shared<bytes>(kernel);
-    const unsigned blocks = blocks_per_head(p.x.rows, p.heads, kThreads, P::forward_blocks(D, R) * kMultiprocessors);
-    kernel<<<dim3(blocks, unsigned(p.heads)), kThreads, bytes, stream_of(d)>>>(p);
+    P::template allow<bytes>(kernel);
+    const unsigned blocks = blocks_per_head(p.x.rows, p.heads, threads, P::forward_blocks(D, R) * kMultiprocessors);
+    kernel<<<dim3(blocks, unsigned(p.heads)), threads, bytes, stream_of(d)>>>(p);
     LAUNCH_CHECK("energy_forward");
 }
 // Returns the blocks of a head.
 template <int D, int R, class P>
 int launch(const Cuda& d, const EnergyBackward<bf16>& p) {
-    constexpr int bytes = static_cast<int>(shared_bytes<D>());
-    constexpr int threads = kBackwardThreads<D, R>;
+    constexpr int threads = P::backward_threads(D, R);
+    constexpr std::size_t bytes = shared_bytes<D>(P::template kStages<D> * threads / kWarp);
     const auto kernel = energy_backward_kernel<D, R, P>;
-    allow_shared<bytes>(kernel);
+    P::template allow<bytes>(kernel);
     const unsigned blocks = blocks_per_head(p.x.rows, p.heads, threads, P::backward_blocks(D, R) * kMultiprocessors);
     kernel<<<dim3(blocks, unsigned(p.heads)), threads, bytes, stream_of(d)>>>(p);
     LAUNCH_CHECK("energy_backward");

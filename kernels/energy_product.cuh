@@ -7,7 +7,7 @@
 
 namespace fiedler::energy_product {
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kThreads = 256;
 constexpr int kTokens = 16;  // of one warp at a time
 constexpr int kMaxBlocks = kEnergyBlocks;
 constexpr int kMaxScalars = 16;
@@ -46,22 +46,26 @@ __device__ __forceinline__ unsigned matrix_offset(unsigned row, unsigned chunk) 
 }
 
 struct Shared {
-    nv_bf16* parts;   // [kParts][D * D]
-    float* mu;        // [D] eigenvalues (R > 1); int offsets[D + 1] while Lf is being loaded (R = 1)
-    float* tau;       // [kMaxScalars]
-    float* partials;  // [kWarps][kMaxScalars + 1]
+    nv_bf16* parts;         // [kParts][D * D]
+    unsigned char* stages;  // of all warps (Supply)
+    int* offsets;           // [D + 1] while Lf is being loaded (R = 1)
+    float* partials;        // [warps][kMaxScalars + 1] later
 };
 template <int D>
-constexpr std::size_t shared_bytes() {
-    return sizeof(nv_bf16) * kParts * D * D + sizeof(float) * ((D + 4) + kMaxScalars + kWarps * (kMaxScalars + 1));
+constexpr std::size_t kStageBytes = sizeof(nv_bf16) * kTokens* D;  // the vectors of a warp
+constexpr int kMaxWarps = 24;
+template <int D>
+constexpr std::size_t shared_bytes(int stages) {  // those of all warps
+    return sizeof(nv_bf16) * kParts * D * D + sizeof(float) * kMaxWarps * (kMaxScalars + 1) + kStageBytes<D> * stages;
 }
 template <int D>
 __device__ __forceinline__ Shared carve(unsigned char* base) {
+    static_assert(D + 1 <= kMaxWarps * (kMaxScalars + 1));
     Shared s;
     s.parts = reinterpret_cast<nv_bf16*>(base);
-    s.mu = reinterpret_cast<float*>(base + sizeof(nv_bf16) * kParts * D * D);
-    s.tau = s.mu + D + 4;
-    s.partials = s.tau + kMaxScalars;
+    s.partials = reinterpret_cast<float*>(base + sizeof(nv_bf16) * kParts * D * D);
+    s.offsets = reinterpret_cast<int*>(s.partials);
+    s.stages = reinterpret_cast<unsigned char*>(s.partials + kMaxWarps * (kMaxScalars + 1));
     return s;
 }
 
@@ -80,48 +84,121 @@ __device__ __forceinline__ bool store_split(nv_bf16* parts, int row, int column,
     return rest != 0.f;
 }
 
-// Returns, in every thread, the number of parts that are not all zero: 1 or 3. Ends with a barrier.
-template <int D>
-__device__ int load_sparse(const FeatureLaplacian<float>& lap, const Shared& s) {
-    int* offsets = reinterpret_cast<int*>(s.mu);
-    for (int i = threadIdx.x; i <= D; i += blockDim.x) offsets[i] = lap.offsets.data[i];
+// Asked for here: the compiler keeps such loads on their side of a barrier.
+__device__ __forceinline__ float load_now(const float* p) {
+    float x;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];\n" : "=f"(x) : "l"(p));
+    return x;
+}
+__device__ __forceinline__ int load_now(const int* p) {
+    int x;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];\n" : "=r"(x) : "l"(p));
+    return x;
+}
+
+__device__ __forceinline__ float4 load_four_now(const float* p, bool aligned) {
+    if (!aligned) return {load_now(p), load_now(p + 1), load_now(p + 2), load_now(p + 3)};
+    float4 x;
+    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0,%1,%2,%3}, [%4];\n"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "l"(p));
+    return x;
+}
+
+// The matrix, of which no line is in the cache yet, is asked for first: with the vectors before it everything would wait for
+// it longer. Both ways to load it call meanwhile() when that is done, and P::publish_matrix() before the barrier that they
+// end with.
+
+// Returns, in every thread, the number of parts that are not all zero: 1 or 3.
+template <int D, class P, class Meanwhile>
+__device__ int load_sparse(const FeatureLaplacian<float>& lap, const Shared& s, Meanwhile&& meanwhile) {
+    const int entries = int(lap.values.size);
+    int e = threadIdx.x, column = 0;
+    float value = 0.f;
+    const auto load = [&] {
+        if (e < entries) value = load_now(lap.values.data + e), column = load_now(lap.columns.data + e);
+    };
+    const int offset = int(threadIdx.x) <= D ? load_now(lap.offsets.data + threadIdx.x) : 0;  // D < threads
+    load();
+    __syncthreads();  // what comes next is asked for after this
+    meanwhile();
     for (int i = threadIdx.x; i < kParts * D * D / 8; i += blockDim.x)
         reinterpret_cast<uint4*>(s.parts)[i] = make_uint4(0, 0, 0, 0);
+    if (threadIdx.x <= D) s.offsets[threadIdx.x] = offset;
     __syncthreads();
     bool split = false;
-    const int entries = offsets[D];
-    for (int e = threadIdx.x; e < entries; e += blockDim.x) {
-        const float value = lap.values.data[e];
-        const int column = lap.columns.data[e];
+    for (; e < s.offsets[D]; e += blockDim.x, load()) {
         int row = 0, above = D;  // offsets[row] <= e < offsets[above]
         while (above - row > 1) {
             const int middle = (row + above) / 2;
-            if (offsets[middle] <= e)
+            if (s.offsets[middle] <= e)
                 row = middle;
             else
                 above = middle;
         }
         split |= store_split<D>(s.parts, position<D>(row), position<D>(column), value);
     }
+    P::publish_matrix();
     return __syncthreads_or(split) ? kParts : 1;
 }
-template <int D>
-__device__ void load_eigenvectors(const FeatureLaplacian<float>& lap, const Shared& s) {
-    constexpr int kPairs = D * D / 2;
-    auto* parts = reinterpret_cast<__nv_bfloat162*>(s.parts);
-#pragma unroll 8
-    for (int i = threadIdx.x; i < kPairs; i += blockDim.x) {
-        const int row = i / (D / 2), d = i % (D / 2) * 2, column = position<D>(d);  // d + 1 comes after it
-        const float x = lap.eigenvectors.data[2 * i], y = lap.eigenvectors.data[2 * i + 1];
-        const int at = static_cast<int>(matrix_offset<D>(row, column / 8) + column % 8 * 2) / 4;
-        const auto hi = __floats2bfloat162_rn(x, y);
-        const float x1 = x - __low2float(hi), y1 = y - __high2float(hi);
-        const auto mid = __floats2bfloat162_rn(x1, y1);
-        parts[at] = hi;
-        parts[kPairs + at] = mid;
-        parts[2 * kPairs + at] = __floats2bfloat162_rn(x1 - __low2float(mid), y1 - __high2float(mid));
+// The root of mu, and what is missing from it; 0 where rounding has left an eigenvalue below zero.
+struct Root {
+    float value, rest;
+    __device__ explicit Root(float mu) : value(mu < 0.f ? 0.f : sqrtf(mu)), rest(0.f) {
+        if (value > 0.f) rest = __fdividef(fmaf(-value, value, mu), 2.f * value);
     }
-    for (int i = threadIdx.x; i < D; i += blockDim.x) s.mu[i] = lap.eigenvalues.data[i];
+    // The root times u as what float holds of it and the rest.
+    __device__ float2 times(float u) const {
+        const float x = value * u;
+        return {x, fmaf(rest, u, fmaf(value, u, -x))};
+    }
+};
+// Rows are the eigenvectors times the roots of their eigenvalues: squares of products with them are energies. Lane t has
+// D / 4 neighbouring ones, its rows of the tiles one after the other. A thread takes four neighbouring values at a time.
+template <int D, class P, class Meanwhile>
+__device__ void load_eigenvectors(const FeatureLaplacian<float>& lap, const Shared& s, Meanwhile&& meanwhile) {
+    using S = Shape<D>;
+    constexpr int kQuads = D * D / 4, kPart = D * D / 2, kAtOnce = 2;
+    auto* parts = reinterpret_cast<__nv_bfloat162*>(s.parts);
+    const bool aligned = reinterpret_cast<std::uintptr_t>(lap.eigenvectors.data) % 16 == 0;
+    float4 u[kAtOnce];
+    float mu[kAtOnce];
+    int i = threadIdx.x;
+    const auto load = [&] {
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) {
+            const int quad = i + n * blockDim.x;
+            if (quad >= kQuads) continue;
+            u[n] = load_four_now(lap.eigenvectors.data + 4 * quad, aligned);
+            mu[n] = load_now(lap.eigenvalues.data + quad / (D / 4));
+        }
+    };
+    load();
+    __syncthreads();  // what comes next is asked for after this
+    meanwhile();
+    for (; i < kQuads; i += kAtOnce * blockDim.x, load()) {
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) {
+            const int quad = i + n * blockDim.x, m = quad / (D / 4), d = quad % (D / 4) * 4;
+            if (quad >= kQuads) continue;
+            const Root root(mu[n]);
+            const int of_lane = m % (D / 4), row = of_lane / 2 * 8 + m / (D / 4) * 2 + of_lane % 2;
+#pragma unroll
+            for (int k = 0; k < 4; k += 2) {
+                const int run = d / S::kRun;  // see position()
+                const int chunk = run / 4 * S::kGroupChunks + (d % S::kRun + k) / 2;
+                const int at = static_cast<int>(matrix_offset<D>(row, chunk)) / 4 + run % 4;
+                const float2 x = root.times(k == 0 ? u[n].x : u[n].z), y = root.times(k == 0 ? u[n].y : u[n].w);
+                const auto hi = __floats2bfloat162_rn(x.x, y.x);
+                const float x1 = x.x - __low2float(hi) + x.y, y1 = y.x - __high2float(hi) + y.y;
+                const auto mid = __floats2bfloat162_rn(x1, y1);
+                parts[at] = hi;
+                parts[kPart + at] = mid;
+                parts[2 * kPart + at] = __floats2bfloat162_rn(x1 - __low2float(mid), y1 - __high2float(mid));
+            }
+        }
+    }
+    P::publish_matrix();
     __syncthreads();
 }
 
@@ -142,15 +219,14 @@ __device__ __forceinline__ void forget_unpacked(Vectors<D>& v) {
     for (int q = 0; q < D / 8; ++q) asm volatile("" : "+r"(v.x[0][q]), "+r"(v.x[1][q]));
 }
 
+// Between registers and the lane's piece of token g's row, of which so many tokens are left; zeros beyond them.
 template <int D>
-__device__ __forceinline__ void load_vectors(Vectors<D>& v, const nv_bf16* base, std::int64_t ld, std::int64_t token,
-                                             std::int64_t tokens) {
+__device__ __forceinline__ void load_vectors(Vectors<D>& v, const nv_bf16* piece, std::int64_t ld, int left) {
     using S = Shape<D>;
-    const int t = threadIdx.x % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const bool inside = token + 8 * half < tokens;
-        const nv_bf16* row = base + (token + 8 * half) * ld + t * S::kRun;
+        const bool inside = 8 * half < left;
+        const nv_bf16* row = piece + 8 * half * ld;
 #pragma unroll
         for (int group = 0; group < S::kGroups; ++group) {
             const nv_bf16* from = row + group * S::kGroup;
@@ -166,35 +242,112 @@ __device__ __forceinline__ void load_vectors(Vectors<D>& v, const nv_bf16* base,
     }
 }
 template <int D>
-__device__ __forceinline__ void store_vectors(const Vectors<D>& v, nv_bf16* base, std::int64_t ld, std::int64_t token,
-                                              std::int64_t tokens) {
+__device__ __forceinline__ void store_group(const Vectors<D>& v, int group, nv_bf16* piece, std::int64_t ld, int left) {
     using S = Shape<D>;
-    const int t = threadIdx.x % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        if (token + 8 * half >= tokens) continue;
-        nv_bf16* row = base + (token + 8 * half) * ld + t * S::kRun;
-#pragma unroll
-        for (int group = 0; group < S::kGroups; ++group) {
-            const std::uint32_t* from = v.x[half] + group * S::kGroupChunks;
-            if constexpr (S::kRun == 8)
-                *reinterpret_cast<uint4*>(row + group * S::kGroup) = make_uint4(from[0], from[1], from[2], from[3]);
-            else
-                *reinterpret_cast<uint2*>(row + group * S::kGroup) = make_uint2(from[0], from[1]);
-        }
+        if (8 * half >= left) continue;
+        nv_bf16* to = piece + 8 * half * ld + group * S::kGroup;
+        const std::uint32_t* from = v.x[half] + group * S::kGroupChunks;
+        if constexpr (S::kRun == 8)
+            *reinterpret_cast<uint4*>(to) = make_uint4(from[0], from[1], from[2], from[3]);
+        else
+            *reinterpret_cast<uint2*>(to) = make_uint2(from[0], from[1]);
     }
 }
 
 // Asks for the vectors of a warp's tokens, from `tile` on in steps: they are on their way while the matrix is loaded.
 template <int D>
-__device__ __forceinline__ void prefetch_vectors(const nv_bf16* base, std::int64_t ld, std::int64_t tile,
-                                                 std::int64_t step, std::int64_t tokens) {
+__device__ __forceinline__ void prefetch_vectors(const nv_bf16* base, std::int64_t ld, int tile, int step, int tokens) {
     constexpr int kLine = 64;  // values of 128 bytes
     const int lane = threadIdx.x % kWarp, line = lane / kTokens * kLine;
     if (line >= D) return;
-    for (std::int64_t token = tile * kTokens + lane % kTokens; token < tokens; token += step * kTokens)
+    for (int token = tile * kTokens + lane % kTokens; token < tokens; token += step * kTokens)
         asm volatile("prefetch.global.L2 [%0];\n" ::"l"(base + token * ld + line));
 }
+
+// Vectors of a warp's tokens, tile by tile in steps. With stages they are copied into shared memory, each lane's own pieces
+// for itself: no lane waits for another.
+template <int D, int kStages>
+struct Supply {
+    using S = Shape<D>;
+    static constexpr int kPiece = S::kRun * 2, kStage = int(kStageBytes<D>);
+    static constexpr std::uint32_t kLast = kStages > 0 ? (kStages - 1) * kStage : 0;
+    const nv_bf16* row;  // the lane's piece of token g of the tile that is asked for next
+    std::int64_t ld, step;
+    int left, step_tokens;      // tokens from that one on
+    std::uint32_t base, stage;  // shared: the lane's own place in the first stage, and in the one that was taken
+
+    __device__ __forceinline__ Supply(const unsigned char* stages, const nv_bf16* x, std::int64_t row_ld, int tile,
+                                      int step_tiles, int tokens)
+        : ld(row_ld), step(step_tiles * kTokens * row_ld), step_tokens(step_tiles * kTokens) {
+        const int token = tile * kTokens + threadIdx.x % kWarp / 4;
+        row = x + token * ld + threadIdx.x % 4 * S::kRun;
+        left = tokens - token;
+        if constexpr (kStages == 0) {
+            prefetch_vectors<D>(x, ld, tile, step_tiles, tokens);
+        } else {
+            base = shared_address(stages) + threadIdx.x / kWarp * (kStages * kStage) + threadIdx.x % kWarp * kPiece;
+            stage = base;
+        }
+    }
+    // Asks for the first tiles.
+    __device__ __forceinline__ void begin() {
+#pragma unroll
+        for (int i = 0; i < kStages - 1; ++i) ask();
+    }
+    // Asks for the next tile, in place of the one that was taken; `stage` is then that of the oldest one.
+    __device__ __forceinline__ void ask() {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const nv_bf16* from = row + half * 8 * ld;
+            const bool inside = 8 * half < left;
+#pragma unroll
+            for (int group = 0; group < S::kGroups; ++group) {
+                const std::uint32_t at = stage + (half * S::kGroups + group) * kWarp * kPiece;
+                if constexpr (kPiece == 16)
+                    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(at),
+                                 "l"(from + group * S::kGroup), "r"(inside ? 16 : 0));
+                else
+                    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(at),
+                                 "l"(from + group * S::kGroup), "r"(inside ? 8 : 0));
+            }
+        }
+        cp_async_commit();
+        advance();
+        stage = stage == base + kLast ? base : stage + kStage;
+    }
+    __device__ __forceinline__ void advance() { row += step, left -= step_tokens; }
+    // The next tile's vectors.
+    __device__ __forceinline__ void next(Vectors<D>& v) {
+        if constexpr (kStages == 0) {
+            load_vectors(v, row, ld, left);
+            advance();
+        } else {
+            ask();
+            cp_async_wait<kStages - 1>();
+#pragma unroll
+            for (int group = 0; group < S::kGroups; ++group) again(v, group);
+        }
+    }
+    // A group's once more, where v need not have been kept in registers.
+    __device__ __forceinline__ void again(Vectors<D>& v, int group) const {
+        if constexpr (kStages > 0) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const std::uint32_t at = stage + (half * S::kGroups + group) * kWarp * kPiece;
+                std::uint32_t* x = v.x[half] + group * S::kGroupChunks;
+                if constexpr (kPiece == 16)
+                    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];\n"
+                                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                                 : "r"(at)
+                                 : "memory");
+                else
+                    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];\n" : "=r"(x[0]), "=r"(x[1]) : "r"(at) : "memory");
+            }
+        }
+    }
+};
 
 // y = M x, two tiles at a time: take(j, y) for j = 0, 2, .. of D / 8, with y[k] the rows 8 (j + k) + 2t, + 1 of M: [0], [1]
 // for token g, [2], [3] for token g + 8.

@@ -66,15 +66,21 @@ __device__ __forceinline__ void multiply_matrix(float (&d)[64], const std::uint3
 #undef FIEDLER_TEN
 
 struct WarpgroupProducts {
-    static constexpr int kTogether = hopper::kWarpgroup / kWarp;
-    static constexpr int forward_at_least(int d, int r) { return d == 128 ? (r == 16 ? 1 : 2) : d == 64 ? 3 : 4; }
-    static constexpr int backward_at_least(int d, int r) { return d == 64 && r == 1 ? 3 : 0; }
-    static constexpr int forward_blocks(int d, int r) { return forward_at_least(d, r); }
-    static constexpr int backward_blocks(int d, int r) {
-        return d == 128 ? 1 : d == 64 ? (r == 1 ? 3 : 4) : d == 32 ? 3 : 4;
-    }
+    // One block a multiprocessor, of as many warpgroups as there are registers for: the matrix is loaded once, and while
+    // some warpgroups wait for their products others compute.
+    static constexpr int forward_threads(int, int) { return 4 * hopper::kWarpgroup; }
+    static constexpr int backward_threads(int d, int r) { return (d < 128 ? 4 : r > 4 ? 2 : 3) * hopper::kWarpgroup; }
+    static constexpr int forward_at_least(int, int) { return 1; }
+    static constexpr int backward_at_least(int, int) { return 1; }
+    static constexpr int forward_blocks(int, int) { return 1; }
+    static constexpr int backward_blocks(int, int) { return 1; }
     template <int D>
-    static constexpr bool kAhead = D < 128;
+    static constexpr int kStages = 2;
+    template <std::size_t bytes, class Kernel>
+    static void allow(Kernel kernel) {
+        static_assert(bytes <= 227 * 1024);
+        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+    }
 
     // To about one unit of rounding, without the branches of a division.
     __device__ static __forceinline__ float quotient(float x, float y) {
@@ -83,10 +89,7 @@ struct WarpgroupProducts {
         const float q = x * r;
         return fmaf(r, fmaf(-q, y, x), q);
     }
-    __device__ static void matrix_is_there() {
-        hopper::publish_shared();
-        __syncthreads();
-    }
+    __device__ static void publish_matrix() { hopper::publish_shared(); }
     // The products that issue(d) asks for, then take(j, pair) for j = 0, 2, .. of D / 8 with their sums.
     template <int D, class Issue, class Take>
     __device__ static __forceinline__ void run(Issue&& issue, Take&& take) {
@@ -135,19 +138,24 @@ struct WarpgroupProducts {
     __device__ static __forceinline__ void turn(const std::uint32_t (&hi)[D / 16][4],
                                                 const std::uint32_t (&mid)[D / 16][4], const nv_bf16* parts,
                                                 Take&& take) {
+        // 64 columns at a time: registers.
+        constexpr int kColumns = D < 64 ? D : 64, kHalf = kRowBytes<D> * D / 16;
         constexpr int kSixteenRows = 16 * kRowBytes<D> / 16, kPart = 2 * D * D / 16;
         const std::uint64_t matrix = operand<D>(parts);
-        run<D>(
-            [&](float(&d)[D / 2]) {
 #pragma unroll
-                for (int s = 0; s < D / 16; ++s) {
-                    const std::uint64_t rows = matrix + s * kSixteenRows;
-                    multiply_matrix<true>(d, hi[s], rows + kPart, s > 0);
-                    multiply_matrix<true>(d, mid[s], rows, true);
-                    multiply_matrix<true>(d, hi[s], rows, true);
-                }
-            },
-            take);
+        for (int half = 0; half < D / kColumns; ++half) {
+            run<kColumns>(
+                [&](float(&d)[kColumns / 2]) {
+#pragma unroll
+                    for (int s = 0; s < D / 16; ++s) {
+                        const std::uint64_t rows = matrix + half * kHalf + s * kSixteenRows;
+                        multiply_matrix<true>(d, hi[s], rows + kPart, s > 0);
+                        multiply_matrix<true>(d, mid[s], rows, true);
+                        multiply_matrix<true>(d, hi[s], rows, true);
+                    }
+                },
+                [&](int q, const float(&pair)[2][4]) { take(half * kColumns / 8 + q, pair); });
+        }
     }
 };
 

@@ -155,16 +155,20 @@ std::int64_t scratch_elements(const Cuda&, const Problem& p) {
 }
 #endif
 
-// Everything the family computes, in memory of `Dev`. gap: x and dx are columns of a matrix wider by that much.
+// Everything the family computes, in memory of `Dev`. gap: x and dx are columns of a matrix wider by that much, and a and da
+// of one wider by one column, so that rows of several scalars lie anywhere.
 template <class T, class Dev>
 Result run(const Dev& d, const Problem& p, std::int64_t gap = 0, bool parameters = true) {
     using A = acc_t<T>;
-    const std::int64_t dim = p.graph.dim, cols = p.heads * dim, ld = cols + gap, out = p.heads * p.scalars;
+    const std::int64_t dim = p.graph.dim, cols = p.heads * dim, ld = cols + gap, out = p.heads * p.scalars,
+                       out_ld = out + (gap > 0 ? 1 : 0);
     const Buffer<std::int32_t, Dev> offsets(d, p.graph.offsets), columns(d, p.graph.columns);
     const Buffer<A, Dev> values(d, to<A>(p.graph.values)), vectors(d, to<A>(p.graph.eigenvectors));
     const Buffer<A, Dev> eigenvalues(d, to<A>(p.graph.eigenvalues));
     const Buffer<T, Dev> x(d, spread<T>(p.x, cols, ld)), dx(d, std::size_t(p.tokens * ld));
-    const Buffer<A, Dev> a(d, p.da.size()), energy(d, p.da.size()), da(d, to<A>(p.da));
+    const Values none(p.da.size(), 0.0);
+    const Buffer<A, Dev> a(d, spread<A>(none, out, out_ld)), energy(d, spread<A>(none, out, out_ld));
+    const Buffer<A, Dev> da(d, spread<A>(p.da, out, out_ld));
     const Buffer<A, Dev> log_tau(d, to<A>(p.log_tau)), log_temp(d, to<A>(p.log_temp));
     const Buffer<A, Dev> dtau(d, to<A>(p.dtau0)), dtemp(d, to<A>(p.dtemp0));
     const Buffer<A, Dev> scratch(d, std::size_t(scratch_elements(d, p)));
@@ -174,17 +178,18 @@ Result run(const Dev& d, const Problem& p, std::int64_t gap = 0, bool parameters
         f.lap.offsets = offsets.vec(), f.lap.columns = columns.vec(), f.lap.values = values.vec();
     else
         f.lap.eigenvectors = vectors.mat(dim, dim), f.lap.eigenvalues = eigenvalues.vec();
-    f.a = energy.mat(p.tokens, out), f.x = Mat<T>(x.data(), p.tokens, cols, ld);
+    f.a = {energy.data(), p.tokens, out, out_ld}, f.x = Mat<T>(x.data(), p.tokens, cols, ld);
     f.heads = p.heads, f.scalars = p.scalars, f.eps = A(p.eps), f.raw = true;
     energy_forward(d, f);  // raw: needs neither tau nor temperature
-    f.a = a.mat(p.tokens, out), f.log_tau = log_tau.vec(), f.log_temp = log_temp.vec(), f.raw = false;
+    f.a = {a.data(), p.tokens, out, out_ld}, f.log_tau = log_tau.vec(), f.log_temp = log_temp.vec(), f.raw = false;
     energy_forward(d, f);
     EnergyBackward<T> b;
-    b.dx = {dx.data(), p.tokens, cols, ld}, b.da = da.mat(p.tokens, out), b.x = f.x, b.lap = f.lap;
+    b.dx = {dx.data(), p.tokens, cols, ld}, b.da = Mat<A>(da.data(), p.tokens, out, out_ld), b.x = f.x, b.lap = f.lap;
     b.log_tau = f.log_tau, b.log_temp = f.log_temp, b.heads = f.heads, b.scalars = f.scalars, b.eps = f.eps;
     if (parameters) b.dlog_tau = dtau.vec(), b.dlog_temp = dtemp.vec(), b.scratch = scratch.vec();
     energy_backward(d, b);
-    return {energy.values(), a.values(), gather(dx.values(), cols, ld), dtau.values(), dtemp.values()};
+    return {gather(energy.values(), out, out_ld), gather(a.values(), out, out_ld), gather(dx.values(), cols, ld),
+            dtau.values(), dtemp.values()};
 }
 
 void expect_close(const Result& got, const Result& ref, const Result& low, double ulp) {
