@@ -379,11 +379,18 @@ __global__ void __launch_bounds__(256) attention_da_kernel(AttentionBackward<bf1
     const std::int64_t padded = ceil_div(p.seq.tokens, kTile) * std::int64_t(kTile);
     const float* in = groups.partial + (head * padded + token) * R + r;
     float sum[kCount] = {};
-#pragma unroll 4
-    for (int g = sight.lo(token) / span; g <= end; ++g) {
-        const Numbers part = *reinterpret_cast<const Numbers*>(in + g % groups.slabs * groups.slab_floats);
+    constexpr int kAtOnce = 8;  // slabs are asked for together
+    for (int g = sight.lo(token) / span; g <= end; g += kAtOnce) {
+        Numbers parts[kAtOnce];
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) sum[i] += reinterpret_cast<const float*>(&part)[i];
+        for (int k = 0; k < kAtOnce; ++k)
+            if (g + k <= end)
+                parts[k] = *reinterpret_cast<const Numbers*>(in + (g + k) % groups.slabs * groups.slab_floats);
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k)
+            if (g + k <= end)
+#pragma unroll
+                for (int i = 0; i < kCount; ++i) sum[i] += reinterpret_cast<const float*>(&parts[k])[i];
     }
     float* to = p.da.data + token * p.da.ld + head * p.scalars + r;
 #pragma unroll
