@@ -14,7 +14,7 @@
 // One call treats one side (queries or keys); parameters are shared by both sides, so their gradients accumulate.
 //
 // Shapes     x, dx: [tokens, heads D] T, any ld (16-byte aligned rows on Cuda); a, da: [tokens, heads R] acc_t<T>
-//            log_tau, dlog_tau: [R]; log_temp, dlog_temp: [heads]; D in {16, 32, 64, 128} on Cuda, any on the CPU
+//            log_tau, dlog_tau: [R]; log_temp, dlog_temp: [heads]; on Cuda D in {16, 32, 64, 128}, tokens < 2^30
 //            FeatureLaplacian (device memory): CSR offsets [D + 1] int32, columns [nnz] int32, values [nnz];
 //            eigenvectors [D, D], row m = u_m; eigenvalues [D]. R = 1 uses only the CSR (no entry twice), R > 1 only
 //            the eigenpairs. Lf symmetric, positive semi-definite (not checked).

@@ -1,6 +1,8 @@
 // kernels/energy_product.cuh: what energy's kernels multiply with: the matrix in shared memory, as the sum of three bf16
 // parts, and its products with the vectors of 16 tokens (see energy.cu).
 #pragma once
+#include <cfloat>
+
 #include "kernels/common.cuh"
 #include "kernels/energy.h"
 #include "kernels/mma.cuh"
@@ -141,11 +143,15 @@ __device__ int load_sparse(const FeatureLaplacian<float>& lap, const Shared& s, 
     P::publish_matrix();
     return __syncthreads_or(split) ? kParts : 1;
 }
-// The root of mu, and what is missing from it; 0 where rounding has left an eigenvalue below zero.
+// The root of mu to about one unit of rounding, and what is missing from it; 0 where there is none, or rounding has left an
+// eigenvalue below zero.
 struct Root {
-    float value, rest;
-    __device__ explicit Root(float mu) : value(mu < 0.f ? 0.f : sqrtf(mu)), rest(0.f) {
-        if (value > 0.f) rest = __fdividef(fmaf(-value, value, mu), 2.f * value);
+    float value = 0.f, rest = 0.f;
+    __device__ explicit Root(float mu) {
+        if (mu < FLT_MIN) return;  // a NaN stays a NaN
+        const float r = rsqrtf(mu);
+        value = mu * r;
+        rest = fmaf(-value, value, mu) * (0.5f * r);
     }
     // The root times u as what float holds of it and the rest.
     __device__ float2 times(float u) const {
