@@ -1,27 +1,40 @@
 // kernels/coordinate.cu: coordinate scalars on the GPU (contract in coordinate.h).
 //
-// A thread owns one column, or two neighbouring ones where the layout allows it, and a run of neighbouring tokens, held in
-// registers with the three tokens before (forward) or after (backward) them: every value is read from memory about once.
-// A block is as many columns wide as there are, and as many runs high as fit. What is read does not wait for where the
+// A thread owns one column, or two or four neighbouring ones where the layout allows it, and a run of neighbouring tokens:
+// every value is read from memory about once. A block is as many columns wide as there are, and as many runs high as fit.
+// Forward, all of a run is held in registers, with the three tokens before it. What is read does not wait for where the
 // sequence begins or ends, which in ragged batches is itself in memory; runs that lie within one ask no more.
+//
+// Backward a thread walks its run from the last token to the first, as in conv.cu: the three tokens after the one at hand
+// are in registers, those before it on their way to shared memory, each thread's to places of its own.
+//
+// With few scalars, launching takes longer than the rest: all kernels here start while the one before them ends.
 #include <algorithm>
 
 #include "kernels/common.cuh"
 #include "kernels/coordinate.h"
 #include "kernels/dependent_launch.cuh"
+#include "kernels/mma.cuh"
 
 namespace fiedler {
 
 namespace {
 constexpr int kTaps = 4, kReach = kTaps - 1;
-// Tokens of a run. Forward, long runs where there are threads enough: they read fewer values twice.
-constexpr int kLongRun = 8, kShortRun = 4, kBackwardRun = 4;
+// Tokens of a run, forward: long runs where there are threads enough; they read fewer values twice. Where rows are shorter
+// than a line of the cache, of 128 bytes, one: what neighbouring threads have to do with then lies side by side.
+constexpr int kLongRun = 8, kShortRun = 4, kNarrow = 128 / int(sizeof(float));
 constexpr int kThreadsEnough = 128 * 1024;
 constexpr int kForwardThreads = 256, kBackwardThreads = 192;
 constexpr int kSums = kTaps + 1;  // partial sums of a column: dw_0 .. dw_3, dlog_temp
 constexpr int kMaxBlocks = kCoordinatePartials;
-constexpr int kTotalsThreads = 256;
-constexpr int kBackwardBlocks = 4;  // that fit on a multiprocessor: the bound on registers
+constexpr int kBackwardBlocks = 2;  // that fit on a multiprocessor: the bound on registers
+// Backward: rows on their way, and the one at hand; and rows of a step, after which the window is as before.
+// One column's are few bytes: more of them.
+constexpr int kStep = kTaps;
+template <int W>
+constexpr int kDepth = W == 1 ? 2 * kStep : kStep;
+constexpr int kTotalsColumns = kWarp, kTotalsRows = kWarp;
+static_assert(kMaxBlocks % kTotalsRows == 0);
 static_assert(kSums == 5, "coordinate_scratch_elements");
 
 struct Layout {
@@ -37,9 +50,8 @@ Layout layout_of(std::int64_t tokens, std::int64_t columns, int width, int run, 
     l.run_blocks = static_cast<unsigned>(ceil_div(tokens, std::int64_t(l.block.y) * run));
     return l;
 }
-unsigned partial_rows(const Layout& l) { return l.run_blocks < kMaxBlocks ? l.run_blocks : kMaxBlocks; }
 
-// W neighbouring values: one or two.
+// W neighbouring values: one, two or four.
 template <int W>
 struct Values {
     float v[W];
@@ -48,51 +60,81 @@ template <>
 struct alignas(8) Values<2> {
     float v[2];
 };
+template <>
+struct alignas(16) Values<4> {
+    float v[4];
+};
 template <int W>
 __device__ inline Values<W> load(const float* p) {
-    if constexpr (W == 1) {
-        return {*p};
-    } else {
-        const float2 r = *reinterpret_cast<const float2*>(p);
-        return {r.x, r.y};
-    }
-}
-// Marked to leave the caches first: what is not read again in this step.
-template <int W>
-__device__ inline Values<W> load_once(const float* p) {
-    if constexpr (W == 1) {
-        return {__ldcs(p)};
-    } else {
-        const float2 r = __ldcs(reinterpret_cast<const float2*>(p));
-        return {r.x, r.y};
-    }
+    Values<W> r;
+    if constexpr (W == 1)
+        r.v[0] = *p;
+    else if constexpr (W == 2)
+        *reinterpret_cast<float2*>(&r) = *reinterpret_cast<const float2*>(p);
+    else
+        *reinterpret_cast<float4*>(&r) = *reinterpret_cast<const float4*>(p);
+    return r;
 }
 template <int W>
 __device__ inline void store(float* p, const Values<W>& x) {
     if constexpr (W == 1)
         *p = x.v[0];
-    else
+    else if constexpr (W == 2)
         *reinterpret_cast<float2*>(p) = make_float2(x.v[0], x.v[1]);
+    else
+        *reinterpret_cast<float4*>(p) = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
 }
 template <int W>
 __device__ inline void store(nv_bf16* p, const Values<W>& x) {
     if constexpr (W == 1)
         *p = from_float<nv_bf16>(x.v[0]);
+    else if constexpr (W == 2)
+        *reinterpret_cast<std::uint32_t*>(p) = pack_bf16(x.v[0], x.v[1]);
     else
-        *reinterpret_cast<__nv_bfloat162*>(p) = __floats2bfloat162_rn(x.v[0], x.v[1]);
+        *reinterpret_cast<uint2*>(p) = make_uint2(pack_bf16(x.v[0], x.v[1]), pack_bf16(x.v[2], x.v[3]));
+}
+// For what is not read again in this step.
+__device__ inline std::uint64_t leaves_cache_first() {
+    std::uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+    return policy;
+}
+// Into shared memory, later; zeros if not wanted.
+template <int W>
+__device__ inline void send(Values<W>& to, const float* from, bool wanted, std::uint64_t policy) {
+    const int bytes = wanted ? 4 * W : 0;
+    if constexpr (W == 4)
+        asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;\n" ::"r"(shared_address(&to)),
+                     "l"(from), "r"(bytes), "l"(policy)
+                     : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %2, %3, %4;\n" ::"r"(shared_address(&to)),
+                     "l"(from), "n"(4 * W), "r"(bytes), "l"(policy)
+                     : "memory");
 }
 
-// What belongs to a thread's columns.
+// Which head a scalar belongs to: a quotient, without the many instructions of a division.
+struct Heads {
+    unsigned multiplier;
+    Heads(std::int64_t scalars, std::int64_t heads)
+        : multiplier(unsigned(ceil_div(std::int64_t(1) << 31, scalars / heads))) {
+        FIEDLER_REQUIRE("coordinate", scalars * (scalars / heads) < std::int64_t(1) << 31);  // or it is not exact
+    }
+    __device__ int of(int scalar) const { return int(__umulhi(2 * unsigned(scalar), multiplier)); }
+};
+
+// What belongs to a thread's columns; head_of(c): the head of the c-th.
 template <bool kConvolution, int W>
 struct Columns {
     float w[W][kTaps], scale[W];
-    __device__ Columns(const float* weights, const float* log_temp, int column, int half, int heads) {
+    template <class HeadOf>
+    __device__ Columns(const float* weights, const float* log_temp, int column, HeadOf&& head_of) {
 #pragma unroll
         for (int c = 0; c < W; ++c) {
             const float4 taps = kConvolution ? *reinterpret_cast<const float4*>(weights + (column + c) * kTaps)
                                              : make_float4(0.f, 0.f, 0.f, 1.f);
             w[c][0] = taps.x, w[c][1] = taps.y, w[c][2] = taps.z, w[c][3] = taps.w;
-            scale[c] = expf(-log_temp[(column + c) % half / (half / heads)]);
+            scale[c] = expf(-log_temp[head_of(c)]);
         }
     }
 };
@@ -127,25 +169,37 @@ __device__ inline void forward_run(const Packed& seq, const Values<W> (&s)[kRun 
     }
 }
 
+// In short runs addresses are worked out while the kernel before ends, and heads are found by multiplication. Long ones are
+// faster, on an H200, with all that after the wait, and with divisions.
 template <bool kConvolution, int W, int kRun>
-__global__ void __launch_bounds__(kForwardThreads) coordinate_forward_kernel(CoordinateForward<float> p) {
+__global__ void __launch_bounds__(kForwardThreads) coordinate_forward_kernel(CoordinateForward<float> p, Heads heads) {
+    constexpr bool kLong = kRun == kLongRun;
+    dependents_may_start();
+    if (kLong) wait_for_previous();
     const int all = static_cast<int>(p.s.cols), half = all / 2, tokens = p.seq.tokens;
     const int column = (blockIdx.y * blockDim.x + threadIdx.x) * W;
     const std::int64_t start = (std::int64_t(blockIdx.x) * blockDim.y + threadIdx.y) * kRun;
     if (column >= all || start >= tokens) return;
     const int begin = static_cast<int>(start);
+    const bool is_query = column < half;
+    const int own = is_query ? column : column - half;
+    const std::int64_t ld = is_query ? p.a.ld : p.b.ld;
+    float* out = nullptr;
+    if (!kLong) out = (is_query ? p.a.data : p.b.data) + own + start * ld;
     Values<W> s[kRun + kReach];
     const float* in = p.s.data + start * p.s.ld + column;
+    if (!kLong) wait_for_previous();
 #pragma unroll
     for (int n = 0; n < kRun + kReach; ++n) {
         const int token = begin - kReach + n;
         const bool there = (n >= kReach || (kConvolution && token >= 0)) && token < tokens;
         s[n] = there ? load<W>(in + (n - kReach) * p.s.ld) : Values<W>{};
     }
-    const Columns<kConvolution, W> columns(p.w.data, p.log_temp.data, column, half, static_cast<int>(p.log_temp.size));
-    const bool is_query = column < half;
-    const std::int64_t ld = is_query ? p.a.ld : p.b.ld;
-    float* out = (is_query ? p.a.data + column : p.b.data + (column - half)) + start * ld;
+    const int per_head = half / static_cast<int>(p.log_temp.size);
+    const Columns<kConvolution, W> columns(p.w.data, p.log_temp.data, column, [&](int c) {
+        return kLong ? (column + c) % half / per_head : heads.of(own + c);
+    });
+    if (kLong) out = (is_query ? p.a.data + column : p.b.data + (column - half)) + start * ld;
     const int first = kConvolution ? p.seq.first(begin) : 0, last = kConvolution ? p.seq.last(begin) : tokens;
     if (begin + kRun <= min(last, tokens) && (!kConvolution || begin - kReach >= first))
         forward_run<kConvolution, W, kRun, true>(p.seq, s, columns, begin, first, last, out, ld);
@@ -153,185 +207,272 @@ __global__ void __launch_bounds__(kForwardThreads) coordinate_forward_kernel(Coo
         forward_run<kConvolution, W, kRun, false>(p.seq, s, columns, begin, first, last, out, ld);
 }
 
-// A run's gradients, and those of the three tokens after it; its outputs and scalars.
-template <bool kConvolution, int W>
-struct BackwardRows {
-    Values<W> g[kBackwardRun + kReach], s[kBackwardRun], o[kBackwardRun];
+// What the threads of a block have on its way, from the last token of their runs on; then their sums.
+template <int W>
+union BackwardMemory {
+    struct {
+        Values<W> g[kDepth<W>][kBackwardThreads], o[kDepth<W>][kBackwardThreads], s[kDepth<W>][kBackwardThreads];
+    } rows;
+    float sums[kSums * W * kBackwardThreads];  // [kSums][runs][columns]
+    __device__ BackwardMemory() {}
 };
 
-// What token j gives: ds_j from the gradients of tokens j .. j + 3, and with the same window its share of dw:
-// dw_k = sum_j s_j dlam_{j + 3 - k}. left: rows that there are; same: tokens from the start on that belong to the sequence
-// of the first one; kWithin: all rows do.
-template <bool kConvolution, int W, bool kWithin>
-__device__ inline void backward_run(const CoordinateBackward<bf16>& p, const BackwardRows<kConvolution, W>& rows,
-                                    const Columns<kConvolution, W>& columns, int start, int left, int same,
-                                    nv_bf16* ds_out, float (&sum)[W][kSums]) {
-#pragma unroll
-    for (int n = 0; n < kBackwardRun; ++n) {
-        if (!kWithin && n >= left) return;
-        if (!kWithin && kConvolution && n == same) same = p.seq.last(start + n) - start;
-        Values<W> ds;
+// A thread's rows of gradients, outputs and scalars. No thread reads another's, so there are no barriers.
+template <bool kConvolution, int W>
+struct BackwardStream {
+    BackwardMemory<W>& shared;
+    const float *g, *o, *s;  // of the next row to be sent for
+    std::int64_t ld_g, ld_o, ld_s;
+    int left;  // rows that have not been sent for
+    std::uint64_t policy = leaves_cache_first();
+
+    __device__ static int thread() { return int(threadIdx.y * blockDim.x + threadIdx.x); }
+    __device__ BackwardStream(BackwardMemory<W>& memory, const CoordinateBackward<bf16>& p, int column, int own,
+                              bool is_query, int last, int rows)
+        : shared(memory), ld_s(p.s.ld), left(rows) {
+        ld_g = is_query ? p.da.ld : p.db.ld, ld_o = is_query ? p.a.ld : p.b.ld;
+        g = (is_query ? p.da.data : p.db.data) + own + last * ld_g;
+        o = (is_query ? p.a.data : p.b.data) + own + last * ld_o;
+        s = kConvolution ? p.s.data + column + last * ld_s : nullptr;
+    }
+    // A row into a slot, or zeros after the last one.
+    __device__ void send_to(int slot) {
+        const bool wanted = left > 0;
+        send(shared.rows.g[slot][thread()], g, wanted, policy);
+        send(shared.rows.o[slot][thread()], o, wanted, policy);
+        if (kConvolution) send(shared.rows.s[slot][thread()], s, wanted, policy);
+        cp_async_commit();
+        g -= ld_g, o -= ld_o, s -= ld_s, --left;
+    }
+    template <int kPending>
+    __device__ static void wait() {
+        asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+    }
+};
+
+// One thread's share of backward: ds of its run, and its run's sums. window[o]: dlam o tokens after the one at hand. What
+// token j gives: ds_j from the gradients of tokens j .. j + 3, and with the same window its share of dw:
+// dw_k = sum_j s_j dlam_{j + 3 - k}.
+template <bool kConvolution, int W>
+struct BackwardWalk {
+    using Stream = BackwardStream<kConvolution, W>;
+    static constexpr int kAhead = kDepth<W> - 1;
+    const Columns<kConvolution, W>& columns;
+    Stream& stream;
+    nv_bf16* ds;
+    std::int64_t ld_ds;
+    float window[kTaps][W] = {};
+    float sum[W][kSums] = {};
+
+    // Takes the row in a slot; `before`: the slot of the row before it, which has been used.
+    __device__ void take(int slot, int before) {
+        stream.send_to(before);
+        Stream::template wait<kAhead>();
+        const int me = Stream::thread();
+        const Values<W> g = stream.shared.rows.g[slot][me], o = stream.shared.rows.o[slot][me];
+        Values<W> s{}, out;
+        if (kConvolution) s = stream.shared.rows.s[slot][me];
 #pragma unroll
         for (int c = 0; c < W; ++c) {
-            sum[c][kTaps] = fmaf(-rows.g[n].v[c], rows.o[n].v[c], sum[c][kTaps]);
-            ds.v[c] = rows.g[n].v[c] * columns.scale[c];
-            if (kConvolution) {
-                ds.v[c] = 0.f;
+            sum[c][kTaps] = fmaf(-g.v[c], o.v[c], sum[c][kTaps]);
+            window[0][c] = g.v[c] * columns.scale[c];
+            out.v[c] = kConvolution ? 0.f : window[0][c];
+            if constexpr (kConvolution) {
 #pragma unroll
                 for (int k = 0; k < kTaps; ++k) {
-                    const int ahead = kReach - k;
-                    const float dlam = kWithin || n + ahead < same ? rows.g[n + ahead].v[c] * columns.scale[c] : 0.f;
-                    ds.v[c] = fmaf(columns.w[c][k], dlam, ds.v[c]);
-                    sum[c][k] = fmaf(rows.s[n].v[c], dlam, sum[c][k]);
+                    const float dlam = window[kReach - k][c];
+                    out.v[c] = fmaf(columns.w[c][k], dlam, out.v[c]);
+                    sum[c][k] = fmaf(s.v[c], dlam, sum[c][k]);
                 }
             }
         }
-        store(ds_out + n * p.ds.ld, ds);
-    }
-}
-
-// A thread's sums over the run from `start` on.
-template <bool kConvolution, int W>
-__device__ inline void add_run(const CoordinateBackward<bf16>& p, std::int64_t start, int column, int half,
-                               const Columns<kConvolution, W>& columns, float (&sum)[W][kSums]) {
-    constexpr int kRun = kBackwardRun;
-    const int tokens = p.seq.tokens;
-    const bool is_query = column < half;
-    const int own = is_query ? column : column - half;
-    const std::int64_t gradient_ld = is_query ? p.da.ld : p.db.ld, output_ld = is_query ? p.a.ld : p.b.ld;
-    const float* gradient = (is_query ? p.da.data : p.db.data) + own + start * gradient_ld;
-    const float* output = (is_query ? p.a.data : p.b.data) + own + start * output_ld;
-    const float* scalar = kConvolution ? p.s.data + start * p.s.ld + column : nullptr;
-    const int left = static_cast<int>(min(std::int64_t(tokens) - start, std::int64_t(kRun + kReach)));
-    BackwardRows<kConvolution, W> rows;
+        store(ds, out);
+        ds -= ld_ds;
 #pragma unroll
-    for (int n = 0; n < (kConvolution ? kRun + kReach : kRun); ++n) {
-        rows.g[n] = n < left ? load_once<W>(gradient) : Values<W>{};
-        gradient += gradient_ld;
-    }
+        for (int o = kReach; o > 0; --o)
 #pragma unroll
-    for (int n = 0; n < kRun; ++n) {
-        rows.o[n] = n < left ? load_once<W>(output) : Values<W>{};
-        output += output_ld;
-        if (kConvolution) {  // s shares its rows with the gate's logits
-            rows.s[n] = n < left ? load<W>(scalar) : Values<W>{};
-            scalar += p.s.ld;
+            for (int c = 0; c < W; ++c) window[o][c] = window[o - 1][c];
+    }
+    // The tokens from stop - 1 down to start; the first kAhead rows have been sent for.
+    __device__ void all(const Packed& seq, int start, int stop) {
+        int boundary = kConvolution ? seq.first(stop - 1) : 0, slot = 0;
+#pragma unroll 1
+        for (int j = stop - 1; j >= start; j -= kStep, slot = (slot + kStep) % kDepth<W>) {
+            const int before = (slot + kAhead) % kDepth<W>;
+            if (j - (kStep - 1) >= max(boundary, start)) {  // no sequence ends within the step
+#pragma unroll
+                for (int n = 0; n < kStep; ++n) take(slot + n, n == 0 ? before : slot + n - 1);
+                continue;
+            }
+#pragma unroll 1
+            for (int n = 0; n < kStep && j - n >= start; ++n) {
+                if (j - n < boundary) {  // the last token of the sequence before
+#pragma unroll
+                    for (int o = 1; o < kTaps; ++o)
+#pragma unroll
+                        for (int c = 0; c < W; ++c) window[o][c] = 0.f;
+                    boundary = seq.first(j - n);
+                }
+                take(slot + n, n == 0 ? before : slot + n - 1);
+            }
         }
     }
-    const int begin = static_cast<int>(start);
-    const int same = kConvolution ? p.seq.last(begin) - begin : 0;
-    nv_bf16* ds_out = reinterpret_cast<nv_bf16*>(p.ds.data) + start * p.ds.ld + column;
-    if (left >= kRun && (!kConvolution || same >= kRun + kReach))
-        backward_run<kConvolution, W, true>(p, rows, columns, begin, left, same, ds_out, sum);
-    else
-        backward_run<kConvolution, W, false>(p, rows, columns, begin, left, same, ds_out, sum);
-}
+};
 
-// Scratch: partial[(column * kSums + k) * gridDim.x + blockIdx.x], so that the partial sums of one total lie together.
-template <bool kConvolution, int W>
-__global__ void __launch_bounds__(kBackwardThreads, kConvolution ? kBackwardBlocks : 1)
-    coordinate_backward_kernel(CoordinateBackward<bf16> p) {
-    dependents_may_start();
-    __shared__ float shared[W * kSums][kBackwardThreads];
-    const int all = static_cast<int>(p.s.cols), half = all / 2;
-    const int column = (blockIdx.y * blockDim.x + threadIdx.x) * W;
-    const bool active = column < all;
-    float sum[W][kSums] = {};
-    if (active) {
-        const Columns<kConvolution, W> columns(p.w.data, p.log_temp.data, column, half,
-                                               static_cast<int>(p.log_temp.size));
-        constexpr int kRun = kBackwardRun;
-        const std::int64_t stride = std::int64_t(gridDim.x) * blockDim.y * kRun;
-        for (std::int64_t start = (std::int64_t(blockIdx.x) * blockDim.y + threadIdx.y) * kRun; start < p.seq.tokens;
-             start += stride)
-            add_run<kConvolution, W>(p, start, column, half, columns, sum);
-    }
-    if (!p.scratch.data) return;  // the same for every thread
-
-    const int mine = threadIdx.y * blockDim.x + threadIdx.x;
+// partial[kSums][all] of the block: its runs' sums, of the block's columns. A thread adds up its columns' sums of one kind.
+template <int W>
+__device__ void store_partial(BackwardMemory<W>& shared, const float (&sum)[W][kSums], float* partial, int all,
+                              int column) {
+    const int columns = int(blockDim.x) * W, runs = int(blockDim.y), own = int(threadIdx.x) * W;
 #pragma unroll
-    for (int k = 0; k < W * kSums; ++k) shared[k][mine] = sum[k / kSums][k % kSums];
+    for (int k = 0; k < kSums; ++k) {
+        Values<W> mine;
+#pragma unroll
+        for (int c = 0; c < W; ++c) mine.v[c] = sum[c][k];
+        store(&shared.sums[(k * runs + int(threadIdx.y)) * columns + own], mine);
+    }
     __syncthreads();
-    for (int rows = blockDim.y; rows > 1; rows = (rows + 1) / 2) {  // fold the upper half onto the lower one
-        const int keep = (rows + 1) / 2;
-        if (static_cast<int>(threadIdx.y) < rows - keep) {
+    if (column >= all) return;
+#pragma unroll 1
+    for (int k = int(threadIdx.y); k < kSums; k += runs) {
+        const float* from = &shared.sums[k * runs * columns + own];
+        Values<W> total{};
+#pragma unroll 4
+        for (int run = 0; run < runs; ++run, from += columns) {
+            const Values<W> one = load<W>(from);
 #pragma unroll
-            for (int k = 0; k < W * kSums; ++k) shared[k][mine] += shared[k][mine + keep * blockDim.x];
+            for (int c = 0; c < W; ++c) total.v[c] += one.v[c];
         }
-        __syncthreads();
-    }
-    if (threadIdx.y == 0 && active) {
-#pragma unroll
-        for (int k = 0; k < W * kSums; ++k)
-            p.scratch.data[(std::int64_t(column) * kSums + k) * gridDim.x + blockIdx.x] = shared[k][mine];
+        store(partial + k * all + column, total);
     }
 }
 
-// One block per total: the kTaps * columns entries of dw (if any), then dlog_temp of each head (if wanted).
-__global__ void __launch_bounds__(kTotalsThreads)
-    coordinate_totals_kernel(const float* partial, int rows, int taps, int half, int heads, float* dw,
+// run: tokens. Scratch: partial[blocks of runs][kSums][columns].
+template <bool kConvolution, int W>
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks)
+    coordinate_backward_kernel(CoordinateBackward<bf16> p, int run, Heads heads) {
+    dependents_may_start();
+    __shared__ BackwardMemory<W> shared;
+    const int all = static_cast<int>(p.s.cols), half = all / 2;
+    const int column = int(blockIdx.y * blockDim.x + threadIdx.x) * W;
+    const unsigned first = (blockIdx.x * blockDim.y + threadIdx.y) * unsigned(run);
+    const bool any = column < all && first < unsigned(p.seq.tokens);
+    const int start = any ? int(first) : 0, stop = any ? min(start + run, p.seq.tokens) : 1;
+    const bool is_query = column < half;
+    const int own = any ? (is_query ? column : column - half) : 0;
+    using Walk = BackwardWalk<kConvolution, W>;
+    BackwardStream<kConvolution, W> stream(shared, p, any ? column : 0, own, is_query, stop - 1,
+                                           any ? stop - start : 0);
+    const float* g = stream.g;
+    wait_for_previous();
+#pragma unroll
+    for (int n = 0; n < Walk::kAhead; ++n) stream.send_to(n);
+    Values<W> after[kReach];
+    if (kConvolution) {
+#pragma unroll
+        for (int o = 0; o < kReach; ++o) {
+            g += stream.ld_g;
+            after[o] = any && stop + o < p.seq.tokens ? load<W>(g) : Values<W>{};
+        }
+    }
+    const Columns<kConvolution, W> columns(p.w.data, p.log_temp.data, any ? column : 0,
+                                           [&](int c) { return heads.of(own + c); });
+    nv_bf16* ds = reinterpret_cast<nv_bf16*>(p.ds.data) + (stop - 1) * p.ds.ld + column;
+    Walk walk{columns, stream, ds, p.ds.ld};
+    if (kConvolution) {
+        const int last = p.seq.last(stop - 1);
+#pragma unroll
+        for (int o = 0; o < kReach; ++o)
+#pragma unroll
+            for (int c = 0; c < W; ++c)
+                walk.window[o + 1][c] = stop + o < last ? after[o].v[c] * columns.scale[c] : 0.f;
+    }
+    if (any) walk.all(p.seq, start, stop);
+    if (!p.scratch.data) return;  // the same for every thread
+    walk.stream.template wait<0>();
+    __syncthreads();  // the rows have been read
+    store_partial<W>(shared, walk.sum, p.scratch.data + std::int64_t(blockIdx.x) * kSums * all, all, column);
+}
+
+// The first of_dw blocks: dw += the sums of the partial ones, of one tap of kTotalsColumns columns each; then dlog_temp, one
+// head each.
+__global__ void __launch_bounds__(kTotalsColumns* kTotalsRows)
+    coordinate_totals_kernel(const float* partial, int rows, int all, int per_head, int of_dw, float* dw,
                              float* dlog_temp) {
-    __shared__ float shared[kTotalsThreads / kWarp];
-    const int total = blockIdx.x;
-    // Each thread adds its one or two partial sums of a column; columns are independent loads.
-    static_assert(kMaxBlocks <= 2 * kTotalsThreads);
-    const int low = threadIdx.x, high = threadIdx.x + kTotalsThreads;
-    const auto column_sum = [&](int column, int k) {
-        const float* mine = partial + (std::int64_t(column) * kSums + k) * rows;
-        return (low < rows ? mine[low] : 0.f) + (high < rows ? mine[high] : 0.f);
+    __shared__ float shared[kTotalsRows][kTotalsColumns + 1];
+    const int block = int(blockIdx.x), lane = int(threadIdx.x), warp = int(threadIdx.y);
+    float sum = 0.f, before = 0.f;
+    const auto add = [&](const float* mine) {
+        mine += std::int64_t(warp) * kSums * all;
+#pragma unroll
+        for (int row = 0; row < kMaxBlocks; row += kTotalsRows, mine += kTotalsRows * kSums * all)
+            if (row + warp < rows) sum += *mine;
     };
     wait_for_previous();  // for the partial sums
-    float sum = 0.f;
-    if (total < taps) {
-        sum = column_sum(total / kTaps, total % kTaps);
-    } else {
-        const int per_head = half / heads, first = (total - taps) * per_head;
-#pragma unroll 8
-        for (int c = 0; c < per_head; ++c) sum += column_sum(first + c, kTaps) + column_sum(half + first + c, kTaps);
+    if (block >= of_dw) {
+        float& total = dlog_temp[block - of_dw];
+        if (lane == 0 && warp == 0) before = total;  // while the partial sums are on their way
+        const int half = all / 2, first = (block - of_dw) * per_head;
+        for (int c = lane; c < 2 * per_head; c += kTotalsColumns)
+            add(partial + kTaps * all + first + (c < per_head ? c : half - per_head + c));
+        sum = warp_sum(sum);
+        if (lane == 0) shared[0][warp] = sum;
+        __syncthreads();
+        if (warp != 0) return;
+        sum = warp_sum(shared[0][lane]);
+        if (lane == 0) total = before + sum;
+        return;
     }
-    sum = block_sum(sum, shared);
-    if (threadIdx.x == 0) (total < taps ? dw[total] : dlog_temp[total - taps]) += sum;
+    const int k = block % kTaps, first = block / kTaps * kTotalsColumns;
+    float& total = dw[(first + warp) * kTaps + k];  // a warp finishes one column
+    if (lane == 0 && first + warp < all) before = total;
+    if (first + lane < all) add(partial + k * all + first + lane);
+    shared[warp][lane] = sum;
+    __syncthreads();
+    sum = warp_sum(shared[lane][warp]);
+    if (lane == 0 && first + warp < all) total = before + sum;
 }
 
-// Two columns to a thread where rows and columns lie at multiples of two values.
+// Whether rows and columns lie at multiples of `width` values: as many columns to a thread.
 template <class T>
-bool in_pairs(const Mat<T>& m) {
-    return m.ld % 2 == 0 && reinterpret_cast<std::uintptr_t>(m.data) % (2 * sizeof(T)) == 0;
+bool in_groups(const Mat<T>& m, std::int64_t width) {
+    return m.ld % width == 0 &&
+           reinterpret_cast<std::uintptr_t>(m.data) % (static_cast<std::uintptr_t>(width) * sizeof(T)) == 0;
 }
 
 template <int W, int kRun>
 void launch_forward(const Cuda& d, const CoordinateForward<float>& p) {
     const Layout l = layout_of(p.s.rows, p.s.cols, W, kRun, kForwardThreads);
     const dim3 grid(l.run_blocks, l.column_blocks);
-    if (p.w)
-        coordinate_forward_kernel<true, W, kRun><<<grid, l.block, 0, stream_of(d)>>>(p);
-    else
-        coordinate_forward_kernel<false, W, kRun><<<grid, l.block, 0, stream_of(d)>>>(p);
+    launch_dependent(d, p.w ? coordinate_forward_kernel<true, W, kRun> : coordinate_forward_kernel<false, W, kRun>,
+                     grid, l.block, 0, p, Heads(p.a.cols, p.log_temp.size));
     LAUNCH_CHECK("coordinate_forward");
 }
 template <int W>
 void launch_forward(const Cuda& d, const CoordinateForward<float>& p) {
-    if (p.s.rows * (p.s.cols / W) >= std::int64_t(kThreadsEnough) * kLongRun)
+    if (p.s.cols < kNarrow)
+        launch_forward<W, 1>(d, p);
+    else if (p.s.rows * (p.s.cols / W) >= std::int64_t(kThreadsEnough) * kLongRun)
         launch_forward<W, kLongRun>(d, p);
     else
         launch_forward<W, kShortRun>(d, p);
 }
 template <int W>
 void launch_backward(const Cuda& d, const CoordinateBackward<bf16>& p) {
-    const Layout l = layout_of(p.s.rows, p.s.cols, W, kBackwardRun, kBackwardThreads);
-    const unsigned rows = partial_rows(l);
-    const dim3 grid(rows, l.column_blocks);
-    if (p.w)
-        coordinate_backward_kernel<true, W><<<grid, l.block, 0, stream_of(d)>>>(p);
-    else
-        coordinate_backward_kernel<false, W><<<grid, l.block, 0, stream_of(d)>>>(p);
+    // Runs as long as the number of blocks demands, in whole steps.
+    const Layout one = layout_of(p.s.rows, p.s.cols, W, kStep, kBackwardThreads);
+    const int run = kStep * int(ceil_div(std::int64_t(one.run_blocks), std::int64_t(kMaxBlocks)));
+    const Layout l = layout_of(p.s.rows, p.s.cols, W, run, kBackwardThreads);
+    const dim3 grid(l.run_blocks, l.column_blocks);
+    const auto kernel = p.w ? coordinate_backward_kernel<true, W> : coordinate_backward_kernel<false, W>;
+    launch_dependent(d, kernel, grid, l.block, 0, p, run, Heads(p.a.cols, p.log_temp.size));
     LAUNCH_CHECK("coordinate_backward");
     if (!p.scratch) return;
-    const int half = static_cast<int>(p.s.cols / 2), heads = static_cast<int>(p.log_temp.size);
-    const int taps = p.dw ? 2 * half * kTaps : 0;
-    const unsigned totals = static_cast<unsigned>(taps + (p.dlog_temp ? heads : 0));
-    launch_dependent(d, coordinate_totals_kernel, totals, kTotalsThreads, 0, p.scratch.data, static_cast<int>(rows),
-                     taps, half, heads, p.dw.data, p.dlog_temp.data);
+    const int all = static_cast<int>(p.s.cols), heads = static_cast<int>(p.log_temp.size);
+    const int of_dw = p.dw ? kTaps * ceil_div(all, kTotalsColumns) : 0;
+    launch_dependent(d, coordinate_totals_kernel, unsigned(of_dw + (p.dlog_temp ? heads : 0)),
+                     dim3(kTotalsColumns, kTotalsRows), 0, p.scratch.data, static_cast<int>(l.run_blocks), all,
+                     all / 2 / heads, of_dw, p.dw.data, p.dlog_temp.data);
     LAUNCH_CHECK("coordinate_totals");
 }
 }  // namespace
@@ -340,7 +481,7 @@ void coordinate_forward(const Cuda& d, const CoordinateForward<float>& p) {
     check(p);
     if (p.s.rows == 0 || p.s.cols == 0) return;
     FIEDLER_REQUIRE("coordinate", !p.w || reinterpret_cast<std::uintptr_t>(p.w.data) % 16 == 0);
-    if (p.a.cols % 2 == 0 && in_pairs(p.s) && in_pairs(p.a) && in_pairs(p.b))
+    if (p.a.cols % 2 == 0 && in_groups(p.s, 2) && in_groups(p.a, 2) && in_groups(p.b, 2))
         launch_forward<2>(d, p);
     else
         launch_forward<1>(d, p);
@@ -355,8 +496,13 @@ void coordinate_backward(const Cuda& d, const CoordinateBackward<bf16>& given) {
                     !sums || (p.scratch && p.scratch.size >= coordinate_scratch_elements(p.s.rows, p.s.cols)));
     FIEDLER_REQUIRE("coordinate", !p.w || reinterpret_cast<std::uintptr_t>(p.w.data) % 16 == 0);
     if (!sums) p.scratch = {};
-    if (p.a.cols % 2 == 0 && in_pairs(p.s) && in_pairs(p.a) && in_pairs(p.b) && in_pairs(p.da) && in_pairs(p.db) &&
-        in_pairs(p.ds))
+    const auto fits = [&](std::int64_t w) {
+        return p.a.cols % w == 0 && in_groups(p.s, w) && in_groups(p.a, w) && in_groups(p.b, w) && in_groups(p.da, w) &&
+               in_groups(p.db, w) && in_groups(p.ds, w);
+    };
+    if (fits(4))
+        launch_backward<4>(d, p);
+    else if (fits(2))
         launch_backward<2>(d, p);
     else
         launch_backward<1>(d, p);

@@ -75,7 +75,7 @@ Traffic traffic(const CoordinateBackward<T>& p) {
 
 // Rows of partial sums at most, on Cuda, whatever the device: the order of the sums is fixed. Five sums a column: four
 // of dw, one of dlog_temp.
-inline constexpr std::int64_t kCoordinatePartials = 512;
+inline constexpr std::int64_t kCoordinatePartials = 256;
 inline std::int64_t coordinate_scratch_elements(std::int64_t tokens, std::int64_t columns) {
     return 5 * columns * (tokens < kCoordinatePartials ? tokens : kCoordinatePartials);
 }
