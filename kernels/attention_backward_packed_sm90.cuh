@@ -182,9 +182,9 @@ template <int R>
 struct Keys {
     static constexpr int P = R / 2;  // pairs of scalars
     float dv[kKeys / 2] = {};
-    // Rows are keys of an eight, first of scalars 4q and 4q + 1, which are columns 2q and 2q + 1, then of the two after these;
-    // of the second of two eights columns are 4 further on. R = 2: of the first scalar, then the second, column 0 or 4. dF: rows are keys of two eights, of which those of m are in columns 2m (queries of rows
-    // g) and 2m + 1 (g + 8).
+    // db: rows are keys of an eight, first of scalars 4q and 4q + 1, which are columns 2q and 2q + 1, then of the two after
+    // these; of the second of two eights, columns are 4 further on. R = 2: of the first scalar, then the second, column 0 or
+    // 4. dF: rows are keys of two eights, of which those of m are in columns 2m (queries of rows g) and 2m + 1 (g + 8).
     float db[kEights / 2][4] = {}, dF[4] = {};
 
     // What a thread's two rows need of a tile of queries.
