@@ -19,7 +19,8 @@
 //            only (P V, dO V', P' dO), f32 accumulation; there, o is divided by the sum of the rounded weights, lse is
 //            from the sum before rounding. With R = 1 a weight is a product of factors of its row and column, each
 //            within a few units of rounding, as long as their range permits. Fixed order, and no two
-//            threads add to one number: bit-equal from run to run.
+//            threads add to one number: bit-equal from run to run. v and do_ have to be finite: on Cuda they also meet
+//            weights of 0, those of the keys of a tile that a query does not see.
 //            Cuda, R > 1: a and b, times log2 e, are rounded to multiples of 2^-13 and to eleven bits. So a score is
 //            off by at most
 //              2^-11 sum_r (|a^r| + |b^r| + k |a^r - b^r|) + 2^-13 R,  k = 2; 3 for R = 16; 1 + log2 R for

@@ -168,22 +168,22 @@ struct Rounds {
     }
     // OfRound number i.
     __device__ void tell(int i) const {
-        static_assert(kPlaces == 3 && kRoundNumbers == 6);
-        const int place = i % 3, next = (i + 1) % 6;
+        const int place = i % kPlaces, next = (i + 1) % kRoundNumbers;
         shared.rounds[i] = {advance(operands, before(place) * kStageBytes),
                             advance(operands, int(offsetof(S, weights)) + (~i & 1) * kWeightBytes),
                             std::uint32_t(place * sizeof(OfQueries<R>)),
                             std::uint32_t((i & 1) * kWeightBytes),
-                            advance(operands, next % 3 * kStageBytes),
-                            base + std::uint32_t(offsetof(S, full) + next % 3 * sizeof(hopper::Barrier)),
-                            std::uint32_t(next / 3),
+                            advance(operands, next % kPlaces * kStageBytes),
+                            base + std::uint32_t(offsetof(S, full) + next % kPlaces * sizeof(hopper::Barrier)),
+                            std::uint32_t(next / kPlaces),
                             base + std::uint32_t(offsetof(S, rounds) + next * sizeof(OfRound))};
     }
     // da of the lane into the slab. Where an earlier tile of keys left sums, the same thread adds to them, in order.
     __device__ void keep_sums(int q, const float (&da)[4]) const {
         const unsigned thread = static_cast<unsigned>(thread_anew());
         if (!Keys<R>::has_sums(thread)) return;
-        const uint4 slab = *reinterpret_cast<const uint4*>(&shared.slab);  // with `written`
+        static_assert(offsetof(S, written) == offsetof(S, slab) + sizeof(S::slab));  // one load brings both
+        const uint4 slab = *reinterpret_cast<const uint4*>(&shared.slab);
         float* const to = reinterpret_cast<float*>(std::uint64_t(slab.y) << 32 | slab.x) +
                           (unsigned(q) * (kTile * R) + shared.threads.places[thread].y);
         if (q >= static_cast<int>(slab.z)) {
@@ -253,6 +253,7 @@ struct Rounds {
             __syncthreads();
             keep_sums(q, da);  // here, since publishing waits for what was stored
             // One warp after the other, or one were always behind.
+            static_assert(kPlaces == 3);  // the round after the next has the place of the one before
             const int place = int(hopper::load_word<offsetof(OfRound, place)>(round) / sizeof(OfQueries<R>));
             if (warp == place) load_queries(problem, shared, base, before(place));
             round = after.w;
@@ -321,8 +322,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 }
 
 // Blocks of so many (sequence, head) pairs run together that their dO is so many bytes. More than stays in L2: on an H200
-// what that costs is less than what blocks of the longest columns first, of all pairs, save (eight scalars, 16 x 4,096
-// tokens: 1,817 us; 1,895 with half as much, 1,933 with a quarter).
+// what that costs is less than what blocks of the longest columns first, of all pairs, save (eight scalars, 32 x 1,024
+// tokens: 4 % longer with a quarter).
 constexpr std::int64_t kResident = 64 << 20;
 template <int R>
 void launch_for(const Cuda& device, const AttentionBackward<bf16>& p) {

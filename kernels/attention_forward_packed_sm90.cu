@@ -107,7 +107,6 @@ struct Way {
     using Numbers = float2;  // largest and least gate
     static constexpr int kOwnBytes = 0;
     static constexpr bool kLooksAhead = true;
-    static constexpr std::int64_t kResident = 64 << 20;  // as one scalar's
     static __device__ References of(std::uint32_t base) {
         const float4 x = hopper::load_four<offsetof(Shared, of)>(base);
         return {x.x, x.y, __float_as_int(x.z)};

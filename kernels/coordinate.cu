@@ -433,11 +433,14 @@ __global__ void __launch_bounds__(kTotalsColumns* kTotalsRows)
     if (lane == 0 && first + warp < all) total = before + sum;
 }
 
-// Whether rows and columns lie at multiples of `width` values: as many columns to a thread.
+// Whether it lies at a multiple of `width` values; and whether rows and columns do: as many columns to a thread.
+template <class T>
+bool are_aligned(const T& m, std::int64_t width) {
+    return reinterpret_cast<std::uintptr_t>(m.data) % (static_cast<std::uintptr_t>(width) * sizeof(*m.data)) == 0;
+}
 template <class T>
 bool in_groups(const Mat<T>& m, std::int64_t width) {
-    return m.ld % width == 0 &&
-           reinterpret_cast<std::uintptr_t>(m.data) % (static_cast<std::uintptr_t>(width) * sizeof(T)) == 0;
+    return m.ld % width == 0 && are_aligned(m, width);
 }
 
 template <int W, int kRun>
@@ -498,7 +501,7 @@ void coordinate_backward(const Cuda& d, const CoordinateBackward<bf16>& given) {
     if (!sums) p.scratch = {};
     const auto fits = [&](std::int64_t w) {
         return p.a.cols % w == 0 && in_groups(p.s, w) && in_groups(p.a, w) && in_groups(p.b, w) && in_groups(p.da, w) &&
-               in_groups(p.db, w) && in_groups(p.ds, w);
+               in_groups(p.db, w) && in_groups(p.ds, w) && are_aligned(p.scratch, w);
     };
     if (fits(4))
         launch_backward<4>(d, p);

@@ -5,6 +5,8 @@
 //               as registers allow. A second wave would load the matrix again
 //   kStages<D>  steps of the loop whose vectors are in shared memory, or on their way there; 0: none, they come from memory.
 //               With stages, the gradients of the scalars are asked for a step ahead, too
+//   allow<bytes>(kernel)                   host: the kernel may have so much dynamic shared memory
+//   publish_matrix()                       before the barrier after which the matrix in shared memory is multiplied with
 //   quotient(x, y)                         x / y, where y is neither denormal nor infinite
 //   multiply<D>(v, parts, used, take)      y = M x of the vectors of a warp, as product() gives it
 //   turn<D>(hi, mid, parts, take)          z = M' y; y as the sum of two bf16 parts, in the layout of A (kernels/mma.cuh):

@@ -122,6 +122,13 @@ class SameCode(Folder):
         self.assertEqual(first.keys(), other.keys())
         self.assertTrue(all(first[name] != other[name] for name in first))
 
+    @unittest.skipUnless(pathlib.Path(same_code.NVCC).exists(), "needs nvcc")
+    def test_no_such_file(self):
+        with contextlib.redirect_stderr(io.StringIO()) as said, self.assertRaises(SystemExit) as ended:
+            same_code.main(["HEAD", "no_such_kernel"])
+        self.assertEqual(ended.exception.code, 2)
+        self.assertIn("kernels/no_such_kernel.cu", said.getvalue())
+
     def test_no_such_revision(self):
         with contextlib.redirect_stderr(io.StringIO()) as said, self.assertRaises(SystemExit) as ended:
             same_code.git("diff", "--name-only", "no-such-revision")

@@ -106,7 +106,7 @@ std::int64_t scratch_elements(const Cuda&, std::int64_t n, std::int64_t c) { ret
 #endif
 
 template <class T, class Dev>
-Result run(const Dev& d, const Problem& p, bool uniform, std::int64_t gap) {
+Result run(const Dev& d, const Problem& p, bool uniform, std::int64_t gap, std::int64_t scratch_at = 0) {
     using A = acc_t<T>;
     const std::int64_t n = p.tokens, half = p.half();
     const Buffer<std::int32_t, Dev> offsets(d, p.ragged.offsets), begin(d, p.ragged.begin), end(d, p.ragged.end);
@@ -118,14 +118,15 @@ Result run(const Dev& d, const Problem& p, bool uniform, std::int64_t gap) {
     const Strided<T, Dev> ds(d, n, 2 * half, gap);
     const Buffer<A, Dev> w(d, to<A>(p.w)), log_temp(d, to<A>(p.log_temp)), dw(d, to<A>(p.dw0)),
         dtemp(d, to<A>(p.dtemp0));
-    const Buffer<A, Dev> scratch(d, static_cast<std::size_t>(scratch_elements(d, n, 2 * half)));
+    const std::int64_t scratch_size = scratch_elements(d, n, 2 * half);
+    const Buffer<A, Dev> scratch(d, static_cast<std::size_t>(scratch_at + scratch_size));
     CoordinateForward<A> f;
     f.a = a.mat(), f.b = b.mat(), f.s = s.mat(), f.log_temp = log_temp.vec(), f.seq = seq;
     CoordinateBackward<T> g;
     if (p.convolution) f.w = g.w = w.mat(2 * half, 4), g.dw = dw.mat(2 * half, 4);
     coordinate_forward(d, f);
     g.ds = ds.mat(), g.dlog_temp = dtemp.vec(), g.da = da.mat(), g.db = db.mat(), g.a = a.mat(), g.b = b.mat();
-    g.s = s.mat(), g.log_temp = log_temp.vec(), g.seq = seq, g.scratch = scratch.vec();
+    g.s = s.mat(), g.log_temp = log_temp.vec(), g.seq = seq, g.scratch = {scratch.data() + scratch_at, scratch_size};
     coordinate_backward(d, g);
     return {a.values(), b.values(), ds.values(), dw.values(), dtemp.values()};
 }
@@ -247,6 +248,23 @@ TEST(Coordinate, GpuManyTokensAndBitEqual) {  // more runs than there are rows o
         all.expect_close(1.2e-7);
         expect_identical(got, run<bf16>(gpu(), p, false, gap));
     }
+}
+TEST(Coordinate, GpuScratchLiesAnywhere) {
+    FIEDLER_GPU_OR_SKIP();
+    const Problem p(6, 8, {500, 1, 300}, true);
+    for (const std::int64_t at : {1, 2}) {
+        Comparison<bf16> all;
+        all.add(run<bf16>(gpu(), p, false, 0, at), p);
+        all.expect_close(1.2e-7);
+    }
+}
+TEST(Coordinate, GpuRefusesWeightsBetweenMultiplesOf16Bytes) {
+    FIEDLER_GPU_OR_SKIP();
+    const Buffer<float, Cuda> s(gpu(), 16), a(gpu(), 8), b(gpu(), 8), w(gpu(), 17), log_temp(gpu(), 1);
+    CoordinateForward<float> f;
+    f.a = a.mat(4, 2), f.b = b.mat(4, 2), f.s = s.mat(4, 4), f.w = Mat<const float>(w.data() + 1, 4, 4);
+    f.log_temp = log_temp.vec(), f.seq = Packed::uniform(1, 4);
+    EXPECT_THROW(coordinate_forward(gpu(), f), ContractError);
 }
 TEST(Coordinate, GpuOptionalOutputs) {
     FIEDLER_GPU_OR_SKIP();
