@@ -2,12 +2,12 @@
 // a block does with its tiles is in attention_backward_packed_sm90.cuh.
 //
 // A kernel before makes delta, and puts together what queries and keys are about (OfQueries, OfKeys). A round has one tile of
-// queries and one barrier. At the barrier every warp has
+// queries and one barrier, at its end. It begins two products, one behind the other, so that warps meet for both at once: dP
+// of the tile, for which it waits, and dv of the tile before, which goes on behind the arithmetic. At the barrier every warp
+// has
 //   * written its weights of the tile, for dv,
-//   * begun the product dP of the next tile, be it for the same keys or for the next ones,
-//   * waited for the product dv of the tile before, whose place and weights are free from there on.
-// After it the loads of the tile after the next begin, by TMA. dv of this tile begins once the next dP is there, and goes on
-// behind the arithmetic of the next tile.
+//   * waited for dv of the tile before, whose place and weights are free from there on.
+// While the next dP is under way, the sums da go to memory and the loads of the tile after the next begin, by TMA.
 #include "kernels/attention_backward_packed_sm90.h"
 
 #include "kernels/attention_backward_packed_sm90.cuh"
@@ -71,13 +71,13 @@ __global__ void __launch_bounds__(kNumbersThreads, 2048 / kNumbersThreads)
     for (int i = 0; i < 8; ++i) sum = fmaf(to_float(g.v[i]), to_float(o.v[i]), sum);
     for (int i = 4; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
     const float base = numbers.gate - numbers.lse;  // of part 0
-    const bool far = !(packs(a[0]) && packs(a[1]) && base < INFINITY);
+    const bool far = !(packs(a[0]) && packs(a[1]) && base < INFINITY && largest_of(g) < kGradientRange);
     const float top_of_warp = largest(far ? INFINITY : part == 0 ? base : -INFINITY);
-    if (part < R / 2) tile.a[key][part] = pack_half(packed_number(a[0]), packed_number(a[1]));
-    if (part == 0) numbers.delta = p.delta.data[number] = sum;
+    if (part < R / 2) tile.a[key][part] = pack_half(number_in_units(a[0]), number_in_units(a[1]));
+    if (part == 0) p.delta.data[number] = sum, numbers.minus_delta = -sum * kDsUnit;
     // Of two keys each packs one scalar of both.
     const bool odd = key % 2 != 0;
-    const float own = packed_number(odd ? b[1] : b[0]), send = packed_number(odd ? b[0] : b[1]);
+    const float own = number_in_units(odd ? b[1] : b[0]), send = number_in_units(odd ? b[0] : b[1]);
     const float other = __shfl_xor_sync(0xffffffffu, send, 8);
     KeyPair<R>& pair = of.pairs[key / 8][key % 8 / 2];
     if (part < R / 2) pair.b[2 * part + odd] = odd ? pack_half(other, own) : pack_half(own, other);
@@ -159,34 +159,47 @@ struct Rounds {
           warp(hopper::uniform(static_cast<int>(threadIdx.x / kWarp))) {}
 
     __device__ static int before(int place) { return place == 0 ? kPlaces - 1 : place - 1; }
-    __device__ void multiply(Operand gradients, int keys) {  // dP
-        multiply_rows<kKeys>(dp, hopper::uniform(gradients),
-                             hopper::uniform(advance(operands, int(offsetof(S, values)) + keys * kWeightBytes)));
+    // What the thread's number tells is loaded each time: registers are short.
+    template <int offset>
+    __device__ uint4 of_thread() const {
+        return hopper::load_four_words<offset>(base + static_cast<std::uint32_t>(thread_anew()) * 16);
+    }
+    // For the round's tile. The upper four words of its OfRound are given.
+    __device__ static void wait_for(const uint4& own) { hopper::barrier_wait(own.y, static_cast<int>(own.z)); }
+    __device__ void multiply(Operand gradients, Operand values) {  // dP
+        multiply_rows<kKeys>(dp, hopper::uniform(gradients), hopper::uniform(values));
     }
     __device__ void multiply_results(Keys<R>& keys, const uint4& of) {  // dv of the round before
         multiply_turned<kKeys>(keys.dv, hopper::uniform(of.x), hopper::uniform(of.y));
     }
+    // Whether they are, in the thread's part of V.
+    __device__ static bool values_out_of_range(const nv_bf16 (&values)[kKeys * kWidth]) {
+        float most = 0.f;
+        const nv_bf16* const from = values + thread_anew() * 8;
+#pragma unroll
+        for (int i = 0; i < kKeys * kWidth / 8 / kThreads; ++i)
+            most = fmaxf(most, largest_of(load16(from + i * kThreads * 8)));
+        return !(most < kValueRange);
+    }
     // OfRound number i.
     __device__ void tell(int i) const {
-        const int place = i % kPlaces, next = (i + 1) % kRoundNumbers;
+        const int place = i % kPlaces;
         shared.rounds[i] = {advance(operands, before(place) * kStageBytes),
                             advance(operands, int(offsetof(S, weights)) + (~i & 1) * kWeightBytes),
                             std::uint32_t(place * sizeof(OfQueries<R>)),
                             std::uint32_t((i & 1) * kWeightBytes),
-                            advance(operands, next % kPlaces * kStageBytes),
-                            base + std::uint32_t(offsetof(S, full) + next % kPlaces * sizeof(hopper::Barrier)),
-                            std::uint32_t(next / kPlaces),
-                            base + std::uint32_t(offsetof(S, rounds) + next * sizeof(OfRound))};
+                            advance(operands, place * kStageBytes),
+                            base + std::uint32_t(offsetof(S, full) + place * sizeof(hopper::Barrier)),
+                            std::uint32_t(i / kPlaces),
+                            base + std::uint32_t(offsetof(S, rounds) + (i + 1) % kRoundNumbers * sizeof(OfRound))};
     }
-    // da of the lane into the slab. Where an earlier tile of keys left sums, the same thread adds to them, in order.
-    __device__ void keep_sums(int q, const float (&da)[4]) const {
-        const unsigned thread = static_cast<unsigned>(thread_anew());
-        if (!Keys<R>::has_sums(thread)) return;
-        static_assert(offsetof(S, written) == offsetof(S, slab) + sizeof(S::slab));  // one load brings both
-        const uint4 slab = *reinterpret_cast<const uint4*>(&shared.slab);
-        float* const to = reinterpret_cast<float*>(std::uint64_t(slab.y) << 32 | slab.x) +
-                          (unsigned(q) * (kTile * R) + shared.threads.places[thread].y);
-        if (q >= static_cast<int>(slab.z)) {
+    // da of the lane into the slab, from `place` on in the tile's. Where an earlier tile of keys left sums, the same thread
+    // adds to them, in order.
+    __device__ void keep_sums(int q, const float (&da)[4], const uint4& of_block, std::uint32_t place) const {
+        if (!Keys<R>::has_sums()) return;
+        float* const to = reinterpret_cast<float*>(std::uint64_t(of_block.y) << 32 | of_block.x) +
+                          (unsigned(q) * (kTile * R) + place);
+        if (q >= static_cast<int>(of_block.z)) {
             if constexpr (R == 2)
                 *reinterpret_cast<float2*>(to) = make_float2(da[0], da[2]);
             else
@@ -200,7 +213,6 @@ struct Rounds {
                          : "memory");
         }
     }
-    __device__ void wait_for_first() { hopper::barrier_wait(&shared.full[0], 0); }
 
     // The queries of one tile of keys, the first of which is `first`.
     __device__ void run(Keys<R>& keys, int of_keys, int first, const Range& range) {
@@ -209,31 +221,34 @@ struct Rounds {
         const bool second = hopper::load_word<offsetof(OfRound, buffer)>(round) == 0;  // not the round's own
         for (int i = threadIdx.x; i < kWeightBytes / 16; i += kThreads)
             reinterpret_cast<uint4*>(shared.weights[second])[i] = {0, 0, 0, 0};
+        uint4 of_round = hopper::load_four_words(round), own = hopper::load_four_words<16>(round);
+        wait_for(own);
+        if (threadIdx.x == 0) shared.of_values = advance(operands, int(offsetof(S, values)) + of_keys * kWeightBytes);
+        if (values_out_of_range(shared.values[of_keys])) shared.keys[of_keys].faded = -INFINITY;
         hopper::publish_shared();
         __syncthreads();
         const OfKeys<R>& of = shared.keys[of_keys];
         int from = p.causal ? first : range.begin * kTile - kTile;  // not causal: all shifts are 64 or more
-        int end = range.end;
-        asm volatile("" : "+r"(from), "+r"(end));  // or they are made anew each time
+        int begin = range.begin, end = range.end;
+        asm volatile("" : "+r"(from), "+r"(begin), "+r"(end));  // or they are made anew each time
+        float da[4] = {};
+        uint4 of_block = hopper::load_four_words<offsetof(S, slab)>(base),
+              places = of_thread<offsetof(S, threads.places)>(), words = of_thread<offsetof(S, threads.of_lane)>();
 #pragma unroll 1
-        for (int q = range.begin; q < end; ++q) {
-            const bool ends = q + 1 == end;
-            // What the thread's number tells is loaded each time: registers are short.
-            const uint2 places = shared.threads.places[thread_anew()];
-            const std::uint32_t thread = base + static_cast<std::uint32_t>(thread_anew()) * 16;
-            const uint4 first_words = hopper::load_four_words<offsetof(S, threads.first)>(thread),
-                        second_words = hopper::load_four_words<offsetof(S, threads.second)>(thread),
-                        of_round = hopper::load_four_words(round);
-            const OfLane of_lane(first_words, second_words);
+        for (int q = begin; q < end; ++q) {
+            multiply(own.x, of_block.w);
+            multiply_results(keys, of_round);
+            if (q > begin) end_round(q - 1, da, of_block, places.y, of_round.z);
+            const OfLane of_lane(words);
             const int row = static_cast<int>(places.x), shift = q * kTile - from;
-            const std::uint32_t turned = second_words.w + of_round.w;
+            const std::uint32_t turned = places.z + of_round.w;
             const OfQueries<R>& queries =
                 *reinterpret_cast<const OfQueries<R>*>(reinterpret_cast<const char*>(shared.queries) + of_round.z);
             const typename Keys<R>::Rows rows(of, queries, row);
-            hopper::product_wait<0>();
+#pragma unroll
+            for (float& x : da) x = 0.f;
+            hopper::product_wait<1>();
             hopper::pin(dp);
-            multiply_results(keys, of_round);
-            float da[4] = {};
             if (rows.rare()) {
                 if (rows.far())
                     keys.add_far(da, dp, p, of, turned, head, q * kTile, first, row, shift, rows);
@@ -244,25 +259,30 @@ struct Rounds {
             } else {
                 keys.template add<false>(da, dp, of_lane, of, queries, turned, row, shift, rows, problem.all);
             }
-            const uint4 after = hopper::load_four_words<16>(round);
-            hopper::barrier_wait(after.y, static_cast<int>(after.z));
-            multiply(after.x, of_keys ^ int(ends));
-            hopper::product_wait<1>();
+            // For the next round, before the barrier: so its products begin right after it.
+            round = hopper::load_word<offsetof(OfRound, after)>(round);
+            of_round = hopper::load_four_words(round), own = hopper::load_four_words<16>(round);
+            of_block = hopper::load_four_words<offsetof(S, slab)>(base);
+            places = of_thread<offsetof(S, threads.places)>(), words = of_thread<offsetof(S, threads.of_lane)>();
+            hopper::product_wait<0>();
             hopper::pin(keys.dv);
             hopper::publish_shared();
+            wait_for(own);
             __syncthreads();
-            keep_sums(q, da);  // here, since publishing waits for what was stored
-            // One warp after the other, or one were always behind.
-            static_assert(kPlaces == 3);  // the round after the next has the place of the one before
-            const int place = int(hopper::load_word<offsetof(OfRound, place)>(round) / sizeof(OfQueries<R>));
-            if (warp == place) load_queries(problem, shared, base, before(place));
-            round = after.w;
         }
-        hopper::product_wait<0>();
-        hopper::pin(dp);
-        multiply_results(keys, hopper::load_four_words(round));
+        multiply_results(keys, of_round);
+        end_round(end - 1, da, of_block, places.y, of_round.z);
         hopper::product_wait<0>();
         hopper::pin(keys.dv);
+    }
+    // What is left of round q once the next one's products have begun. of_sums: OfThread's place; of_queries: OfRound::place of
+    // the next round.
+    __device__ void end_round(int q, const float (&da)[4], const uint4& of_block, std::uint32_t of_sums,
+                              std::uint32_t of_queries) {
+        keep_sums(q, da, of_block, of_sums);
+        const int place = int(of_queries / sizeof(OfQueries<R>));
+        // One warp after the other, or one were always behind.
+        if (warp == place) load_queries(problem, shared, base, (place + 1) % kPlaces);
     }
 };
 
@@ -307,10 +327,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     if (threadIdx.x < kRoundNumbers) rounds.tell(static_cast<int>(threadIdx.x));
     hopper::publish_shared();
     __syncthreads();
-    rounds.wait_for_first();
-    rounds.multiply(rounds.operands, 0);
-    hopper::product_wait<0>();
-    hopper::pin(rounds.dp);
 #pragma unroll 1
     for (int k = 0; k < groups.tiles && first < p.seq.tokens; ++k, first += kKeys) {
         const Range range(p, first);

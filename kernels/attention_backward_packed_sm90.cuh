@@ -5,9 +5,10 @@
 //     dP = dO V'        [64, 64]  A: dO, rows of D; B: V, rows of D (both as they lie in memory)
 //     dv' += dO' P      [64, 64]  A: dO turned, B: P turned, rows of 64 queries (P is turned on its way from registers)
 // A thread holds rows g and g + 8 of its warp's 16 and, of each 8 columns, 2t and 2t + 1. Differences d = b - a are pairs of
-// f16 (kernels/attention_packed.cuh), of two keys. -ds, rounded to bf16 once for all of its sums, is multiplied by the signs,
-//     step = 0, 2^-47 (d = 0) or 2^-46, see step_of
-//     X_r = (-2^47 (-ds)) step + (-ds) = sign(d_r) ds                        exact, and 0 at a tie
+// f16 (kernels/attention_packed.cuh), of two keys. 2^-71 ds, rounded to bf16 once for all of its sums, gets the signs,
+//     X_r = sign(d_r) 2^-71 ds                                               exact, and 0 at a tie
+// in one instruction: the smaller of both sizes with the product of the signs, d read as bf16, as which it is larger than any
+// 2^-71 ds unless it is 0 (see kUnit).
 // Of rows g (or g + 8), four scalars r and 8 columns {X_r, X_r+2, X_r+1, X_r+3} are an A operand of a warp, 16 x 16. Its
 // product with ones in one column for the first eight of the inner dimension and in the next one for the others is the sum
 // along rows, da. Z = X of rows g + X of rows g + 8, rounded to bf16, turned, 8 x 8 each, and times the same ones is that
@@ -41,8 +42,8 @@ constexpr int kPlaces = 3;  // of tiles of queries in shared memory
 // What is needed of 64 queries beside dO, and of the keys beside V; as they lie at the begin of AttentionBackward::partial,
 // [heads][tiles] each.
 struct alignas(16) QueryNumbers {
-    float lse, delta, gate;
-    float top;  // the largest gate - lse of the tile; infinite: a scalar is out of range, or a number is none
+    float lse, minus_delta, gate;  // minus_delta: in units of ds, see kDsUnit
+    float top;  // the largest gate - lse of the tile; infinite: a scalar or dO is out of range, or a number is none
 };
 template <int R>
 struct alignas(128) OfQueries {
@@ -67,37 +68,51 @@ static_assert(kNumbersOfToken<8> == attention_numbers_of_token(8) &&
               kNumbersOfToken<4> == attention_numbers_of_token(4) &&
               kNumbersOfToken<2> == attention_numbers_of_token(2));
 
-// What step_of makes.
-constexpr unsigned kTie = 0x2800, kAbove = 0x2880;
-static_assert(0x0800 + kTie >= kAbove);            // 0x0800: 2^-13, the least |d|
-static_assert(0x57ff - 0x8000 + int(kTie) < 0);    // 0x57ff: the largest number below 2^7, of d < 0 without its sign
-static_assert(2 * kPackedRange * kLog2e < 127.f);  // the largest |d|, which may be rounded up
+// Scalars are in units of 2^-8: so the bits of |d| > 0, read as bf16, are those of 2^-47 or a larger number, and finite,
+// and the sum of two |d| is still finite in f16. ds is in units of 2^71, of which it is to have at most 2^-47: |ds| <= 2^24,
+// which |dO| < 2^8 and |V| < 2^9 make certain. Tiles with larger ones go the way of those with scalars out of range. What is
+// below 2^-55 loses digits.
+constexpr float kUnit = 256.f, kDsUnit = 0x1p-71f;
+constexpr float kGradientRange = 256.f, kValueRange = 512.f;
+constexpr unsigned kOne = 0x6300;        // in units of ds, as bf16: 2^71
+constexpr unsigned kMinusUnit = 0x9c00;  // -2^-8 as f16
+static_assert(kGradientRange * kValueRange * 2 * kWidth <= 0x1p24f);
+static_assert(2 * 2 * (kPackedRange * kLog2e + 0x1p-4f) * kUnit < 65504.f);
+
 // A lane's part of operands that are constants.
 struct OfLane {
-    std::uint32_t low[2], high[2];  // bytes of bf16 ones: byte i of low[k] and of high[k] is column 4k + i's
-    uint2 diagonal;                 // B operand of packed_scores
-    std::uint32_t tie;              // see step_of; a constant that is loaded stays in a register
+    std::uint32_t high[2];  // upper bytes of kOne: byte i of high[k] is column 4k + i's
+    uint2 diagonal;         // B operand of packed_scores
     OfLane() = default;
     // As OfThread keeps it.
-    __device__ OfLane(const uint4& first, const uint4& second)
-        : low{first.x, first.y}, high{first.z, first.w}, diagonal{second.x, second.y}, tie(second.z) {}
+    __device__ explicit OfLane(const uint4& x) : high{x.x, x.y}, diagonal{x.z, x.w} {}
     __device__ void make(unsigned lane) {
         const unsigned column = lane / 4, shift = column % 4 * 8;
 #pragma unroll
         for (unsigned k = 0; k < 2; ++k) {
             const bool own = column / 4 == k;
-            low[k] = own ? 0x80u << shift : 0u, high[k] = own ? 0x3fu << shift : 0u;
+            high[k] = own ? kOne >> 8 << shift : 0u;
         }
         diagonal = minus_diagonals();
-        tie = kTie << 16 | kTie;
+        const auto in_units = [](std::uint32_t x) {
+            return (x & 0xffffu ? kMinusUnit : 0u) | (x >> 16 ? kMinusUnit << 16 : 0u);
+        };
+        diagonal = {in_units(diagonal.x), in_units(diagonal.y)};
     }
     // B operand of 8 of the inner dimension: ones in a column. Of 16: in columns p and q for the first and second eight.
     __device__ std::uint32_t ones(int column) const {
-        const int byte = column % 4;
-        return __byte_perm(low[column / 4], high[column / 4], byte * 0x0101 | (byte + 4) * 0x1010);
+        static_assert(kOne % 256 == 0);
+        return __byte_perm(high[column / 4], 0u, column % 4 * 0x1010 | 0x0404);
     }
     __device__ uint2 ones(int p, int q) const { return {ones(p), ones(q)}; }
 };
+__device__ inline float number_in_units(float x) { return packed_number(x) * kUnit; }
+// The largest size of eight bf16.
+__device__ inline float largest_of(const Pack<nv_bf16>& x) {
+    const auto sizes = [&](int i) { return __habs2(__nv_bfloat162(x.v[i], x.v[i + 1])); };
+    const __nv_bfloat162 most = __hmax2(__hmax2(sizes(0), sizes(2)), __hmax2(sizes(4), sizes(6)));
+    return fmaxf(__low2float(most), __high2float(most));
+}
 // Where the lane's sums da go, among those of the tile's rows: its row, and four scalars (two of R = 2) from one on. Lanes t
 // with more than R have none.
 template <int R>
@@ -107,15 +122,15 @@ __device__ int sums_place(unsigned thread) {
 }
 // What follows from a thread's number alone and would take many instructions each round.
 struct OfThread {
-    uint4 first[kThreads], second[kThreads];  // OfLane; the last word: address of its place in the first turned weights
-    uint2 places[kThreads];                   // its first row, sums_place()
+    uint4 of_lane[kThreads];  // OfLane
+    uint4 places[kThreads];   // its first row, sums_place(), address of its place in the first turned weights
     template <int R>
     __device__ void make(unsigned thread, std::uint32_t weights) {
         OfLane x;
         x.make(thread % kWarp);
-        first[thread] = {x.low[0], x.low[1], x.high[0], x.high[1]};
-        second[thread] = {x.diagonal.x, x.diagonal.y, x.tie, weights + place_of_turned(thread)};
-        places[thread] = {first_row(thread), static_cast<unsigned>(sums_place<R>(thread))};
+        of_lane[thread] = {x.high[0], x.high[1], x.diagonal.x, x.diagonal.y};
+        places[thread] = {first_row(thread), static_cast<unsigned>(sums_place<R>(thread)),
+                          weights + place_of_turned(thread), 0u};
     }
 };
 // What follows from the number of a round modulo 6: places are taken in turn, three of tiles of queries, two of weights.
@@ -123,8 +138,8 @@ constexpr int kRoundNumbers = 2 * kPlaces;
 struct alignas(16) OfRound {
     std::uint32_t before, weights;  // operands of the product dv of the round before
     std::uint32_t place, buffer;    // bytes to its queries, and to its weights
-    std::uint32_t next;             // operand: dO of the next round
-    std::uint32_t full, parity;     // address of the next round's barrier, and what to wait for
+    std::uint32_t gradients;        // operand: its dO
+    std::uint32_t full, parity;     // address of its barrier, and what to wait for
     std::uint32_t after;            // address of the next round's OfRound
 };
 template <int R>
@@ -136,8 +151,9 @@ struct Shared {
     float dF[kWarps][kKeys];
     OfQueries<R> queries[kPlaces];
     OfKeys<R> keys[2];
-    alignas(16) float* slab;  // of the head
+    alignas(16) float* slab;  // of the head; one load brings all three
     int written;              // tiles of queries that have sums there
+    std::uint32_t of_values;  // operand: V of the keys
     // What is to be loaded next: a tile of queries, which begins at token `row` of those up to `end` that see the keys from
     // `first` on, which lie at `keys`; of such tiles of keys `left` are left; begins: with this one's own.
     struct alignas(16) Next {
@@ -162,10 +178,11 @@ __device__ inline void turn(std::uint32_t (&x)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) turn(x[i]);
 }
-// Read as bf16: 0 where d < 0, 2^-47 where d = 0 (tie: kTie twice), 2^-46 where d > 0. d is taken as integers, of which
-// max(min(d + kTie, kAbove), 0) is made in one instruction.
-__device__ inline std::uint32_t step_of(std::uint32_t d, std::uint32_t tie) {
-    return __viaddmin_s16x2_relu(d, tie, kAbove << 16 | kAbove);
+// sign(d) ds, see kUnit; NaN where ds is.
+__device__ inline std::uint32_t with_sign(std::uint32_t ds, std::uint32_t d) {
+    std::uint32_t x;
+    asm("min.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(x) : "r"(ds), "r"(d));
+    return x;
 }
 __device__ inline std::uint32_t add_bf16(std::uint32_t x, std::uint32_t y) {
     std::uint32_t z;
@@ -174,7 +191,7 @@ __device__ inline std::uint32_t add_bf16(std::uint32_t x, std::uint32_t y) {
 }
 // OfLane::ones, where it need not be fast.
 __device__ inline std::uint32_t ones_in(unsigned column) {
-    return threadIdx.x % kWarp / 4 == column ? 0x3f803f80u : 0u;
+    return threadIdx.x % kWarp / 4 == column ? kOne << 16 | kOne : 0u;
 }
 
 // ---- a thread's part of the tile ---------------------------------------------------------------------------------
@@ -189,14 +206,14 @@ struct Keys {
 
     // What a thread's two rows need of a tile of queries.
     struct Rows {
-        float base[2], delta[2];  // relative to G in base 2
-        float top;                // the largest base of the tile, above `faded`
+        float base[2], minus_delta[2];  // relative to G in base 2; as QueryNumbers has it
+        float top;                      // the largest base of the tile, above `faded`
         __device__ Rows(const OfKeys<R>& keys, const OfQueries<R>& of, int row) {
             const float centre = keys.centre;
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
                 const QueryNumbers x = of.numbers[row + 8 * k];
-                base[k] = ((x.gate - centre) - x.lse) * kLog2e, delta[k] = x.delta;
+                base[k] = ((x.gate - centre) - x.lse) * kLog2e, minus_delta[k] = x.minus_delta;
                 top = (x.top - centre) * kLog2e - keys.faded;
             }
         }
@@ -217,7 +234,7 @@ struct Keys {
         int seen = kMasked ? shift + 16 + (row & 48) : all;
         if (kMasked) asm volatile("" : "+r"(seen));
         Scores x[2];
-        std::uint32_t weights[2][2], minus_ds[4];
+        std::uint32_t weights[2][2], ds[4];
         score<kMasked>(x[0], of_lane, keys, queries, row, rows, t, 0, last);
 #pragma unroll
         for (int eight = 0; eight < kEights; ++eight) {
@@ -235,11 +252,11 @@ struct Keys {
                 store_turned(to + (eight - 1) * 8 * kRowBytes, weights[0][0], weights[0][1], weights[1][0],
                              weights[1][1]);
             add_signed(da, of_lane, eight, own, x[n].d);
-            minus_ds[n] = own[0], minus_ds[2 + n] = own[1];
+            ds[n] = own[0], ds[2 + n] = own[1];
             if (n == 1) {
-                turn(minus_ds);
+                turn(ds);
                 const uint2 ones = of_lane.ones(eight - 1, eight);
-                mma_bf16(dF, minus_ds, ones.x, ones.y);
+                mma_bf16(dF, ds, ones.x, ones.y);
             }
         }
     }
@@ -250,7 +267,7 @@ struct Keys {
         const int t = static_cast<int>(threadIdx.x % 4);
 #pragma unroll 1
         for (int m = 0; m < kEights / 2; ++m) {
-            std::uint32_t packed[2][2], minus_ds[4];
+            std::uint32_t packed[2][2], ds[4];
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
                 const int eight = 2 * m + n;
@@ -273,10 +290,10 @@ struct Keys {
                 weigh(packed[n], own, s, of_eight, rows);
                 add_far_signed(da, eight, own, d);
 #pragma unroll
-                for (int k = 0; k < 2; ++k) minus_ds[2 * k + n] = own[k];
+                for (int k = 0; k < 2; ++k) ds[2 * k + n] = own[k];
             }
-            turn(minus_ds);
-            mma_bf16(dF, minus_ds, ones_in(2 * m), ones_in(2 * m + 1));
+            turn(ds);
+            mma_bf16(dF, ds, ones_in(2 * m), ones_in(2 * m + 1));
             store_turned(to + m * 16 * kRowBytes, packed[0][0], packed[0][1], packed[1][0], packed[1][1]);
         }
     }
@@ -326,13 +343,13 @@ struct Keys {
             float x = 0.f;
 #pragma unroll
             for (int w = 0; w < kWarps; ++w) x += shared.dF[w][thread];
-            p.dF.data[std::int64_t(first + thread) * p.heads + head] = x;
+            p.dF.data[std::int64_t(first + thread) * p.heads + head] = -x;
         }
         if (thread == 0) hopper::store_wait();
         __syncthreads();
     }
 
-    __device__ static bool has_sums(unsigned thread) { return R == 8 || thread % 2 == 0; }
+    __device__ static bool has_sums() { return R == 8 || static_cast<unsigned>(thread_anew()) % 2 == 0; }
 
   private:
     // Of an eight: differences, and scores of its keys.
@@ -365,26 +382,21 @@ struct Keys {
             if (kMasked && last < 8 * eight + e % 2 - e / 2 * 8) c[e] = -INFINITY;
         }
     }
-    // Scores to weights, and dP to -ds.
-    __device__ static void weigh(std::uint32_t (&packed)[2], std::uint32_t (&minus_ds)[2], float (&s)[4],
-                                 const float (&x)[4], const Rows& rows) {
+    // Scores to weights, and dP to ds in its units.
+    __device__ static void weigh(std::uint32_t (&packed)[2], std::uint32_t (&ds)[2], float (&s)[4], const float (&x)[4],
+                                 const Rows& rows) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[e] = exp2_fast(s[e]);
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-            const float delta = rows.delta[k];
             packed[k] = pack_bf16(s[2 * k], s[2 * k + 1]);
-            minus_ds[k] = pack_bf16(s[2 * k] * (delta - x[2 * k]), s[2 * k + 1] * (delta - x[2 * k + 1]));
+            const auto apart = [&](int e) { return fmaf(x[e], kDsUnit, rows.minus_delta[k]); };
+            ds[k] = pack_bf16(s[2 * k] * apart(2 * k), s[2 * k + 1] * apart(2 * k + 1));
         }
     }
-    __device__ void add_signed(float (&da)[4], const OfLane& of_lane, int eight, const std::uint32_t (&minus_ds)[2],
+    __device__ void add_signed(float (&da)[4], const OfLane& of_lane, int eight, const std::uint32_t (&ds)[2],
                                const std::uint32_t (&d)[2][R]) {
-        std::uint32_t scaled[2];
-#pragma unroll
-        for (int k = 0; k < 2; ++k) scaled[k] = fma_bf16(minus_ds[k], 0xd700d700u, 0x80008000u);  // times -2^47
-        const auto signed_ds = [&](int k, int r) {
-            return fma_bf16(scaled[k], step_of(d[k][r], of_lane.tie), minus_ds[k]);
-        };
+        const auto signed_ds = [&](int k, int r) { return with_sign(ds[k], d[k][r]); };
         const int n = eight % 2;
         if constexpr (R == 2) {  // both rows in one operand
             const std::uint32_t x[4] = {signed_ds(0, 0), signed_ds(0, 1), signed_ds(1, 0), signed_ds(1, 1)};
@@ -432,15 +444,14 @@ struct Keys {
 #pragma unroll
         for (int e = 0; e < 4; ++e) sums[e] += x[e];
     }
-    __device__ void add_far_signed(float (&da)[4], int eight, const std::uint32_t (&minus_ds)[2],
-                                   const FarDifferences& d) {
+    __device__ void add_far_signed(float (&da)[4], int eight, const std::uint32_t (&ds)[2], const FarDifferences& d) {
 #pragma unroll 1
         for (int p = 0; p < P; ++p) {
             std::uint32_t x[4];
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int r = R == 2 ? e % 2 : p / 2 * 4 + p % 2 + e % 2 * 2, of = e / 2 * 2;
-                x[e] = fma_bf16(minus_ds[e / 2], pack_bf16(-d.sign(of, r), -d.sign(of + 1, r)), 0x80008000u);
+                x[e] = fma_bf16(ds[e / 2], pack_bf16(d.sign(of, r), d.sign(of + 1, r)), 0x80008000u);
             }
             mma_bf16(da, x, ones_in(p), ones_in(p + 4));
             turn(x);

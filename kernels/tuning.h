@@ -70,7 +70,7 @@ struct AttentionBackwardSm90 {
 };
 
 // keys: dv and dP of keys / 2 numbers each stay in a thread, and of one scalar's sums two for keys / 4 of them. Measured with
-//   eight scalars, 64 x 1,024 tokens: 32 keys and four blocks of 128 registers take 3 % longer; what a round costs beside
+//   eight scalars, 64 x 1,024 tokens: 32 keys and four blocks of 128 registers take 10 % longer; what a round costs beside
 //   the pairs is shared by fewer of them.
 // blocks: registers, 168 a thread. While one warpgroup waits for its products or at its barrier, the others compute.
 constexpr AttentionBackwardSm90 attention_backward_sm90() { return {64, 3}; }

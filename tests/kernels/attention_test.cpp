@@ -485,6 +485,23 @@ TEST(Attention, GpuBackwardTellsNeighbouringScalarsApart) {
             check_gpu_paths(in);
         }
 }
+// The sm_90 kernel of several scalars takes signs from differences as they lie in registers, which asks for ds of no more than
+// some size: scalars a rounding apart, gradients and values on both sides of the bounds that see to it.
+TEST(Attention, GpuBackwardMatchesReferenceWithGradientsOfAnySize) {
+    FIEDLER_GPU_OR_SKIP();
+    for (const std::int32_t scalars : {2, 3, 8})
+        for (const auto& [of_gradients, of_values] : std::vector<std::pair<double, double>>{
+                 {0x1p-34, 1}, {0x1p7, 1}, {0x1p12, 1}, {1, 0x1p8}, {1, 0x1p12}, {0x1p20, 0x1p12}}) {
+            SCOPED_TRACE(testing::Message() << of_gradients << ", " << of_values);
+            Inputs in({.lengths = {256}, .heads = 2, .scalars = scalars, .width = 64, .gate = true});
+            constexpr float kStep = 0x1.62e43p-14f;  // times log2 e, 2^-13
+            for (std::size_t i = 0; i < in.a.size(); ++i)
+                in.a[i] = float(i * 7 / 3 % 5) * kStep, in.b[i] = float(i * 11 / 4 % 5) * kStep;
+            for (double& x : in.dout) x *= of_gradients;
+            for (double& x : in.v) x *= of_values;
+            check_gpu_paths(in);
+        }
+}
 TEST(Attention, GpuPathRefusesWhatItDoesNotTake) {
     FIEDLER_GPU_OR_SKIP();
     for (const Case& c : std::vector<Case>{{.lengths = {65}, .width = 64},
