@@ -180,9 +180,11 @@ __device__ void cumulative_sums(Tile<kRun>& x, Shared<kAlone, kRun>& shared, int
 struct Carried {
     float high = 0.f, low = 0.f;
     __device__ float plus(float x) const { return high + (low + x); }
+    // What is lost where high and x are added is found by subtractions: doubles would have to be converted.
     __device__ void add(float x) {
-        const double sum = double(high) + double(low) + double(x);
-        high = float(sum), low = isfinite(high) ? float(sum - double(high)) : 0.f;
+        const float sum = high + x, of_x = sum - high, lost = (high - (sum - of_x)) + (x - of_x) + low;
+        high = isfinite(sum) ? sum + lost : sum;
+        low = isfinite(sum) ? lost - (high - sum) : 0.f;
     }
 };
 // The sums of a tile, after cumulative_sums.

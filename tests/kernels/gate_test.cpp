@@ -196,7 +196,7 @@ TEST(Gate, BrokenContractThrows) {
 
 #if FIEDLER_CUDA
 // Lengths around a warp's, a block's and several tiles' tokens (a warp has 32, 64 or 128 of a sequence alone, a block of up
-// to 8 warps 128 for each), and around where sequences are cut, from 8192 tokens on, into chunks of 2048 and more.
+// to 8 warps 128 for each), and around where sequences are cut, from 8192 tokens on, into chunks of 256 and more.
 const std::vector<std::pair<Lengths, int>> kGpuShapes = {{{1}, 1},
                                                          {{3}, 6},
                                                          {{7, 7}, 6},
