@@ -35,6 +35,8 @@
 //            Cuda, sm_90, D = 64, R = 2 .. 8, no window, equal sequences of a multiple of 128 tokens, and scratch: the
 //            forward pass is a kernel of its own (attention_forward_packed_sm90.cu). There lse is from the sum of the rounded
 //            weights but for those of 64 own tokens (causal): within 2^-9 beside what packing costs; typically 2^-11.
+//            With R = 5 .. 8 sums and differences of two scalars are rounded to eleven bits there, not these: the same
+//            bound on a score; scalars are equal when they are, times log2 e and rounded to multiples of 2^-13.
 //            Cuda, sm_90, D = 64, R = 1 .. 8, no window, equal sequences of a multiple of 64 tokens, and room for
 //            attention_numbers_elements: the backward pass is a kernel of its own. R > 1
 //            (attention_backward_packed_sm90.cu): numbers as above, and in db the sums of two queries' +-ds that are 8 apart

@@ -30,6 +30,9 @@ __global__ void __launch_bounds__(kKeys) attention_pack_kernel(AttentionForward<
     bool in_range = true;
 #pragma unroll
     for (int r = 0; r < R; ++r) in_range &= packs(b[r]), b[r] = packed_number(b[r]);
+    if constexpr (kTurned<R>)
+#pragma unroll
+        for (int r = 0; r < R; r += 2) turn_scalars(b[r], b[r + 1]);
     const float of_lane[3] = {F, -F, in_range ? 0.f : 1.f};
 #pragma unroll
     for (int i = 0; i < 3; ++i) extremes[thread / kWarp][i] = largest_of_warp(of_lane[i]);
@@ -78,7 +81,9 @@ __device__ void note_queries(Shared<R>& shared, const float (&a)[R], const float
         own += fabsf(a[r] - b[r]);
         own += fabsf(a[r + 1] - b[r + 1]);
         spread = fmaxf(spread, fmaxf(fabsf(a[r]), fabsf(a[r + 1])));
-        shared.packed[query][r / 2] = pack_half(packed_number(a[r]), packed_number(a[r + 1]));
+        float x = packed_number(a[r]), y = packed_number(a[r + 1]);
+        if constexpr (kTurned<R>) turn_scalars(x, y);
+        shared.packed[query][r / 2] = pack_half(x, y);
     }
     shared.gate[query] = F, shared.sum[query] = 0.f;
     const float of_lane[5] = {F, -F, spread, own, F + own};

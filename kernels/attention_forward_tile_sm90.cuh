@@ -205,7 +205,8 @@ struct OutputSums : Rows<kOpposite> {
 //               with `reach`: keys with F_j beyond that + kFaded are nothing
 //   Queries     OutputSums with add(stage, by), add_diagonal(stage, by), add_carefully(p, head, stage, first, diagonal)
 //   kLooksAhead whether the next tile is looked at, and the one after it asked for, while the last products of a tile run:
-//               add(stage, by, meanwhile) then calls meanwhile(). For long tiles
+//               add(stage, by, meanwhile) then calls meanwhile(). For long tiles. Queries has kRaisesAhead then:
+//               whether raise_gates(stage, by) goes with the look, so that add() begins without it
 //   Stored      of 128 tokens of a head, as a first kernel made it; keys(stored): what goes to a stage's Shared::keys
 //   Numbers     of a tile; numbers(base, stage); least(numbers), least(keys): its least F
 //   bounded(of, numbers)                           whether weights may be relative to `of`
@@ -340,6 +341,8 @@ __device__ void attend(typename Way::Shared& shared, const ForwardProblem<Stored
                 seen = any(counts(of.reach, Way::least(of_tile)));
                 over = any(seen & !Way::bounded(of, of_tile));
                 by = Way::by(of, of_tile), reach = of.reach;
+                if constexpr (Way::Queries::kRaisesAhead)
+                    if (seen) queries.raise_gates(at, by);
             };
             if (!over) look(stage, parity);
 #pragma unroll 1

@@ -3,7 +3,7 @@
 // A scalar x of a and b alike becomes y = log2(e) x, rounded to a multiple of 2^-13 and then to f16, eleven bits: the same
 // forward and backward, and y whatever the other tokens are. One instruction takes the differences of two neighbouring
 // columns; the sums of two |d| are added up in f32, as products with -1 on the tensor cores, or in f16 where these are
-// slow.
+// slow. Forward on sm_90, five to eight scalars go by twos: see the end.
 //
 // Rounding is monotone and a difference of two f16 is zero only where they are equal: the sign of a - b is kept or,
 // where both round to one number, 0. With |x| <= kPackedRange, beyond which a kernel goes another way, y and d are
@@ -102,6 +102,14 @@ __device__ inline std::uint32_t add_sizes2(std::uint32_t x, std::uint32_t y) {
         : "r"(x), "r"(y));
     return sum;
 }
+// The larger of |x| and |y| of both halves. Not on the pipe of the sums.
+__device__ inline std::uint32_t larger_size2(std::uint32_t x, std::uint32_t y) {
+    std::uint32_t larger;
+    asm("{\n.reg .b32 a, b;\nabs.f16x2 a, %1;\nabs.f16x2 b, %2;\nmax.f16x2 %0, a, b;\n}"
+        : "=r"(larger)
+        : "r"(x), "r"(y));
+    return larger;
+}
 __device__ inline std::uint32_t add2(std::uint32_t x, std::uint32_t y) {
     std::uint32_t sum;
     asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(x), "r"(y));
@@ -187,6 +195,30 @@ __device__ void packed_scores(float (&s)[4], const std::uint32_t (&d)[2][R], con
 #pragma unroll
         for (int q = 2; q < kParts; q += 2) subtract_both(s, part[q], part[q + 1], diagonal, s);
     }
+}
+
+// ---- scalars two by two --------------------------------------------------------------------------------------------
+// |x| + |y| = max(|x + y|, |x - y|). Of two scalars of a token, y and y' before they are rounded to f16, the sum and
+// the difference are, and take their places; then two scalars' distances are two differences and a maximum, which is
+// exact and not on their pipe, and four scalars' the sum of two such. Equal scalars are still at distance 0. Sums and
+// differences cost no more than y and y' do, since |y + y'| <= |y| + |y'|; the differences of these, and the sum of two
+// maxima, are off by at most 2^-11 of themselves each: the bound on a score is that above, k = 2.
+__device__ inline void turn_scalars(float& x, float& y) {  // x, y: packed_number()
+    const float sum = x + y;
+    y = x - y, x = sum;
+}
+// As packed_scores, of eight scalars that have been turned.
+template <class Diagonal>
+__device__ void turned_scores(float (&s)[4], const std::uint32_t (&d)[2][8], const float (&c)[4],
+                              const Diagonal& diagonal) {
+    std::uint32_t part[2][2];
+#pragma unroll
+    for (int q = 0; q < 2; ++q)
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+            part[q][k] =
+                add2(larger_size2(d[k][2 * q], d[k][2 * q + 1]), larger_size2(d[k][2 * q + 4], d[k][2 * q + 5]));
+    subtract_both(s, part[0], part[1], diagonal, c);
 }
 
 }  // namespace fiedler::attention_tile

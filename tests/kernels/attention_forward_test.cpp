@@ -111,6 +111,40 @@ TEST(Attention, GpuForwardMatchesReferenceAtEveryBorderOfBlocks) {
                 check_gpu_forward(in, "mild gate");
             }
 }
+// A first token sees itself alone: its lse is its score, which is to be as close as kernels/attention.h says.
+TEST(Attention, GpuForwardScoresAreWithinTheirBound) {
+    FIEDLER_GPU_OR_SKIP();
+    constexpr std::int32_t kLength = 128;
+    for (std::int32_t scalars = 2; scalars <= 8; ++scalars)
+        for (const double spread : {0.02, 1.0, 6.0, 31.0}) {
+            Inputs in({.lengths = std::vector<std::int32_t>(64, kLength), .heads = 3, .scalars = scalars, .width = 64});
+            SCOPED_TRACE(in.c.name() + ", spread " + std::to_string(spread));
+            const auto count = std::size_t(in.c.heads * scalars);
+            in.a = random_uniform(in.a.size(), 7, -spread, spread);
+            const Values apart = random_values(in.a.size(), 8, std::min(spread, 2.0));
+            for (std::size_t i = 0; i < in.a.size(); ++i) in.b[i] = std::clamp(in.a[i] + apart[i], -31.5, 31.5);
+            for (std::size_t i = 0; i < in.a.size(); i += 2 * kLength * count)  // every other sequence: at no distance
+                std::copy_n(&in.a[i], count, &in.b[i]);
+            in.a = round_to<float>(in.a), in.b = round_to<float>(in.b);
+            for (const AttentionPath path : {AttentionPath::general, AttentionPath::sm90}) {
+                Trial<bf16, Cuda> run(gpu(), in);
+                if (!attention_forward_by_path(gpu(), run.forward_arguments(), path)) continue;
+                const Values lse = run.lse.values();
+                for (std::size_t i = 0; i < in.c.lengths.size(); ++i)
+                    for (std::size_t h = 0; h < std::size_t(in.c.heads); ++h) {
+                        double score = 0, bound = 0;
+                        for (std::size_t r = 0; r < std::size_t(scalars); ++r) {
+                            const std::size_t at = i * kLength * count + h * std::size_t(scalars) + r;
+                            const double distance = std::abs(in.a[at] - in.b[at]);
+                            score -= distance;
+                            bound += 0x1p-11 * (std::abs(in.a[at]) + std::abs(in.b[at]) + 4 * distance) + 0x1p-13;
+                        }
+                        const double got = lse[i * kLength * std::size_t(in.c.heads) + h];
+                        ASSERT_NEAR(got, score, score == 0 ? 1e-6 : bound + 1e-6) << i << ' ' << h << ' ' << int(path);
+                    }
+            }
+        }
+}
 // To the bit: what comes later than a block of queries does not even change how its numbers are rounded.
 TEST(Attention, GpuForwardDoesNotSeeLaterTokens) {
     FIEDLER_GPU_OR_SKIP();
