@@ -1,11 +1,12 @@
 // kernels/energy.cu: Rayleigh-quotient scalars on the GPU (contract in energy.h), on tensor cores without losing f32.
 //
-// x is bf16, so it is exact as it is; each f32 entry of the matrix (Lf for R = 1, from the eigenvectors for R > 1) is the sum
-// of three bf16 parts (3 x 8 bits of significand), kept in shared memory. y = M x is then up to three bf16 products with f32
-// accumulation per 16 columns, added up in f32. A matrix whose entries are bf16 numbers (the Laplacian of an unweighted
-// graph: small integers) needs one product only, which is why Lf is treated as dense: at D <= 128 that is faster than
-// indexing a sparse matrix, and takes any sparsity, up to full. On sm_90 the matrix of R > 1 is the sum of two f16 parts
-// (2 x 11 bits) instead, and x is made f16, each vector times a power of two so that it is exact as well: two products.
+// x is bf16, so it is exact as it is; each f32 entry of the matrix (Lf for R = 1, from the eigenvectors for R > 1) is
+// the sum of three bf16 parts (3 x 8 bits of significand), kept in shared memory. y = M x is then up to three bf16
+// products with f32 accumulation per 16 columns, added up in f32. A matrix whose entries are bf16 numbers (the
+// Laplacian of an unweighted graph: small integers) needs one product only, which is why Lf is treated as dense: at D
+// <= 128 that is faster than indexing a sparse matrix, and takes any sparsity, up to full. On sm_90 the matrix of R > 1
+// is the sum of two f16 parts (2 x 11 bits) instead, and x is made f16, each vector times a power of two so that it is
+// exact as well: two products.
 //
 // A warp takes 16 tokens of one head. With g = lane / 4 and t = lane % 4 a lane holds values of tokens g and g + 8.
 // The columns of x are renumbered so that what a lane loads by 16-byte accesses is what the tensor core wants of it
@@ -34,6 +35,8 @@ struct WarpProducts {
     static constexpr int forward_at_least(int, int) { return 0; }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1200  // ptxas takes four blocks where that spills
     static constexpr int backward_at_least(int d, int r) { return d == 32 && r == 1 ? 3 : 0; }
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1000  // likewise
+    static constexpr int backward_at_least(int d, int r) { return d == 16 && r == 16 ? 3 : 0; }
 #else
     static constexpr int backward_at_least(int, int) { return 0; }
 #endif

@@ -3,9 +3,9 @@
 //   forward_at_least(D, R), backward_at_least(D, R)      blocks that fit on a multiprocessor at least; 0: left to ptxas
 //   forward_blocks(D, R), backward_blocks(D, R)          blocks of a launch for each multiprocessor: those that run at once,
 //               as registers allow. A second wave would load the matrix again
-//   ForwardSupply<D, R>, BackwardSupply<D, R>            what brings the vectors (see DirectSupply): kBytes of shared memory,
-//               kSpare of them left free for the matrix on its way. With these, the gradients of the scalars are asked for a
-//               step ahead, too
+//   ForwardSupply<D, R>, BackwardSupply<D, R>            what brings the vectors (see DirectSupply): kBytes of shared
+//               memory, kSpare of them left free for the matrix on its way. With these, the gradients of the scalars
+//               are asked for a step ahead, too
 //   Map, map_of<D>(x)                                    what it has to know besides
 //   kHalves     R > 1: the vectors and the matrix are f16, see HalfScale and matrix_scale()
 //   allow<bytes>(kernel)                   host: the kernel may have so much dynamic shared memory
@@ -136,6 +136,7 @@ __device__ __forceinline__ void squares(float (&square)[2], const Vectors<D>& v)
 // Of tokens g and g + 8: 1 / (x'x + eps) is inverse unit^2. unit is a power of two, 1 without halves.
 struct Sizes {
     float inverse[2], unit[2];
+    float excess[2];  // halves: the root of (x'x + eps) / unit^2, at least 1. More than that where eps is most of it
 };
 
 // R = 1: how many parts of the matrix are not zero. R > 1, halves: its matrix_scale().
@@ -157,8 +158,8 @@ constexpr int kMatrixParts = kHalves<R, P> ? kHalfParts : kParts;
 template <int D, int R, class P>
 constexpr std::size_t kSharedBytes = sizeof(nv_bf16) * kMatrixParts<R, P>* D* D + kPartialBytes;  // without stages
 
-// y = M x as the tiles come: tile(j, y) with the rows of each; returns the energies of the lane's bands. With halves v is left
-// in another form, and y is 2^(14 + matrix) unit times what it should be.
+// y = M x as the tiles come: tile(j, y) with the rows of each; returns the energies of the lane's bands. With halves v
+// is left in another form, and y is 2^(14 + matrix) unit times what it should be.
 template <int D, int R, class P, class Tile>
 __device__ __forceinline__ void energies(Scalars<D, R>& energy, Sizes& sizes, Vectors<D>& v, const Shared& shared,
                                          int matrix, float eps, Tile&& tile) {
@@ -173,6 +174,7 @@ __device__ __forceinline__ void energies(Scalars<D, R>& energy, Sizes& sizes, Ve
 #pragma unroll
             for (std::uint32_t& pair : v.x[half]) pair = scale(pair);
             square[half] = (square[half] + eps) * power_of_two(-2 * scale.log2);
+            sizes.excess[half] = fmaxf(root_of(square[half]), 1.f);
             sizes.unit[half] = power_of_two(-scale.log2);
         } else {
             square[half] += eps;
@@ -259,9 +261,9 @@ __global__ void __launch_bounds__(P::forward_threads(D, R), P::forward_at_least(
 
 // ---- backward ----
 
-// R > 1: the rows of y times the matrix: dx = [f] sum_m g_m y_m M_m - w x, in place of x; store(group) when a group of its
-// chunks is done. With halves one product of numbers of 11 bits, 3 more than dx is rounded to. Otherwise both factors as the
-// sum of two bf16 parts, and no f: the product keeps 16 bits.
+// R > 1: the rows of y times the matrix: dx = [f] sum_m g_m y_m M_m - w x, in place of x; store(group) when a group of
+// its chunks is done. With halves one product of numbers of 11 bits, 3 more than dx is rounded to. Otherwise both
+// factors as the sum of two bf16 parts, and no f: the product keeps 16 bits.
 template <int D, int R, class P, class Supply, class Store>
 __device__ __forceinline__ void backward_product(Vectors<D>& v, const float (&y)[D / 8][4], const Scalars<D, R>& g,
                                                  const float (&f)[2], const float (&w)[2], const nv_bf16* parts,
@@ -368,7 +370,9 @@ __device__ __forceinline__ float largest_product(const float (&g)[Bands<D, R>::k
                                                  const float (&energy)[Bands<D, R>::kBands]) {
     float most = 1e-30f;
 #pragma unroll
-    for (int b = 0; b < Bands<D, R>::kBands; ++b) most = fmaxf(most, fabsf(g[b]) * root_of(energy[b]));
+    for (int b = 0; b < Bands<D, R>::kBands; ++b)
+        most =
+            fmaxf(most, fabsf(g[b]) * root_of(fmaxf(energy[b], power_of_two(-70))));  // smaller ones may have vanished
     most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
     return fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
 }
@@ -453,7 +457,7 @@ __global__ void __launch_bounds__(P::backward_threads(D, R), P::backward_at_leas
             w[half] =
                 f[half] * sizes.unit[half] * weigh<D, R, P>(g[half], energy[half], parameters, 8 * half < now, sums);
             if constexpr (kHalves<R, P>) {
-                const float most = largest_product<D, R>(g[half], energy[half]);
+                const float most = largest_product<D, R>(g[half], energy[half]) * sizes.excess[half];
                 f[half] *= most * power_of_two(-14 - matrix);
 #pragma unroll
                 for (float& x : g[half]) x *= reciprocal(most) * power_of_two(-matrix);

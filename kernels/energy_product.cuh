@@ -114,9 +114,9 @@ __device__ __forceinline__ float4 load_four_now(const float* p, bool aligned) {
     return x;
 }
 
-// The matrix, of which no line is in the cache yet, is asked for first: with the vectors before it everything would wait for
-// it longer. Both ways to load it call meanwhile() and supply.begin() when that is done, and P::publish_matrix() before the barrier that
-// they end with.
+// The matrix, of which no line is in the cache yet, is asked for first: with the vectors before it everything would
+// wait for it longer. Both ways to load it call meanwhile() and supply.begin() when that is done, and
+// P::publish_matrix() before the barrier that they end with.
 
 template <int bytes>  // 4, or 16 where both are aligned to as many
 __device__ __forceinline__ void copy_async(std::uint32_t to, const void* from) {
@@ -145,8 +145,9 @@ __device__ __forceinline__ void clear_parts(const Shared& s) {
         reinterpret_cast<uint4*>(s.parts)[i] = make_uint4(0, 0, 0, 0);
 }
 
-// Entries [first, end) of Lf to their places: entry(e) is the value of one and its column. True if one part is not enough for
-// one of them. A thread that has one entry at most looks for its row; where there are more, a warp takes a row.
+// Entries [first, end) of Lf to their places: entry(e) is the value of one and its column. True if one part is not
+// enough for one of them. A thread that has one entry at most looks for its row; where there are more, a warp takes a
+// row.
 template <int D, class Entry>
 __device__ __forceinline__ bool store_entries(const Shared& s, int first, int end, Entry&& entry) {
     bool split = false;
@@ -242,8 +243,9 @@ struct Root {
         return {x, fmaf(rest, u, fmaf(value, u, -x))};
     }
 };
-// With P::kHalves the matrix is the sum of two f16 parts, times a power of two which makes the root of the largest eigenvalue
-// about 2^8: numbers down to 2^-22 of it have as many bits as any, and eigenvectors may be 2^7 long. `log2` of that power.
+// With P::kHalves the matrix is the sum of two f16 parts, times a power of two which makes the root of the largest
+// eigenvalue about 2^8: numbers down to 2^-22 of it have as many bits as any, and eigenvectors may be 2^7 long. `log2`
+// of that power.
 template <int D>
 __device__ __forceinline__ int matrix_scale(const float* mu) {
     constexpr int kMost = 40;
@@ -255,8 +257,9 @@ __device__ __forceinline__ int matrix_scale(const float* mu) {
 }
 __device__ __forceinline__ float power_of_two(int n) { return __int_as_float((127 + n) << 23); }
 
-// Rows are the eigenvectors times the roots of their eigenvalues: squares of products with them are energies. Lane t has
-// D / 4 neighbouring ones, its rows of the tiles one after the other. Four neighbouring values of one, where they belong.
+// Rows are the eigenvectors times the roots of their eigenvalues: squares of products with them are energies. Lane t
+// has D / 4 neighbouring ones, its rows of the tiles one after the other. Four neighbouring values of one, where they
+// belong.
 template <int D, bool kHalf>
 __device__ __forceinline__ void store_four(const Shared& s, unsigned four, const float4& u, float mu, float scale) {
     using S = Shape<D>;
@@ -367,9 +370,9 @@ __device__ __forceinline__ void forget_unpacked(Vectors<D>& v) {
     for (int q = 0; q < D / 8; ++q) asm volatile("" : "+r"(v.x[0][q]), "+r"(v.x[1][q]));
 }
 
-// A token's vector as f16, times a power of two. square = x'x bounds it: |x| < 2^log2. Then x 2^(14 - log2) fits, and what
-// vanishes is below 2^-29 of the root of `square`. The bits of f16 are those of bf16 but for where the exponent begins. Where
-// x'x is not finite they may be anything: what they are divided by is no number then.
+// A token's vector as f16, times a power of two. square = x'x bounds it: |x| < 2^log2. Then x 2^(14 - log2) fits, and
+// what vanishes is below 2^-29 of the root of `square`. The bits of f16 are those of bf16 but for where the exponent
+// begins. Where x'x is not finite they may be anything: what they are divided by is no number then.
 struct HalfScale {
     int log2;
     std::uint32_t least, less;  // of both numbers of a pair: bits that become zero, and what is added to them

@@ -1,7 +1,7 @@
-// kernels/energy_sm90.cu: energy on sm_90a: four warps multiply the vectors of their 64 tokens together. The matrix lies in
-// shared memory as such products want it: what energy_product.cuh calls exchanged chunks is the swizzle of the tensor
-// cores, of as many bytes as a row has. Sums over columns and parts stay in the tensor cores, small parts first. TMA brings
-// the vectors, from the start of the kernel on: the matrix is ready when the first of them are there.
+// kernels/energy_sm90.cu: energy on sm_90a: four warps multiply the vectors of their 64 tokens together. The matrix
+// lies in shared memory as such products want it: what energy_product.cuh calls exchanged chunks is the swizzle of the
+// tensor cores, of as many bytes as a row has. Sums over columns and parts stay in the tensor cores, small parts first.
+// TMA brings the vectors, from the start of the kernel on: the matrix is ready when the first of them are there.
 #include "kernels/energy_sm90.h"
 
 #include "kernels/energy_kernels.cuh"
@@ -69,9 +69,9 @@ __device__ __forceinline__ void multiply_matrix(float (&d)[64], const std::uint3
 #undef FIEDLER_D8
 #undef FIEDLER_TEN
 
-// Vectors of the tokens of a warpgroup, 64 at a time in steps, by TMA: as many of them ahead as there are stages, of each of
-// the block's kGroups warpgroups. The last kFree stages are left free until the matrix is there, which comes by way of them.
-// (With more than three stages what comes first came later, and the whole took longer.)
+// Vectors of the tokens of a warpgroup, 64 at a time in steps, by TMA: as many of them ahead as there are stages, of
+// each of the block's kGroups warpgroups. The last kFree stages are left free until the matrix is there, which comes by
+// way of them. (With more than three stages what comes first came later, and the whole took longer.)
 template <int D, int kStages, int kFree, int kGroups>
 struct BoxSupply {
     using S = Shape<D>;

@@ -386,6 +386,9 @@ TEST(Energy, GpuNumbersOfAnySize) {  // f16 holds neither vectors nor gradients 
                         times(p.log_tau, 0);
                         for (double& x : p.log_tau) x += exponent * 0.6875;  // about the logarithm of that factor
                     });
+                Problem tiny(Graph(dim), 20, 1, scalars);  // too small for all of this: but numbers
+                times(tiny.x, std::ldexp(1.0, -70)), times(tiny.graph.eigenvalues, std::ldexp(1.0, -20));
+                for (const double v : run<bf16>(*d, tiny).dx) EXPECT_TRUE(std::isfinite(v));
                 check_changed(*d, dim, 2, scalars,
                               [&](Problem& p) {  // large beside small in one vector, and none at all
                                   for (std::size_t i = 0; i < p.x.size(); ++i)
