@@ -1,10 +1,12 @@
 // kernels/energy.cu: Rayleigh-quotient scalars on the GPU (contract in energy.h), on tensor cores without losing f32.
 //
-// x is bf16, so it is exact as it is; each f32 entry of the matrix (Lf for R = 1, from the eigenvectors for R > 1) is the sum
-// of three bf16 parts (3 x 8 bits of significand), kept in shared memory. y = M x is then up to three bf16 products with f32
-// accumulation per 16 columns, added up in f32. A matrix whose entries are bf16 numbers (the Laplacian of an unweighted
-// graph: small integers) needs one product only, which is why Lf is treated as dense: at D <= 128 that is faster than
-// indexing a sparse matrix, and takes any sparsity, up to full.
+// x is bf16, so it is exact as it is; each f32 entry of the matrix (Lf for R = 1, from the eigenvectors for R > 1) is
+// the sum of three bf16 parts (3 x 8 bits of significand), kept in shared memory. y = M x is then up to three bf16
+// products with f32 accumulation per 16 columns, added up in f32. A matrix whose entries are bf16 numbers (the
+// Laplacian of an unweighted graph: small integers) needs one product only, which is why Lf is treated as dense: at D
+// <= 128 that is faster than indexing a sparse matrix, and takes any sparsity, up to full. On sm_90 the matrix of R > 1
+// is the sum of two f16 parts (2 x 11 bits) instead, and x is made f16, each vector times a power of two so that it is
+// exact as well: two products.
 //
 // A warp takes 16 tokens of one head. With g = lane / 4 and t = lane % 4 a lane holds values of tokens g and g + 8.
 // The columns of x are renumbered so that what a lane loads by 16-byte accesses is what the tensor core wants of it
@@ -33,6 +35,8 @@ struct WarpProducts {
     static constexpr int forward_at_least(int, int) { return 0; }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1200  // ptxas takes four blocks where that spills
     static constexpr int backward_at_least(int d, int r) { return d == 32 && r == 1 ? 3 : 0; }
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1000  // likewise
+    static constexpr int backward_at_least(int d, int r) { return d == 16 && r == 16 ? 3 : 0; }
 #else
     static constexpr int backward_at_least(int, int) { return 0; }
 #endif
@@ -40,8 +44,16 @@ struct WarpProducts {
     static constexpr int backward_blocks(int d, int r) {
         return d == 128 ? 1 : d == 64 ? (r == 1 ? 2 : 3) : d == 32 ? 3 : 4;
     }
+    struct Map {};
     template <int D>
-    static constexpr int kStages = 0;
+    static Map map_of(const Mat<const bf16>&) {
+        return {};
+    }
+    template <int D, int R>
+    using ForwardSupply = DirectSupply<D>;
+    template <int D, int R>
+    using BackwardSupply = DirectSupply<D>;
+    static constexpr bool kHalves = false;
     template <std::size_t bytes, class Kernel>
     static void allow(Kernel kernel) {
         allow_shared<bytes>(kernel);
@@ -72,11 +84,13 @@ __global__ void __launch_bounds__(kThreads)
     const float* mine = is_tau ? partial + std::int64_t(total) * heads * blocks
                                : partial + (std::int64_t(scalars) * heads + (total - taus)) * blocks;
     const int count = is_tau ? heads * blocks : blocks;
-    wait_for_previous();  // for the partial sums
+    float* to = is_tau ? dlog_tau + total : dlog_temp + (total - taus);
+    const float before = threadIdx.x == 0 ? load_now(to) : 0.f;  // no other kernel of the two writes it
+    wait_for_previous();                                         // for the partial sums
     float sum = 0.f;
     for (int i = threadIdx.x; i < count; i += kThreads) sum += mine[i];
     sum = block_sum(sum, shared);
-    if (threadIdx.x == 0) (is_tau ? dlog_tau[total] : dlog_temp[total - taus]) += sum;
+    if (threadIdx.x == 0) *to = before + sum;
 }
 
 // By sm_90's own instructions, where there are any for it.

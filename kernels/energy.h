@@ -22,6 +22,8 @@
 // Writes     a, dx overwritten; dlog_tau, dlog_temp accumulated (+=), absent: not computed. raw = true writes E_r
 //            itself to a (no tau, no temperature): used once, to set tau to the median energy of the data.
 // Numerics   everything in acc_t<T>, recomputed in backward; fixed order, no atomics: bit-equal from run to run.
+//            Cuda, R > 1: the matrix has 22 bits (sm_90) or 24, of numbers not far below the largest; the sum over r in
+//            dx is of products of numbers of 11 bits (sm_90) or 16.
 // Source     tauformer's published form; derivative checked by finite differences in tests/kernels/energy_test.cpp.
 #pragma once
 #include "kernels/contract.h"

@@ -3,14 +3,18 @@
 //   forward_at_least(D, R), backward_at_least(D, R)      blocks that fit on a multiprocessor at least; 0: left to ptxas
 //   forward_blocks(D, R), backward_blocks(D, R)          blocks of a launch for each multiprocessor: those that run at once,
 //               as registers allow. A second wave would load the matrix again
-//   kStages<D>  steps of the loop whose vectors are in shared memory, or on their way there; 0: none, they come from memory.
-//               With stages, the gradients of the scalars are asked for a step ahead, too
+//   ForwardSupply<D, R>, BackwardSupply<D, R>            what brings the vectors (see DirectSupply): kBytes of shared
+//               memory, kSpare of them left free for the matrix on its way. With these, the gradients of the scalars
+//               are asked for a step ahead, too
+//   Map, map_of<D>(x)                                    what it has to know besides
+//   kHalves     R > 1: the vectors and the matrix are f16, see HalfScale and matrix_scale()
 //   allow<bytes>(kernel)                   host: the kernel may have so much dynamic shared memory
 //   publish_matrix()                       before the barrier after which the matrix in shared memory is multiplied with
 //   quotient(x, y)                         x / y, where y is neither denormal nor infinite
 //   multiply<D>(v, parts, used, take)      y = M x of the vectors of a warp, as product() gives it
 //   turn<D>(hi, mid, parts, take)          z = M' y; y as the sum of two bf16 parts, in the layout of A (kernels/mma.cuh):
 //                                          take(q, z) for q = 0, 2, .. of D / 8 with z[k] of chunk q + k
+//   multiply_halves<D>(v, parts, take), turn_halves<D>(y, parts, take)    the same of f16; y as one part
 #pragma once
 #include <type_traits>
 
@@ -86,6 +90,26 @@ __device__ __forceinline__ void store_row(float* row, const float (&v)[n], bool 
         for (int i = 0; i < n; ++i) row[i] = v[i];
     }
 }
+__device__ __forceinline__ float reciprocal(float x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+__device__ __forceinline__ float root_of(float x) {
+    float r;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+// x, which is not computed anew each time.
+__device__ __forceinline__ std::int64_t kept(std::int64_t x) {
+    asm volatile("" : "+l"(x));
+    return x;
+}
+__device__ __forceinline__ bool kept(bool x) {
+    int word = x;
+    asm volatile("" : "+r"(word));
+    return word != 0;
+}
 template <int n, class T>
 __device__ __forceinline__ bool are_aligned(const Mat<T>& m) {
     return m.ld % n == 0 && reinterpret_cast<std::uintptr_t>(m.data) % (n * sizeof(T)) == 0;
@@ -93,10 +117,10 @@ __device__ __forceinline__ bool are_aligned(const Mat<T>& m) {
 
 // ---- energies ----
 
-// 1 / (x'x + eps) of tokens g and g + 8. The squares are the diagonal of the product of the vectors with themselves: of the
-// lanes of token g, number g / 2 % 4 has it.
-template <int D, class P>
-__device__ __forceinline__ void inverse_squares(float (&inverse)[2], const Vectors<D>& v, float eps) {
+// x'x of tokens g and g + 8. The squares are the diagonal of the product of the vectors with themselves: of the lanes
+// of token g, number g / 2 % 4 has it.
+template <int D>
+__device__ __forceinline__ void squares(float (&square)[2], const Vectors<D>& v) {
     float low[4] = {}, high[4] = {};
 #pragma unroll
     for (int s = 0; s < D / 16; ++s) {
@@ -107,26 +131,60 @@ __device__ __forceinline__ void inverse_squares(float (&inverse)[2], const Vecto
     const int g = threadIdx.x % kWarp / 4, from = 4 * g + g / 2;
     const float mine[2] = {g % 2 == 0 ? low[0] : low[1], g % 2 == 0 ? high[2] : high[3]};
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-        inverse[half] = P::quotient(1.f, __shfl_sync(0xffffffffu, mine[half], from) + eps);
+    for (int half = 0; half < 2; ++half) square[half] = __shfl_sync(0xffffffffu, mine[half], from);
 }
+// Of tokens g and g + 8: 1 / (x'x + eps) is inverse unit^2. unit is a power of two, 1 without halves.
+struct Sizes {
+    float inverse[2], unit[2];
+    float excess[2];  // halves: the root of (x'x + eps) / unit^2, at least 1. More than that where eps is most of it
+};
 
-template <int D, int R, class P, class Meanwhile>
-__device__ __forceinline__ int load_matrix(const FeatureLaplacian<float>& lap, const Shared& s, Meanwhile&& meanwhile) {
-    if constexpr (R == 1) return load_sparse<D, P>(lap, s, meanwhile);
-    load_eigenvectors<D, P>(lap, s, meanwhile);
-    return kParts;
+// R = 1: how many parts of the matrix are not zero. R > 1, halves: its matrix_scale().
+template <int D, int R, class P, class Supply, class Meanwhile>
+__device__ __forceinline__ int load_matrix(const FeatureLaplacian<float>& lap, const Shared& s, Supply& supply,
+                                           Meanwhile&& meanwhile) {
+    int matrix;
+    if constexpr (R == 1)
+        matrix = load_sparse<D, P>(lap, s, supply, meanwhile);
+    else
+        matrix = load_eigenvectors<D, P>(lap, s, supply, meanwhile);
+    supply.use_all();
+    return matrix;
 }
-// y = M x as the tiles come: tile(j, y) with the rows of each; returns the energies of the lane's bands.
+template <int R, class P>
+constexpr bool kHalves = R > 1 && P::kHalves;
+template <int R, class P>
+constexpr int kMatrixParts = kHalves<R, P> ? kHalfParts : kParts;
+template <int D, int R, class P>
+constexpr std::size_t kSharedBytes = sizeof(nv_bf16) * kMatrixParts<R, P>* D* D + kPartialBytes;  // without stages
+
+// y = M x as the tiles come: tile(j, y) with the rows of each; returns the energies of the lane's bands. With halves v
+// is left in another form, and y is 2^(14 + matrix) unit times what it should be.
 template <int D, int R, class P, class Tile>
-__device__ __forceinline__ void energies(Scalars<D, R>& energy, Vectors<D>& v, const Shared& shared, int used,
-                                         const float (&inverse)[2], Tile&& tile) {
+__device__ __forceinline__ void energies(Scalars<D, R>& energy, Sizes& sizes, Vectors<D>& v, const Shared& shared,
+                                         int matrix, float eps, Tile&& tile) {
     using B = Bands<D, R>;
+    float square[2], factor[2];
+    squares<D>(square, v);
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int half = 0; half < 2; ++half) {
+        sizes.unit[half] = 1.f;
+        if constexpr (kHalves<R, P>) {
+            const HalfScale scale(square[half]);
+#pragma unroll
+            for (std::uint32_t& pair : v.x[half]) pair = scale(pair);
+            square[half] = (square[half] + eps) * power_of_two(-2 * scale.log2);
+            sizes.excess[half] = fmaxf(root_of(square[half]), 1.f);
+            sizes.unit[half] = power_of_two(-scale.log2);
+        } else {
+            square[half] += eps;
+        }
+        factor[half] = sizes.inverse[half] = P::quotient(1.f, square[half]);
+        if constexpr (kHalves<R, P>) factor[half] *= power_of_two(-28 - 2 * matrix);
 #pragma unroll
         for (int b = 0; b < B::kBands; ++b) energy[half][b] = 0.f;
-    P::template multiply<D>(v, shared.parts, used, [&](int j, float(&pair)[2][4]) {
+    }
+    const auto take = [&](int j, const float(&pair)[2][4]) {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
 #pragma unroll
@@ -139,13 +197,17 @@ __device__ __forceinline__ void energies(Scalars<D, R>& energy, Vectors<D>& v, c
                 }
             tile(j + k, pair[k]);
         }
-    });
+    };
+    if constexpr (kHalves<R, P>)
+        P::template multiply_halves<D>(v, shared.parts, take);
+    else
+        P::template multiply<D>(v, shared.parts, R > 1 ? kParts : matrix, take);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int b = 0; b < B::kBands; ++b) {
             float& e = energy[half][b];
-            e = sum_of_lanes(e, B::kLanes) * inverse[half];
+            e = sum_of_lanes(e, B::kLanes) * factor[half];
             if (R == 1 && e < 0.f) e = 0.f;  // rounding can leave a vanishing energy below zero; a NaN stays a NaN
         }
 }
@@ -154,33 +216,33 @@ __device__ __forceinline__ void energies(Scalars<D, R>& energy, Vectors<D>& v, c
 
 template <int D, int R, class P>
 __global__ void __launch_bounds__(P::forward_threads(D, R), P::forward_at_least(D, R))
-    energy_forward_kernel(EnergyForward<bf16> p) {
+    energy_forward_kernel(const EnergyForward<bf16> p, const __grid_constant__ typename P::Map map) {
     using B = Bands<D, R>;
     const int warps = blockDim.x / kWarp;
     extern __shared__ __align__(1024) unsigned char memory[];
-    const Shared shared = carve<D>(memory);
+    using Supply = typename P::template ForwardSupply<D, R>;
+    const Shared shared = carve<D>(memory, kMatrixParts<R, P>, Supply::kBytes);
     const int head = blockIdx.y, lane = threadIdx.x % kWarp;
-    const auto* x = reinterpret_cast<const nv_bf16*>(p.x.data) + head * D;
     const int tokens = int(p.x.rows), step = gridDim.x * warps;  // ints hold them: see energy.cu
     const int tile = blockIdx.x * warps + threadIdx.x / kWarp;
-    Supply<D, P::template kStages<D>> supply(shared.stages, x, p.x.ld, tile, step, tokens);
-    const bool aligned = are_aligned<B::kBands>(p.a);
+    Supply supply(p.x, map, shared.stages, head * D, tile, step);
+    const bool aligned = kept(are_aligned<B::kBands>(p.a));
+    const std::int64_t a_step = kept(step * kTokens * p.a.ld);
     // Token g of the warp's tile, and what is left from it on.
     float* a = p.a.data + (tile * kTokens + lane / 4) * p.a.ld + head * R + B::first();
     int left = tokens - tile * kTokens - lane / 4;
     Parameters<D, R> parameters;
-    const int used = load_matrix<D, R, P>(p.lap, shared, [&] {
+    const int matrix = load_matrix<D, R, P>(p.lap, shared, supply, [&] {
         if (!p.raw) parameters.load(p.log_tau.data, p.log_temp.data + head);
-        supply.begin();
     });  // ends with a barrier
     parameters.finish();
     for (int first = blockIdx.x * warps * kTokens; first < tokens; first += step * kTokens) {  // of the block
         Vectors<D> v;
         supply.next(v);
-        float inverse[2];
-        inverse_squares<D, P>(inverse, v, p.eps);
         Scalars<D, R> energy;
-        energies<D, R, P>(energy, v, shared, used, inverse, [](int, const float(&)[4]) {});
+        Sizes sizes;
+        energies<D, R, P>(energy, sizes, v, shared, matrix, p.eps, [](int, const float(&)[4]) {});
+        supply.refill();
         if (!p.raw) {
 #pragma unroll
             for (int half = 0; half < 2; ++half)
@@ -193,18 +255,19 @@ __global__ void __launch_bounds__(P::forward_threads(D, R), P::forward_at_least(
 #pragma unroll
         for (int half = 0; half < 2; ++half)
             if (B::counts() && 8 * half < left) store_row(a + 8 * half * p.a.ld, energy[half], aligned);
-        a += step * kTokens * p.a.ld, left -= step * kTokens;
+        a += a_step, left -= step * kTokens;
     }
 }
 
 // ---- backward ----
 
-// R > 1: the rows of y times the matrix: dx = sum_m g_m y_m M_m - w x, in place of x; store(group) when a group of its
-// chunks is done. Both factors as the sum of two bf16 parts: the product keeps 16 bits, twice what dx is rounded to.
+// R > 1: the rows of y times the matrix: dx = [f] sum_m g_m y_m M_m - w x, in place of x; store(group) when a group of
+// its chunks is done. With halves one product of numbers of 11 bits, 3 more than dx is rounded to. Otherwise both
+// factors as the sum of two bf16 parts, and no f: the product keeps 16 bits.
 template <int D, int R, class P, class Supply, class Store>
 __device__ __forceinline__ void backward_product(Vectors<D>& v, const float (&y)[D / 8][4], const Scalars<D, R>& g,
-                                                 const float (&w)[2], const nv_bf16* parts, const Supply& supply,
-                                                 Store&& store) {
+                                                 const float (&f)[2], const float (&w)[2], const nv_bf16* parts,
+                                                 const Supply& supply, Store&& store) {
     std::uint32_t hi[D / 16][4], mid[D / 16][4];
 #pragma unroll
     for (int s = 0; s < D / 16; ++s) {
@@ -213,12 +276,18 @@ __device__ __forceinline__ void backward_product(Vectors<D>& v, const float (&y)
             const int j = 2 * s + k / 2, half = k % 2;
             const float y0 = y[j][2 * half] * g[half][Bands<D, R>::of(j, 0)];
             const float y1 = y[j][2 * half + 1] * g[half][Bands<D, R>::of(j, 1)];
-            hi[s][k] = pack_bf16(y0, y1);
-            mid[s][k] = pack_bf16(y0 - low_half(hi[s][k]), y1 - high_half(hi[s][k]));
-            asm volatile("" : "+r"(hi[s][k]), "+r"(mid[s][k]));  // one after the other: the pair takes the place of y
+            if constexpr (P::kHalves) {
+                hi[s][k] = pack_half(y0, y1);
+                asm volatile("" : "+r"(hi[s][k]));
+            } else {
+                hi[s][k] = pack_bf16(y0, y1);
+                mid[s][k] = pack_bf16(y0 - low_half(hi[s][k]), y1 - high_half(hi[s][k]));
+                asm volatile(""
+                             : "+r"(hi[s][k]), "+r"(mid[s][k]));  // one after the other: the pair takes the place of y
+            }
         }
     }
-    P::template turn<D>(hi, mid, parts, [&](int q, const float(&z)[2][4]) {
+    const auto take = [&](int q, const float(&z)[2][4]) {
         constexpr int kChunks = Shape<D>::kGroupChunks;
         if (q % kChunks == 0) supply.again(v, q / kChunks);
 #pragma unroll
@@ -226,12 +295,17 @@ __device__ __forceinline__ void backward_product(Vectors<D>& v, const float (&y)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 std::uint32_t& pair = v.x[half][q + k];
-                pair = pack_bf16(fmaf(-w[half], low_half(pair), z[k][2 * half]),
-                                 fmaf(-w[half], high_half(pair), z[k][2 * half + 1]));
+                const float z0 = z[k][2 * half] * (P::kHalves ? f[half] : 1.f);
+                const float z1 = z[k][2 * half + 1] * (P::kHalves ? f[half] : 1.f);
+                pair = pack_bf16(fmaf(-w[half], low_half(pair), z0), fmaf(-w[half], high_half(pair), z1));
             }
         }
         if (q % kChunks == kChunks - 2) store(q / kChunks);
-    });
+    };
+    if constexpr (P::kHalves)
+        P::template turn_halves<D>(hi, parts, take);
+    else
+        P::template turn<D>(hi, mid, parts, take);
 }
 // R = 1: dx = g Lx - w x, likewise.
 template <int D, class Store>
@@ -290,6 +364,19 @@ __device__ __forceinline__ float weigh(float (&da)[Bands<D, R>::kBands], const f
     return sum_of_lanes(B::counts() ? share : 0.f, 4);
 }
 
+// A bound of |g_m y_m| over the token, for x'x + eps = 1: y_m^2 is part of an energy.
+template <int D, int R>
+__device__ __forceinline__ float largest_product(const float (&g)[Bands<D, R>::kBands],
+                                                 const float (&energy)[Bands<D, R>::kBands]) {
+    float most = 1e-30f;
+#pragma unroll
+    for (int b = 0; b < Bands<D, R>::kBands; ++b)
+        most =
+            fmaxf(most, fabsf(g[b]) * root_of(fmaxf(energy[b], power_of_two(-70))));  // smaller ones may have vanished
+    most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
+    return fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
+}
+
 // Scratch: partial[(k * heads + head) * gridDim.x + blockIdx.x], k < R: dlog_tau, k = R: dlog_temp.
 template <int D, int R>
 __device__ __forceinline__ void store_sums(const EnergyBackward<bf16>& p, const Shared& shared,
@@ -315,20 +402,19 @@ __device__ __forceinline__ void store_sums(const EnergyBackward<bf16>& p, const 
 
 template <int D, int R, class P>
 __global__ void __launch_bounds__(P::backward_threads(D, R), P::backward_at_least(D, R))
-    energy_backward_kernel(EnergyBackward<bf16> p) {
+    energy_backward_kernel(const EnergyBackward<bf16> p, const __grid_constant__ typename P::Map map) {
     dependents_may_start();
     using B = Bands<D, R>;
     const int warps = blockDim.x / kWarp;
     extern __shared__ __align__(1024) unsigned char memory[];
-    const Shared shared = carve<D>(memory);
+    using Supply = typename P::template BackwardSupply<D, R>;
+    const Shared shared = carve<D>(memory, kMatrixParts<R, P>, Supply::kBytes);
     const int head = blockIdx.y, lane = threadIdx.x % kWarp;
-    const auto* x = reinterpret_cast<const nv_bf16*>(p.x.data) + head * D;
     const int tokens = int(p.x.rows), step = gridDim.x * warps;  // ints hold them: see energy.cu
     const int tile = blockIdx.x * warps + threadIdx.x / kWarp;
-    constexpr int kStages = P::template kStages<D>;
-    constexpr bool kAhead = kStages > 0;
-    Supply<D, kStages> supply(shared.stages, x, p.x.ld, tile, step, tokens);
-    const bool aligned = are_aligned<B::kBands>(p.da);
+    constexpr bool kAhead = Supply::kSpare > 0;
+    Supply supply(p.x, map, shared.stages, head * D, tile, step);
+    const bool aligned = kept(are_aligned<B::kBands>(p.da));
     // Token g of the warp's tile, and what is left from it on.
     const int token = tile * kTokens + lane / 4;
     auto* dx = reinterpret_cast<nv_bf16*>(p.dx.data) + token * p.dx.ld + head * D + lane % 4 * Shape<D>::kRun;
@@ -336,9 +422,8 @@ __global__ void __launch_bounds__(P::backward_threads(D, R), P::backward_at_leas
     int left = tokens - token;
     Scalars<D, R> ahead;
     Parameters<D, R> parameters;
-    const int used = load_matrix<D, R, P>(p.lap, shared, [&] {
+    const int matrix = load_matrix<D, R, P>(p.lap, shared, supply, [&] {
         parameters.load(p.log_tau.data, p.log_temp.data + head);
-        supply.begin();
         if (kAhead) load_gradients<D, R>(ahead, da, p.da.ld, left, aligned);
     });  // ends with a barrier
     parameters.finish();
@@ -358,19 +443,28 @@ __global__ void __launch_bounds__(P::backward_threads(D, R), P::backward_at_leas
             load_gradients<D, R>(g, da, p.da.ld, left, aligned);
             da += step * kTokens * p.da.ld, left -= step * kTokens;
         }
-        float inverse[2], y[D / 8][4], w[2];
-        inverse_squares<D, P>(inverse, v, p.eps);
+        float y[D / 8][4], w[2], f[2];
         Scalars<D, R> energy;
-        energies<D, R, P>(energy, v, shared, used, inverse, [&](int j, const float(&tile)[4]) {
+        Sizes sizes;
+        energies<D, R, P>(energy, sizes, v, shared, matrix, p.eps, [&](int j, const float(&tile)[4]) {
 #pragma unroll
             for (int k = 0; k < 4; ++k) y[j][k] = tile[k];
         });
+        supply.refill();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const float f = 2.f * inverse[half];
-            w[half] = f * weigh<D, R, P>(g[half], energy[half], parameters, 8 * half < now, sums);
+            f[half] = 2.f * sizes.inverse[half] * sizes.unit[half];
+            w[half] =
+                f[half] * sizes.unit[half] * weigh<D, R, P>(g[half], energy[half], parameters, 8 * half < now, sums);
+            if constexpr (kHalves<R, P>) {
+                const float most = largest_product<D, R>(g[half], energy[half]) * sizes.excess[half];
+                f[half] *= most * power_of_two(-14 - matrix);
 #pragma unroll
-            for (int b = 0; b < B::kBands; ++b) g[half][b] *= f;
+                for (float& x : g[half]) x *= reciprocal(most) * power_of_two(-matrix);
+            } else {
+#pragma unroll
+                for (float& x : g[half]) x *= f[half];
+            }
         }
         const auto store = [&](int group) { store_group(v, group, dx, p.dx.ld, now); };
         if constexpr (R == 1) {
@@ -378,7 +472,7 @@ __global__ void __launch_bounds__(P::backward_threads(D, R), P::backward_at_leas
             const float of_y[2] = {g[0][0], g[1][0]};
             backward_sparse<D>(v, y, of_y, w, store);
         } else {
-            backward_product<D, R, P>(v, y, g, w, shared.parts, supply, store);
+            backward_product<D, R, P>(v, y, g, f, w, shared.parts, supply, store);
         }
         dx += step * kTokens * p.dx.ld;
     }
@@ -399,22 +493,22 @@ inline unsigned blocks_per_head(std::int64_t tokens, std::int64_t heads, int thr
 template <int D, int R, class P>
 void launch(const Cuda& d, const EnergyForward<bf16>& p) {
     constexpr int threads = P::forward_threads(D, R);
-    constexpr std::size_t bytes = shared_bytes<D>(P::template kStages<D> * threads / kWarp);
+    constexpr std::size_t bytes = kSharedBytes<D, R, P> + P::template ForwardSupply<D, R>::kBytes;
     const auto kernel = energy_forward_kernel<D, R, P>;
     P::template allow<bytes>(kernel);
     const unsigned blocks = blocks_per_head(p.x.rows, p.heads, threads, P::forward_blocks(D, R) * kMultiprocessors);
-    kernel<<<dim3(blocks, unsigned(p.heads)), threads, bytes, stream_of(d)>>>(p);
+    kernel<<<dim3(blocks, unsigned(p.heads)), threads, bytes, stream_of(d)>>>(p, P::template map_of<D>(p.x));
     LAUNCH_CHECK("energy_forward");
 }
 // Returns the blocks of a head.
 template <int D, int R, class P>
 int launch(const Cuda& d, const EnergyBackward<bf16>& p) {
     constexpr int threads = P::backward_threads(D, R);
-    constexpr std::size_t bytes = shared_bytes<D>(P::template kStages<D> * threads / kWarp);
+    constexpr std::size_t bytes = kSharedBytes<D, R, P> + P::template BackwardSupply<D, R>::kBytes;
     const auto kernel = energy_backward_kernel<D, R, P>;
     P::template allow<bytes>(kernel);
     const unsigned blocks = blocks_per_head(p.x.rows, p.heads, threads, P::backward_blocks(D, R) * kMultiprocessors);
-    kernel<<<dim3(blocks, unsigned(p.heads)), threads, bytes, stream_of(d)>>>(p);
+    kernel<<<dim3(blocks, unsigned(p.heads)), threads, bytes, stream_of(d)>>>(p, P::template map_of<D>(p.x));
     LAUNCH_CHECK("energy_backward");
     return int(blocks);
 }

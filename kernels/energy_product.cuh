@@ -1,6 +1,8 @@
 // kernels/energy_product.cuh: what energy's kernels multiply with: the matrix in shared memory, as the sum of three bf16
 // parts, and its products with the vectors of 16 tokens (see energy.cu).
 #pragma once
+#include <cuda_fp16.h>
+
 #include <cfloat>
 
 #include "kernels/common.cuh"
@@ -14,6 +16,7 @@ constexpr int kTokens = 16;  // of one warp at a time
 constexpr int kMaxBlocks = kEnergyBlocks;
 constexpr int kMaxScalars = 16;
 constexpr int kParts = 3;
+constexpr int kHalfParts = 2;  // where they are numbers of 11 bits (f16): see load_eigenvectors()
 
 // ---- layout ----
 
@@ -48,28 +51,32 @@ __device__ __forceinline__ unsigned matrix_offset(unsigned row, unsigned chunk) 
 }
 
 struct Shared {
-    nv_bf16* parts;         // [kParts][D * D]
-    unsigned char* stages;  // of all warps (Supply)
+    nv_bf16* parts;         // [kParts][D * D]; or of halves, [kHalfParts][D * D]
+    unsigned char* stages;  // of all warps, for vectors on their way
     int* offsets;           // [D + 1] while Lf is being loaded (R = 1)
-    float* partials;        // [warps][kMaxScalars + 1] later
+    float* partials;        // [kMaxWarps][kMaxScalars + 1] later
 };
 template <int D>
 constexpr std::size_t kStageBytes = sizeof(nv_bf16) * kTokens* D;  // the vectors of a warp
-constexpr int kMaxWarps = 24;
+constexpr int kMaxWarps = 32;
+constexpr std::size_t kPartialBytes = sizeof(float) * kMaxWarps * (kMaxScalars + 1);
 template <int D>
-constexpr std::size_t shared_bytes(int stages) {  // those of all warps
-    return sizeof(nv_bf16) * kParts * D * D + sizeof(float) * kMaxWarps * (kMaxScalars + 1) + kStageBytes<D> * stages;
-}
-template <int D>
-__device__ __forceinline__ Shared carve(unsigned char* base) {
-    static_assert(D + 1 <= kMaxWarps * (kMaxScalars + 1));
+__device__ __forceinline__ Shared carve(unsigned char* base, int parts, int stage_bytes) {
+    static_assert((D + 1) * sizeof(int) <= kPartialBytes);
     Shared s;
     s.parts = reinterpret_cast<nv_bf16*>(base);
-    s.partials = reinterpret_cast<float*>(base + sizeof(nv_bf16) * kParts * D * D);
+    s.stages = base + sizeof(nv_bf16) * parts * D * D;
+    s.partials = reinterpret_cast<float*>(s.stages + stage_bytes);
     s.offsets = reinterpret_cast<int*>(s.partials);
-    s.stages = reinterpret_cast<unsigned char*>(s.partials + kMaxWarps * (kMaxScalars + 1));
     return s;
 }
+
+// ---- pairs of 16-bit numbers ----
+
+__device__ __forceinline__ float low_half(std::uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high_half(std::uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ __forceinline__ std::uint32_t bits(__half2 pair) { return *reinterpret_cast<const std::uint32_t*>(&pair); }
+__device__ __forceinline__ std::uint32_t pack_half(float lo, float hi) { return bits(__floats2half2_rn(lo, hi)); }
 
 // ---- the matrix ----
 
@@ -107,29 +114,50 @@ __device__ __forceinline__ float4 load_four_now(const float* p, bool aligned) {
     return x;
 }
 
-// The matrix, of which no line is in the cache yet, is asked for first: with the vectors before it everything would wait for
-// it longer. Both ways to load it call meanwhile() when that is done, and P::publish_matrix() before the barrier that they
-// end with.
+// The matrix, of which no line is in the cache yet, is asked for first: with the vectors before it everything would
+// wait for it longer. Both ways to load it call meanwhile() and supply.begin() when that is done, and
+// P::publish_matrix() before the barrier that they end with.
 
-// Returns, in every thread, the number of parts that are not all zero: 1 or 3.
-template <int D, class P, class Meanwhile>
-__device__ int load_sparse(const FeatureLaplacian<float>& lap, const Shared& s, Meanwhile&& meanwhile) {
-    const int entries = int(lap.values.size);
-    int e = threadIdx.x, column = 0;
-    float value = 0.f;
-    const auto load = [&] {
-        if (e < entries) value = load_now(lap.values.data + e), column = load_now(lap.columns.data + e);
-    };
-    const int offset = int(threadIdx.x) <= D ? load_now(lap.offsets.data + threadIdx.x) : 0;  // D < threads
-    load();
-    __syncthreads();  // what comes next is asked for after this
-    meanwhile();
+template <int bytes>  // 4, or 16 where both are aligned to as many
+__device__ __forceinline__ void copy_async(std::uint32_t to, const void* from) {
+    if constexpr (bytes == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(to), "l"(from));
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(to), "l"(from));
+}
+__device__ __forceinline__ uint2 load_pair(std::uint32_t from) {
+    uint2 x;
+    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];\n" : "=r"(x.x), "=r"(x.y) : "r"(from) : "memory");
+    return x;
+}
+__device__ __forceinline__ float4 load_four(std::uint32_t from) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];\n"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(from)
+                 : "memory");
+    return x;
+}
+
+template <int D>
+__device__ __forceinline__ void clear_parts(const Shared& s) {
     for (int i = threadIdx.x; i < kParts * D * D / 8; i += blockDim.x)
         reinterpret_cast<uint4*>(s.parts)[i] = make_uint4(0, 0, 0, 0);
-    if (threadIdx.x <= D) s.offsets[threadIdx.x] = offset;
-    __syncthreads();
+}
+
+// Entries [first, end) of Lf to their places: entry(e) is the value of one and its column. True if one part is not
+// enough for one of them. A thread that has one entry at most looks for its row; where there are more, a warp takes a
+// row.
+template <int D, class Entry>
+__device__ __forceinline__ bool store_entries(const Shared& s, int first, int end, Entry&& entry) {
     bool split = false;
-    for (; e < s.offsets[D]; e += blockDim.x, load()) {
+    const auto store = [&](int row, int e) {
+        const uint2 one = entry(e);
+        split |= store_split<D>(s.parts, position<D>(row), position<D>(int(one.y)), __uint_as_float(one.x));
+    };
+    if (end - first <= int(blockDim.x)) {
+        const int e = first + int(threadIdx.x);
+        if (e >= end) return false;
         int row = 0, above = D;  // offsets[row] <= e < offsets[above]
         while (above - row > 1) {
             const int middle = (row + above) / 2;
@@ -138,7 +166,62 @@ __device__ int load_sparse(const FeatureLaplacian<float>& lap, const Shared& s, 
             else
                 above = middle;
         }
-        split |= store_split<D>(s.parts, position<D>(row), position<D>(column), value);
+        store(row, e);
+    } else {
+#pragma unroll 1
+        for (int row = threadIdx.x / kWarp; row < D; row += blockDim.x / kWarp) {
+            const int last = min(s.offsets[row + 1], end);
+#pragma unroll 1
+            for (int e = max(s.offsets[row], first) + int(threadIdx.x % kWarp); e < last; e += kWarp) store(row, e);
+        }
+    }
+    return split;
+}
+// Returns, in every thread, the number of parts that are not all zero: 1 or 3.
+template <int D, class P, class Supply, class Meanwhile>
+__device__ int load_sparse(const FeatureLaplacian<float>& lap, const Shared& s, Supply& supply, Meanwhile&& meanwhile) {
+    const int entries = int(lap.values.size);
+    bool split = false;
+    if constexpr (Supply::kSpare > 0) {  // a batch at a time, by way of the places left free for it
+        constexpr int kBatch = Supply::kSpare / 8;
+        const auto load = [&](int first) {
+#pragma unroll 1
+            for (int e = first + int(threadIdx.x); e < min(first + kBatch, entries); e += blockDim.x) {
+                const std::uint32_t at = supply.spare((e - first) * 8);
+                copy_async<4>(at, lap.values.data + e);
+                copy_async<4>(at + 4, lap.columns.data + e);
+            }
+            cp_async_commit();
+        };
+        if (threadIdx.x <= D) copy_async<4>(shared_address(s.offsets + threadIdx.x), lap.offsets.data + threadIdx.x);
+        load(0);
+        __syncthreads();  // what comes next is asked for after this
+        meanwhile();
+        supply.begin();
+        clear_parts<D>(s);
+        for (int first = 0;;) {
+            cp_async_wait<0>();
+            __syncthreads();
+            split |= store_entries<D>(s, first, min(first + kBatch, entries),
+                                      [&](int e) { return load_pair(supply.spare((e - first) * 8)); });
+            first += kBatch;
+            if (first >= entries) break;
+            __syncthreads();
+            load(first);
+        }
+    } else {
+        const int offset = int(threadIdx.x) <= D ? load_now(lap.offsets.data + threadIdx.x) : 0;  // D < threads
+        constexpr int kLine = 32;                                                                 // values of 128 bytes
+        for (int e = threadIdx.x * kLine; e < entries; e += blockDim.x * kLine)
+            asm volatile("prefetch.global.L2 [%0];\nprefetch.global.L2 [%1];\n" ::"l"(lap.values.data + e),
+                         "l"(lap.columns.data + e));
+        meanwhile();
+        clear_parts<D>(s);
+        if (threadIdx.x <= D) s.offsets[threadIdx.x] = offset;
+        __syncthreads();
+        split = store_entries<D>(s, 0, entries, [&](int e) {
+            return make_uint2(__float_as_uint(load_now(lap.values.data + e)), unsigned(load_now(lap.columns.data + e)));
+        });
     }
     P::publish_matrix();
     return __syncthreads_or(split) ? kParts : 1;
@@ -149,7 +232,8 @@ struct Root {
     float value = 0.f, rest = 0.f;
     __device__ explicit Root(float mu) {
         if (mu < FLT_MIN) return;  // a NaN stays a NaN
-        const float r = rsqrtf(mu);
+        float r;
+        asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(mu));
         value = mu * r;
         rest = fmaf(-value, value, mu) * (0.5f * r);
     }
@@ -159,53 +243,116 @@ struct Root {
         return {x, fmaf(rest, u, fmaf(value, u, -x))};
     }
 };
-// Rows are the eigenvectors times the roots of their eigenvalues: squares of products with them are energies. Lane t has
-// D / 4 neighbouring ones, its rows of the tiles one after the other. A thread takes four neighbouring values at a time.
-template <int D, class P, class Meanwhile>
-__device__ void load_eigenvectors(const FeatureLaplacian<float>& lap, const Shared& s, Meanwhile&& meanwhile) {
+// With P::kHalves the matrix is the sum of two f16 parts, times a power of two which makes the root of the largest
+// eigenvalue about 2^8: numbers down to 2^-22 of it have as many bits as any, and eigenvectors may be 2^7 long. `log2`
+// of that power.
+template <int D>
+__device__ __forceinline__ int matrix_scale(const float* mu) {
+    constexpr int kMost = 40;
+    int top = 0;  // positive floats are ordered as their bits are
+#pragma unroll
+    for (int i = threadIdx.x % kWarp; i < D; i += kWarp) top = max(top, __float_as_int(mu[i]));
+    top = __reduce_max_sync(0xffffffffu, top);
+    return min(8 - (((top >> 23) - 125) >> 1), kMost);
+}
+__device__ __forceinline__ float power_of_two(int n) { return __int_as_float((127 + n) << 23); }
+
+// Rows are the eigenvectors times the roots of their eigenvalues: squares of products with them are energies. Lane t
+// has D / 4 neighbouring ones, its rows of the tiles one after the other. Four neighbouring values of one, where they
+// belong.
+template <int D, bool kHalf>
+__device__ __forceinline__ void store_four(const Shared& s, unsigned four, const float4& u, float mu, float scale) {
     using S = Shape<D>;
-    constexpr int kQuads = D * D / 4, kPart = D * D / 2, kAtOnce = 2;
-    auto* parts = reinterpret_cast<__nv_bfloat162*>(s.parts);
-    const bool aligned = reinterpret_cast<std::uintptr_t>(lap.eigenvectors.data) % 16 == 0;
-    float4 u[kAtOnce];
-    float mu[kAtOnce];
-    int i = threadIdx.x;
-    const auto load = [&] {
+    constexpr int kPart = D * D / 2;
+    auto* parts = reinterpret_cast<std::uint32_t*>(s.parts);
+    const Root exact(mu);
+    const float root = (exact.value + exact.rest) * scale;
+    const unsigned m = four / (D / 4), d = four % (D / 4) * 4;
+    const unsigned of_lane = m % (D / 4), row = of_lane / 2 * 8 + m / (D / 4) * 2 + of_lane % 2;
 #pragma unroll
-        for (int n = 0; n < kAtOnce; ++n) {
-            const int quad = i + n * blockDim.x;
-            if (quad >= kQuads) continue;
-            u[n] = load_four_now(lap.eigenvectors.data + 4 * quad, aligned);
-            mu[n] = load_now(lap.eigenvalues.data + quad / (D / 4));
+    for (int k = 0; k < 4; k += 2) {
+        const unsigned run = d / S::kRun;  // see position()
+        const unsigned chunk = run / 4 * S::kGroupChunks + (d % S::kRun + k) / 2;
+        const unsigned at = matrix_offset<D>(row, chunk) / 4 + run % 4;
+        const float u0 = k == 0 ? u.x : u.z, u1 = k == 0 ? u.y : u.w;
+        if constexpr (kHalf) {
+            const float x = root * u0, y = root * u1;
+            const __half2 hi = __floats2half2_rn(x, y);
+            parts[at] = bits(hi);
+            parts[kPart + at] = pack_half(x - __low2float(hi), y - __high2float(hi));
+        } else {
+            const float2 x = exact.times(u0), y = exact.times(u1);
+            const std::uint32_t hi = pack_bf16(x.x, y.x);
+            const float x1 = x.x - low_half(hi) + x.y, y1 = y.x - high_half(hi) + y.y;
+            const std::uint32_t mid = pack_bf16(x1, y1);
+            parts[at] = hi;
+            parts[kPart + at] = mid;
+            parts[2 * kPart + at] = pack_bf16(x1 - low_half(mid), y1 - high_half(mid));
         }
-    };
-    load();
-    __syncthreads();  // what comes next is asked for after this
-    meanwhile();
-    for (; i < kQuads; i += kAtOnce * blockDim.x, load()) {
+    }
+}
+// Returns the matrix_scale() of halves.
+template <int D, class P, class Supply, class Meanwhile>
+__device__ int load_eigenvectors(const FeatureLaplacian<float>& lap, const Shared& s, Supply& supply,
+                                 Meanwhile&& meanwhile) {
+    constexpr int kFours = D * D / 4;
+    const bool aligned = reinterpret_cast<std::uintptr_t>(lap.eigenvectors.data) % 16 == 0;
+    int log2 = 0;
+    if constexpr (Supply::kSpare > 0) {  // each thread's by way of the place left free for it
+        static_assert(P::kHalves);
+        float* mu = s.partials;
+#pragma unroll 1
+        for (int i = threadIdx.x; i < kFours; i += blockDim.x) {
+            const float* from = lap.eigenvectors.data + 4 * i;
+            const std::uint32_t at = supply.spare(16 * i);
+            if (aligned)
+                copy_async<16>(at, from);
+            else
+#pragma unroll 1
+                for (int k = 0; k < 4; ++k) copy_async<4>(at + 4 * k, from + k);
+        }
+        if (threadIdx.x < D) copy_async<4>(shared_address(mu + threadIdx.x), lap.eigenvalues.data + threadIdx.x);
+        cp_async_commit();
+        __syncthreads();  // what comes next is asked for after this
+        meanwhile();
+        supply.begin();
+        cp_async_wait<0>();
+        __syncthreads();
+        log2 = matrix_scale<D>(mu);
+        const float scale = power_of_two(log2);
+#pragma unroll 1
+        for (unsigned i = threadIdx.x; i < kFours; i += blockDim.x)
+            store_four<D, true>(s, i, load_four(supply.spare(16 * i)), mu[i / (D / 4)], scale);
+    } else {
+        static_assert(!P::kHalves);
+        constexpr int kAtOnce = 2;
+        float4 u[kAtOnce];
+        float mu[kAtOnce];
+        int i = threadIdx.x;
+        const auto load = [&] {
 #pragma unroll
-        for (int n = 0; n < kAtOnce; ++n) {
-            const int quad = i + n * blockDim.x, m = quad / (D / 4), d = quad % (D / 4) * 4;
-            if (quad >= kQuads) continue;
-            const Root root(mu[n]);
-            const int of_lane = m % (D / 4), row = of_lane / 2 * 8 + m / (D / 4) * 2 + of_lane % 2;
+            for (int n = 0; n < kAtOnce; ++n) {
+                const int four = i + n * blockDim.x;
+                if (four >= kFours) continue;
+                u[n] = load_four_now(lap.eigenvectors.data + 4 * four, aligned);
+                mu[n] = load_now(lap.eigenvalues.data + four / (D / 4));
+            }
+        };
+        load();
+        __syncthreads();  // what comes next is asked for after this
+        meanwhile();
+        supply.begin();
+        for (; i < kFours; i += kAtOnce * blockDim.x, load()) {
 #pragma unroll
-            for (int k = 0; k < 4; k += 2) {
-                const int run = d / S::kRun;  // see position()
-                const int chunk = run / 4 * S::kGroupChunks + (d % S::kRun + k) / 2;
-                const int at = static_cast<int>(matrix_offset<D>(row, chunk)) / 4 + run % 4;
-                const float2 x = root.times(k == 0 ? u[n].x : u[n].z), y = root.times(k == 0 ? u[n].y : u[n].w);
-                const auto hi = __floats2bfloat162_rn(x.x, y.x);
-                const float x1 = x.x - __low2float(hi) + x.y, y1 = y.x - __high2float(hi) + y.y;
-                const auto mid = __floats2bfloat162_rn(x1, y1);
-                parts[at] = hi;
-                parts[kPart + at] = mid;
-                parts[2 * kPart + at] = __floats2bfloat162_rn(x1 - __low2float(mid), y1 - __high2float(mid));
+            for (int n = 0; n < kAtOnce; ++n) {
+                const int four = i + n * blockDim.x;
+                if (four < kFours) store_four<D, false>(s, four, u[n], mu[n], 1.f);
             }
         }
     }
     P::publish_matrix();
     __syncthreads();
+    return log2;
 }
 
 // ---- products ----
@@ -215,8 +362,6 @@ template <int D>
 struct Vectors {
     std::uint32_t x[2][D / 8];
 };
-__device__ __forceinline__ float low_half(std::uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_half(std::uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 // Keeps the compiler from holding the unpacked f32 values from one use of v to the next: registers would run out.
 template <int D>
@@ -224,6 +369,24 @@ __device__ __forceinline__ void forget_unpacked(Vectors<D>& v) {
 #pragma unroll
     for (int q = 0; q < D / 8; ++q) asm volatile("" : "+r"(v.x[0][q]), "+r"(v.x[1][q]));
 }
+
+// A token's vector as f16, times a power of two. square = x'x bounds it: |x| < 2^log2. Then x 2^(14 - log2) fits, and
+// what vanishes is below 2^-29 of the root of `square`. The bits of f16 are those of bf16 but for where the exponent
+// begins. Where x'x is not finite they may be anything: what they are divided by is no number then.
+struct HalfScale {
+    int log2;
+    std::uint32_t least, less;  // of both numbers of a pair: bits that become zero, and what is added to them
+    __device__ __forceinline__ explicit HalfScale(float square) {
+        log2 = min(((__float_as_int(square) >> 23) - 125) >> 1, 63);
+        least = (98 + log2) * 0x00800080u;
+        less = 0u - (least << 3);
+        asm("" : "+r"(less));  // shifting and adding is one instruction
+    }
+    __device__ __forceinline__ std::uint32_t operator()(std::uint32_t pair) const {
+        const std::uint32_t size = (__vmaxu2(pair & 0x7fff7fffu, least) << 3) + less;
+        return size | (pair & 0x80008000u);
+    }
+};
 
 // Between registers and the lane's piece of token g's row, of which so many tokens are left; zeros beyond them.
 template <int D>
@@ -272,87 +435,34 @@ __device__ __forceinline__ void prefetch_vectors(const nv_bf16* base, std::int64
         asm volatile("prefetch.global.L2 [%0];\n" ::"l"(base + token * ld + line));
 }
 
-// Vectors of a warp's tokens, tile by tile in steps. With stages they are copied into shared memory, each lane's own pieces
-// for itself: no lane waits for another.
-template <int D, int kStages>
-struct Supply {
-    using S = Shape<D>;
-    static constexpr int kPiece = S::kRun * 2, kStage = int(kStageBytes<D>);
-    static constexpr std::uint32_t kLast = kStages > 0 ? (kStages - 1) * kStage : 0;
-    const nv_bf16* row;  // the lane's piece of token g of the tile that is asked for next
+// Vectors of a warp's tokens, tile by tile in steps, from memory to registers; those to come are asked of the L2 cache.
+template <int D>
+struct DirectSupply {
+    static constexpr int kBytes = 0, kSpare = 0;
+    const nv_bf16* row;  // the lane's piece of token g of the next tile
     std::int64_t ld, step;
-    int left, step_tokens;      // tokens from that one on
-    std::uint32_t base, stage;  // shared: the lane's own place in the first stage, and in the one that was taken
+    int left, step_tokens;  // tokens from that one on
 
-    __device__ __forceinline__ Supply(const unsigned char* stages, const nv_bf16* x, std::int64_t row_ld, int tile,
-                                      int step_tiles, int tokens)
-        : ld(row_ld), step(step_tiles * kTokens * row_ld), step_tokens(step_tiles * kTokens) {
-        const int token = tile * kTokens + threadIdx.x % kWarp / 4;
-        row = x + token * ld + threadIdx.x % 4 * S::kRun;
+    template <class Map>
+    __device__ __forceinline__ DirectSupply(const Mat<const bf16>& x, const Map&, const void*, int column, int tile,
+                                            int step_tiles)
+        : ld(x.ld), step(step_tiles * kTokens * x.ld), step_tokens(step_tiles * kTokens) {
+        const int token = tile * kTokens + threadIdx.x % kWarp / 4, tokens = int(x.rows);
+        const nv_bf16* base = reinterpret_cast<const nv_bf16*>(x.data) + column;
+        row = base + token * ld + threadIdx.x % 4 * Shape<D>::kRun;
         left = tokens - token;
-        if constexpr (kStages == 0) {
-            prefetch_vectors<D>(x, ld, tile, step_tiles, tokens);
-        } else {
-            base = shared_address(stages) + threadIdx.x / kWarp * (kStages * kStage) + threadIdx.x % kWarp * kPiece;
-            stage = base;
-        }
+        prefetch_vectors<D>(base, ld, tile, step_tiles, tokens);
     }
-    // Asks for the first tiles.
-    __device__ __forceinline__ void begin() {
-#pragma unroll
-        for (int i = 0; i < kStages - 1; ++i) ask();
-    }
-    // Asks for the next tile, in place of the one that was taken; `stage` is then that of the oldest one.
-    __device__ __forceinline__ void ask() {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const nv_bf16* from = row + half * 8 * ld;
-            const bool inside = 8 * half < left;
-#pragma unroll
-            for (int group = 0; group < S::kGroups; ++group) {
-                const std::uint32_t at = stage + (half * S::kGroups + group) * kWarp * kPiece;
-                if constexpr (kPiece == 16)
-                    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(at),
-                                 "l"(from + group * S::kGroup), "r"(inside ? 16 : 0));
-                else
-                    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(at),
-                                 "l"(from + group * S::kGroup), "r"(inside ? 8 : 0));
-            }
-        }
-        cp_async_commit();
-        advance();
-        stage = stage == base + kLast ? base : stage + kStage;
-    }
-    __device__ __forceinline__ void advance() { row += step, left -= step_tokens; }
+    __device__ __forceinline__ void begin() {}
+    __device__ __forceinline__ void use_all() {}
     // The next tile's vectors.
     __device__ __forceinline__ void next(Vectors<D>& v) {
-        if constexpr (kStages == 0) {
-            load_vectors(v, row, ld, left);
-            advance();
-        } else {
-            ask();
-            cp_async_wait<kStages - 1>();
-#pragma unroll
-            for (int group = 0; group < S::kGroups; ++group) again(v, group);
-        }
+        load_vectors(v, row, ld, left);
+        row += step, left -= step_tokens;
     }
+    __device__ __forceinline__ void refill() {}
     // A group's once more, where v need not have been kept in registers.
-    __device__ __forceinline__ void again(Vectors<D>& v, int group) const {
-        if constexpr (kStages > 0) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const std::uint32_t at = stage + (half * S::kGroups + group) * kWarp * kPiece;
-                std::uint32_t* x = v.x[half] + group * S::kGroupChunks;
-                if constexpr (kPiece == 16)
-                    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];\n"
-                                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                                 : "r"(at)
-                                 : "memory");
-                else
-                    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];\n" : "=r"(x[0]), "=r"(x[1]) : "r"(at) : "memory");
-            }
-        }
-    }
+    __device__ __forceinline__ void again(Vectors<D>&, int) const {}
 };
 
 // y = M x, two tiles at a time: take(j, y) for j = 0, 2, .. of D / 8, with y[k] the rows 8 (j + k) + 2t, + 1 of M: [0], [1]

@@ -1,10 +1,12 @@
-// kernels/energy_sm90.cu: energy on sm_90a: four warps multiply the vectors of their 64 tokens together. The matrix lies in
-// shared memory as such products want it: what energy_product.cuh calls exchanged chunks is the swizzle of the tensor
-// cores, of as many bytes as a row has. Sums over columns and parts stay in the tensor cores, small parts first.
+// kernels/energy_sm90.cu: energy on sm_90a: four warps multiply the vectors of their 64 tokens together. The matrix
+// lies in shared memory as such products want it: what energy_product.cuh calls exchanged chunks is the swizzle of the
+// tensor cores, of as many bytes as a row has. Sums over columns and parts stay in the tensor cores, small parts first.
+// TMA brings the vectors, from the start of the kernel on: the matrix is ready when the first of them are there.
 #include "kernels/energy_sm90.h"
 
 #include "kernels/energy_kernels.cuh"
 #include "kernels/hopper.cuh"
+#include "kernels/tensor_map.h"
 
 namespace fiedler {
 namespace {
@@ -24,61 +26,185 @@ __device__ __forceinline__ std::uint64_t operand(const void* matrix) {
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
         "+f"(d[i + 7])
 #define FIEDLER_D32(i) FIEDLER_D8(i), FIEDLER_D8(i + 8), FIEDLER_D8(i + 16), FIEDLER_D8(i + 24)
-#define FIEDLER_MULTIPLY(n, sums, a, b, add, turned) \
-    "{\n.reg .pred p;\nsetp.ne.b32 p, " add          \
-    ", 0;\n"                                         \
-    "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" sums "}, {" a "}, " b ", p, 1, 1, " turned ";\n}\n"
+#define FIEDLER_MULTIPLY(n, type, sums, a, b, add, turned)                                                            \
+    "{\n.reg .pred p;\nsetp.ne.b32 p, " add                                                                           \
+    ", 0;\n"                                                                                                          \
+    "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." #type "." #type " {" sums "}, {" a "}, " b ", p, 1, 1, " turned \
+    ";\n}\n"
 #define FIEDLER_INPUTS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(kTurned))
+#define FIEDLER_MULTIPLY_AS(n, sums, a, b, add, turned, ...)                                            \
+    if constexpr (kHalf)                                                                                \
+        asm volatile(FIEDLER_MULTIPLY(n, f16, sums, a, b, add, turned) : __VA_ARGS__ : FIEDLER_INPUTS); \
+    else                                                                                                \
+        asm volatile(FIEDLER_MULTIPLY(n, bf16, sums, a, b, add, turned) : __VA_ARGS__ : FIEDLER_INPUTS)
 
-// d = [d +] A B' (kTurned: A B), A 64 x 16 in registers, B of D columns; as hopper::multiply_registers.
-template <bool kTurned>
+// d = [d +] A B' (kTurned: A B), A 64 x 16 in registers, B of D columns; as hopper::multiply_registers, of bf16 or f16.
+template <bool kTurned, bool kHalf>
 __device__ __forceinline__ void multiply_matrix(float (&d)[8], const std::uint32_t (&a)[4], std::uint64_t b, bool add) {
-    asm volatile(FIEDLER_MULTIPLY(16, "%0,%1,%2,%3,%4,%5,%6,%7", "%8,%9,%10,%11", "%12", "%13", "%14")
-                 : FIEDLER_D8(0)
-                 : FIEDLER_INPUTS);
+    FIEDLER_MULTIPLY_AS(16, "%0,%1,%2,%3,%4,%5,%6,%7", "%8,%9,%10,%11", "%12", "%13", "%14", FIEDLER_D8(0));
 }
-template <bool kTurned>
+template <bool kTurned, bool kHalf>
 __device__ __forceinline__ void multiply_matrix(float (&d)[16], const std::uint32_t (&a)[4], std::uint64_t b,
                                                 bool add) {
-    asm volatile(FIEDLER_MULTIPLY(32, FIEDLER_TEN() "%10,%11,%12,%13,%14,%15", "%16,%17,%18,%19", "%20", "%21", "%22")
-                 : FIEDLER_D8(0), FIEDLER_D8(8)
-                 : FIEDLER_INPUTS);
+    FIEDLER_MULTIPLY_AS(32, FIEDLER_TEN() "%10,%11,%12,%13,%14,%15", "%16,%17,%18,%19", "%20", "%21", "%22",
+                        FIEDLER_D8(0), FIEDLER_D8(8));
 }
-template <bool kTurned>
+template <bool kTurned, bool kHalf>
 __device__ __forceinline__ void multiply_matrix(float (&d)[32], const std::uint32_t (&a)[4], std::uint64_t b,
                                                 bool add) {
-    hopper::multiply_registers<kTurned>(d, a, b, add);
+    FIEDLER_MULTIPLY_AS(64, FIEDLER_TEN() FIEDLER_TEN(1) FIEDLER_TEN(2) "%30,%31", "%32,%33,%34,%35", "%36", "%37",
+                        "%38", FIEDLER_D32(0));
 }
-template <bool kTurned>
+template <bool kTurned, bool kHalf>
 __device__ __forceinline__ void multiply_matrix(float (&d)[64], const std::uint32_t (&a)[4], std::uint64_t b,
                                                 bool add) {
-    asm volatile(FIEDLER_MULTIPLY(128,
-                                  FIEDLER_TEN() FIEDLER_TEN(1) FIEDLER_TEN(2) FIEDLER_TEN(3) FIEDLER_TEN(4)
-                                      FIEDLER_TEN(5) "%60,%61,%62,%63",
-                                  "%64,%65,%66,%67", "%68", "%69", "%70")
-                 : FIEDLER_D32(0), FIEDLER_D32(32)
-                 : FIEDLER_INPUTS);
+    FIEDLER_MULTIPLY_AS(
+        128, FIEDLER_TEN() FIEDLER_TEN(1) FIEDLER_TEN(2) FIEDLER_TEN(3) FIEDLER_TEN(4) FIEDLER_TEN(5) "%60,%61,%62,%63",
+        "%64,%65,%66,%67", "%68", "%69", "%70", FIEDLER_D32(0), FIEDLER_D32(32));
 }
+#undef FIEDLER_MULTIPLY_AS
 #undef FIEDLER_INPUTS
 #undef FIEDLER_MULTIPLY
 #undef FIEDLER_D32
 #undef FIEDLER_D8
 #undef FIEDLER_TEN
 
+// Vectors of the tokens of a warpgroup, 64 at a time in steps, by TMA: as many of them ahead as there are stages, of
+// each of the block's kGroups warpgroups. The last kFree stages are left free until the matrix is there, which comes by
+// way of them. (With more than three stages what comes first came later, and the whole took longer.)
+template <int D, int kStages, int kFree, int kGroups>
+struct BoxSupply {
+    using S = Shape<D>;
+    static constexpr int kPiece = S::kRun * 2, kBegun = kStages - kFree, kBarrier = int(sizeof(hopper::Barrier));
+    static constexpr int kStage = int(kStageBytes<D>) * hopper::kWarpgroup / kWarp;
+    static constexpr int kBytes = kStages * (kStage + kBarrier) * kGroups;
+    static constexpr int kSpare = kFree * kStage * kGroups;
+    static_assert(kFree > 0 && kBegun > 0);
+    const CUtensorMap* map;
+    std::uint32_t all, base, stage;        // the stages, those of the warpgroup, the one taken last: shared addresses
+    std::uint32_t piece;                   // the lane's piece of token g in a stage
+    int column, token, left, step_tokens;  // of what is asked for next; tokens from the block's first one on
+    int turn = -1;                         // how often all stages have been taken
+
+    __device__ __forceinline__ BoxSupply(const Mat<const bf16>& x, const CUtensorMap& of_x, unsigned char* stages,
+                                         int first_column, int tile, int step_tiles)
+        : map(&of_x), column(first_column), step_tokens(step_tiles * kTokens) {
+        const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = threadIdx.x / hopper::kWarpgroup;
+        all = shared_address(stages), base = all + group * (kStages * kStage);
+        left = int(x.rows) - (tile - warp) * kTokens;
+        token = (tile - warp % 4) * kTokens;
+        if (threadIdx.x % hopper::kWarpgroup == 0) {
+#pragma unroll
+            for (int i = 0; i < kStages; ++i) hopper::barrier_init(barrier_of(base + i * kStage), 1);
+            hopper::barrier_init_done();
+        }
+        stage = base + (kStages - 1) * kStage;
+        // As matrix_offset(): that is how TMA exchanges the pieces of a row.
+        piece = matrix_offset<D>(lane / 4, lane % 4 * kPiece / 16) + lane % 4 * kPiece % 16 +
+                warp % 4 * kTokens * kRowBytes<D>;
+    }
+    // Where byte `at` of what comes by way of the free stages is: one warpgroup's after the other's.
+    __device__ __forceinline__ std::uint32_t spare(unsigned at) const {
+        constexpr unsigned kSize = kFree * kStage;
+        return all + kBegun * kStage + at / kSize * (kStages * kStage) + at % kSize;
+    }
+    __device__ __forceinline__ void begin() { ask_first(0, kBegun); }
+    // Uses the free stages, too.
+    __device__ __forceinline__ void use_all() { ask_first(kBegun, kStages); }
+    // The next tile's vectors.
+    __device__ __forceinline__ void next(Vectors<D>& v) {
+        const bool last = stage == base + (kStages - 1) * kStage;
+        stage = last ? base : stage + kStage;
+        turn += last;
+        hopper::barrier_wait(barrier_of(stage), turn & 1);
+        __syncwarp();
+#pragma unroll
+        for (int group = 0; group < S::kGroups; ++group) again(v, group);
+    }
+    // Asks for more, in place of what was taken before; after a product of the warpgroup: all its warps have read that.
+    __device__ __forceinline__ void refill() {
+        if (stage == base && turn == 0) return;
+        ask(stage == base ? base + (kStages - 1) * kStage : stage - kStage);
+    }
+    // A group's once more, where v need not have been kept in registers.
+    __device__ __forceinline__ void again(Vectors<D>& v, int group) const {
+        constexpr int kHalfTile = kRowBytes<D> * 8;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const std::uint32_t at = ((stage + piece) ^ group % 2 * 64) + half * kHalfTile + group / 2 * (kStage / 2);
+            std::uint32_t* x = v.x[half] + group * S::kGroupChunks;
+            if constexpr (kPiece == 16)
+                asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];\n"
+                             : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                             : "r"(at)
+                             : "memory");
+            else
+                asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];\n" : "=r"(x[0]), "=r"(x[1]) : "r"(at) : "memory");
+        }
+    }
+
+  private:
+    __device__ __forceinline__ std::uint32_t barrier_of(std::uint32_t of) const {
+        return all + kGroups * kStages * kStage + (of - all) / kStage * kBarrier;
+    }
+    __device__ __forceinline__ void ask_first(int from, int to) {
+#pragma unroll 1
+        for (int i = from; i < to; ++i) ask(base + i * kStage);
+    }
+    // What no round of the block takes is not asked for.
+    __device__ __forceinline__ void ask(std::uint32_t to) {
+        if (left > 0 && threadIdx.x / kWarp % 4 == 0 && hopper::elected()) {
+            const std::uint32_t barrier = barrier_of(to);
+            hopper::barrier_arrive_expecting(barrier, kStage);
+            hopper::load_box(to, map, column, token, barrier);
+            if constexpr (D == 128) hopper::load_box(to + kStage / 2, map, column + D / 2, token, barrier);
+        }
+        token += step_tokens, left -= step_tokens;
+    }
+};
+
 struct WarpgroupProducts {
     // One block a multiprocessor, of as many warpgroups as there are registers for: the matrix is loaded once, and while
     // some warpgroups wait for their products others compute.
     static constexpr int forward_threads(int, int) { return 4 * hopper::kWarpgroup; }
-    static constexpr int backward_threads(int d, int r) { return (d < 128 ? 4 : r > 4 ? 2 : 3) * hopper::kWarpgroup; }
+    static constexpr int backward_threads(int d, int) { return (d < 128 ? 4 : 3) * hopper::kWarpgroup; }
     static constexpr int forward_at_least(int, int) { return 1; }
     static constexpr int backward_at_least(int, int) { return 1; }
     static constexpr int forward_blocks(int, int) { return 1; }
     static constexpr int backward_blocks(int, int) { return 1; }
+    static constexpr bool kHalves = true;
+    static constexpr int kMostShared = 227 * 1024, kMostStages = 3;
+    // As many as fit beside the matrix.
+    static constexpr int stages(int d, int r, int warps) {
+        const int parts = r > 1 ? kHalfParts : kParts;
+        const int room = kMostShared - 2 * parts * d * d - int(kPartialBytes);
+        const int most = room / (warps * kTokens * 2 * d + warps / 4 * int(sizeof(hopper::Barrier)));
+        return most < kMostStages ? most : kMostStages;
+    }
+    // Those that the matrix needs on its way: all eigenvectors at once, or a part of Lf.
+    static constexpr int free_stages(int d, int r, int threads) {
+        return r == 1 ? 1 : ((d * d / 4 + threads - 1) / threads * 16 + d - 1) / d;
+    }
+    template <int D, int R, int kBlock>
+    using Supply = BoxSupply<D, stages(D, R, kBlock / kWarp), free_stages(D, R, kBlock), kBlock / hopper::kWarpgroup>;
+    template <int D, int R>
+    using ForwardSupply = Supply<D, R, forward_threads(D, R)>;
+    template <int D, int R>
+    using BackwardSupply = Supply<D, R, backward_threads(D, R)>;
+    using Map = CUtensorMap;
     template <int D>
-    static constexpr int kStages = 2;
+    static Map map_of(const Mat<const bf16>& x) {
+        const cuuint64_t size[2] = {cuuint64_t(x.cols), cuuint64_t(x.rows)},
+                         stride[1] = {cuuint64_t(x.ld) * sizeof(bf16)};
+        const cuuint32_t box[2] = {kRowBytes<D> / sizeof(bf16), hopper::kWarpgroup / kWarp * kTokens};
+        return tensor_map<2>(x.data, size, stride, box,
+                             D >= 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+                             : D == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                       : CU_TENSOR_MAP_SWIZZLE_32B);
+    }
     template <std::size_t bytes, class Kernel>
     static void allow(Kernel kernel) {
-        static_assert(bytes <= 227 * 1024);
+        static_assert(bytes <= kMostShared);
         CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
     }
 
@@ -107,7 +233,8 @@ struct WarpgroupProducts {
             take(j, pair);
         }
     }
-    template <int D, int kUsed, class Take>
+    // y = M x, M as the sum of its parts.
+    template <int D, int kUsed, bool kHalf, class Take>
     __device__ static __forceinline__ void multiply_parts(Vectors<D>& v, const nv_bf16* parts, Take&& take) {
         const std::uint64_t matrix = operand<D>(parts);
         run<D>(
@@ -117,8 +244,8 @@ struct WarpgroupProducts {
 #pragma unroll
                     for (int s = 0; s < D / 16; ++s) {
                         const std::uint32_t a[4] = {v.x[0][2 * s], v.x[1][2 * s], v.x[0][2 * s + 1], v.x[1][2 * s + 1]};
-                        multiply_matrix<false>(d, a, matrix + (chunk_bits<D>(2 * s) + part * 2 * D * D) / 16,
-                                               part < kUsed - 1 || s > 0);
+                        multiply_matrix<false, kHalf>(d, a, matrix + (chunk_bits<D>(2 * s) + part * 2 * D * D) / 16,
+                                                      part < kUsed - 1 || s > 0);
                     }
             },
             [&](int j, float(&pair)[2][4]) {
@@ -130,29 +257,28 @@ struct WarpgroupProducts {
     template <int D, class Take>
     __device__ static __forceinline__ void multiply(Vectors<D>& v, const nv_bf16* parts, int used, Take&& take) {
         if (used == 1)
-            multiply_parts<D, 1>(v, parts, take);
+            multiply_parts<D, 1, false>(v, parts, take);
         else
-            multiply_parts<D, kParts>(v, parts, take);
+            multiply_parts<D, kParts, false>(v, parts, take);
     }
     template <int D, class Take>
-    __device__ static __forceinline__ void turn(const std::uint32_t (&hi)[D / 16][4],
-                                                const std::uint32_t (&mid)[D / 16][4], const nv_bf16* parts,
-                                                Take&& take) {
+    __device__ static __forceinline__ void multiply_halves(Vectors<D>& v, const nv_bf16* parts, Take&& take) {
+        multiply_parts<D, kHalfParts, true>(v, parts, take);
+    }
+    template <int D, class Take>
+    __device__ static __forceinline__ void turn_halves(const std::uint32_t (&y)[D / 16][4], const nv_bf16* parts,
+                                                       Take&& take) {
         // 64 columns at a time: registers.
         constexpr int kColumns = D < 64 ? D : 64, kHalf = kRowBytes<D> * D / 16;
-        constexpr int kSixteenRows = 16 * kRowBytes<D> / 16, kPart = 2 * D * D / 16;
+        constexpr int kSixteenRows = 16 * kRowBytes<D> / 16;
         const std::uint64_t matrix = operand<D>(parts);
 #pragma unroll
         for (int half = 0; half < D / kColumns; ++half) {
             run<kColumns>(
                 [&](float(&d)[kColumns / 2]) {
 #pragma unroll
-                    for (int s = 0; s < D / 16; ++s) {
-                        const std::uint64_t rows = matrix + half * kHalf + s * kSixteenRows;
-                        multiply_matrix<true>(d, hi[s], rows + kPart, s > 0);
-                        multiply_matrix<true>(d, mid[s], rows, true);
-                        multiply_matrix<true>(d, hi[s], rows, true);
-                    }
+                    for (int s = 0; s < D / 16; ++s)
+                        multiply_matrix<true, true>(d, y[s], matrix + half * kHalf + s * kSixteenRows, s > 0);
                 },
                 [&](int q, const float(&pair)[2][4]) { take(half * kColumns / 8 + q, pair); });
         }

@@ -23,9 +23,10 @@ constexpr int kTileAlignment = 1024;
 // parity 1 returns at once on a fresh barrier.
 using Barrier = std::uint64_t;
 
-__device__ inline void barrier_init(Barrier* b, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(b)), "r"(count) : "memory");
+__device__ inline void barrier_init(std::uint32_t address, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(address), "r"(count) : "memory");
 }
+__device__ inline void barrier_init(Barrier* b, int count) { barrier_init(shared_address(b), count); }
 // Makes the initialised barriers known to TMA; before the __syncthreads that tells the other threads.
 __device__ inline void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory"); }
 // By the address that it has in shared memory, or by pointer; the others likewise.
