@@ -40,12 +40,13 @@
 //            Cuda, sm_90, D = 64, R = 1 .. 8, no window, equal sequences of a multiple of 64 tokens, and room for
 //            attention_numbers_elements: the backward pass is a kernel of its own. R > 1
 //            (attention_backward_packed_sm90.cu): numbers as above, and in db the sums of two queries' +-ds that are 8 apart
-//            are rounded to bf16 too; ds below 2^-55 loses digits, below 2^-63 it is 0; tiles with |do_| >= 2^8 or
-//            |v| >= 2^9 go the slow way of those with a scalar beyond 32. R = 1 (attention_backward_one_sm90.cu): scores,
-//            and ds of da, db and dF, in f32; scalars up to 22 are rounded after they were multiplied by log2 e, a score is
-//            off by up to 2^-24 of their sizes for that. do . v - delta is one product, which takes delta in three parts
-//            of bf16: off by 2^-26 of delta and the rounding of f32 sums. da and db are sums of sign ds as it stands; equal
-//            scalars alone have sign 0. The way depends on shapes, scratch and the device alone.
+//            are rounded to bf16 too; ds below 2^-55 loses digits, below 2^-63 it is 0; tiles with |do_| >= 2^5,
+//            |v| >= 2^9 or |delta| >= 2^20 go the slow way of those with a scalar beyond 32. R = 1
+//            (attention_backward_one_sm90.cu): scores, and ds of da, db and dF, in f32; scalars up to 22 are rounded after
+//            they were multiplied by log2 e, a score is off by up to 2^-24 of their sizes for that. do . v - delta is one
+//            product, which takes delta in three parts of bf16: off by 2^-26 of delta and the rounding of f32 sums. da and
+//            db are sums of sign ds as it stands; equal scalars alone have sign 0. The way depends on shapes, scratch and
+//            the device alone.
 // skip       Cuda: tiles in which the gate alone puts every weight under e^-25 (2^-36) of what its query has from itself are
 //            left out: less than the rounding of f32, a thousand of them together. false: all are computed.
 // decode     one query, `length` cached keys of one sequence (query i = length - 1), causal: o as above.

@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(kNumbersThreads, 2048 / kNumbersThreads)
     for (int i = 0; i < 8; ++i) sum = fmaf(to_float(g.v[i]), to_float(o.v[i]), sum);
     for (int i = 4; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
     const float base = numbers.gate - numbers.lse;  // of part 0
-    const bool far = !(packs(a[0]) && packs(a[1]) && base < INFINITY && largest_of(g) < kGradientRange);
+    const bool far =
+        !(packs(a[0]) && packs(a[1]) && base < INFINITY && largest_of(g) < kGradientRange && fabsf(sum) < kDeltaRange);
     const float top_of_warp = largest(far ? INFINITY : part == 0 ? base : -INFINITY);
     if (part < R / 2) tile.a[key][part] = pack_half(number_in_units(a[0]), number_in_units(a[1]));
     if (part == 0) p.delta.data[number] = sum, numbers.minus_delta = -sum * kDsUnit;

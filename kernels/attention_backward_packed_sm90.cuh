@@ -43,7 +43,8 @@ constexpr int kPlaces = 3;  // of tiles of queries in shared memory
 // [heads][tiles] each.
 struct alignas(16) QueryNumbers {
     float lse, minus_delta, gate;  // minus_delta: in units of ds, see kDsUnit
-    float top;  // the largest gate - lse of the tile; infinite: a scalar or dO is out of range, or a number is none
+    float
+        top;  // the largest gate - lse of the tile; infinite: a scalar, dO or delta is out of range, or a number is none
 };
 template <int R>
 struct alignas(128) OfQueries {
@@ -70,13 +71,14 @@ static_assert(kNumbersOfToken<8> == attention_numbers_of_token(8) &&
 
 // Scalars are in units of 2^-8: so the bits of |d| > 0, read as bf16, are those of 2^-47 or a larger number, and finite,
 // and the sum of two |d| is still finite in f16. ds is in units of 2^71, of which it is to have at most 2^-47: |ds| <= 2^24,
-// which |dO| < 2^8 and |V| < 2^9 make certain. Tiles with larger ones go the way of those with scalars out of range. What is
-// below 2^-55 loses digits.
+// which bounds of |dO|, of |V| and, since V of other tiles is in it, of |delta| make certain. Tiles with larger ones go the
+// way of those with scalars out of range. What is below 2^-55 loses digits.
 constexpr float kUnit = 256.f, kDsUnit = 0x1p-71f;
-constexpr float kGradientRange = 256.f, kValueRange = 512.f;
+constexpr float kGradientRange = 32.f, kValueRange = 512.f, kDeltaRange = 0x1p20f;
+constexpr float kLargestWeight = 8.f;    // scores of either pass are off by 0.75 at most (attention.h)
 constexpr unsigned kOne = 0x6300;        // in units of ds, as bf16: 2^71
 constexpr unsigned kMinusUnit = 0x9c00;  // -2^-8 as f16
-static_assert(kGradientRange * kValueRange * 2 * kWidth <= 0x1p24f);
+static_assert((kGradientRange * kValueRange * kWidth + kDeltaRange) * kLargestWeight <= 0x1p24f);
 static_assert(2 * 2 * (kPackedRange * kLog2e + 0x1p-4f) * kUnit < 65504.f);
 
 // A lane's part of operands that are constants.

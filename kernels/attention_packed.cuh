@@ -12,8 +12,6 @@
 // with k = 2, 3 for R = 16, whose sums of f16 are of four; 1 + log2 R where all of a sum is in f16.
 // Where dot products are the scores, their bf16 operands cost 2^-9 of each term.
 #pragma once
-#include <cuda_fp16.h>
-
 #include "kernels/attention_tile.cuh"
 
 namespace fiedler::attention_tile {
@@ -26,10 +24,6 @@ __device__ inline float packed_number(float x) {
     constexpr float kOnGrid = 1536.f;  // a unit of rounding there is 2^-13
     const float y = __fmul_rn(fminf(fmaxf(x, -kPackedRange), kPackedRange), kLog2e);
     return __fadd_rn(__fadd_rn(y, kOnGrid), -kOnGrid);
-}
-__device__ inline std::uint32_t pack_half(float lo, float hi) {
-    const __half2 v = __floats2half2_rn(lo, hi);
-    return *reinterpret_cast<const std::uint32_t*>(&v);
 }
 // `count` numbers from `from` on, of which there are `left` or more; zeros beyond. whole: all are there and lie at a
 // multiple of their size, 16 bytes at the most.

@@ -368,11 +368,10 @@ __device__ __forceinline__ float weigh(float (&da)[Bands<D, R>::kBands], const f
 template <int D, int R>
 __device__ __forceinline__ float largest_product(const float (&g)[Bands<D, R>::kBands],
                                                  const float (&energy)[Bands<D, R>::kBands]) {
+    constexpr float kLeast = 0x1p-70f;  // smaller energies may have vanished
     float most = 1e-30f;
 #pragma unroll
-    for (int b = 0; b < Bands<D, R>::kBands; ++b)
-        most =
-            fmaxf(most, fabsf(g[b]) * root_of(fmaxf(energy[b], power_of_two(-70))));  // smaller ones may have vanished
+    for (int b = 0; b < Bands<D, R>::kBands; ++b) most = fmaxf(most, fabsf(g[b]) * root_of(fmaxf(energy[b], kLeast)));
     most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
     return fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
 }

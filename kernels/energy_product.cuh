@@ -1,8 +1,6 @@
 // kernels/energy_product.cuh: what energy's kernels multiply with: the matrix in shared memory, as the sum of three bf16
-// parts, and its products with the vectors of 16 tokens (see energy.cu).
+// parts or of two f16 parts, and its products with the vectors of 16 tokens (see energy.cu).
 #pragma once
-#include <cuda_fp16.h>
-
 #include <cfloat>
 
 #include "kernels/common.cuh"
@@ -76,7 +74,6 @@ __device__ __forceinline__ Shared carve(unsigned char* base, int parts, int stag
 __device__ __forceinline__ float low_half(std::uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_half(std::uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 __device__ __forceinline__ std::uint32_t bits(__half2 pair) { return *reinterpret_cast<const std::uint32_t*>(&pair); }
-__device__ __forceinline__ std::uint32_t pack_half(float lo, float hi) { return bits(__floats2half2_rn(lo, hi)); }
 
 // ---- the matrix ----
 

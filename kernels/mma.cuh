@@ -7,6 +7,7 @@
 // so two C tiles side by side, rounded and packed, are one A tile: that is how P feeds P V without leaving registers.
 #pragma once
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -44,6 +45,10 @@ __device__ inline void ldmatrix_x2_trans(std::uint32_t (&r)[2], const void* row)
 // Rounds to nearest even and packs: lo in the lower half, as two neighbouring columns lie in memory.
 __device__ inline std::uint32_t pack_bf16(float lo, float hi) {
     const __nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
+    return *reinterpret_cast<const std::uint32_t*>(&v);
+}
+__device__ inline std::uint32_t pack_half(float lo, float hi) {
+    const __half2 v = __floats2half2_rn(lo, hi);
     return *reinterpret_cast<const std::uint32_t*>(&v);
 }
 

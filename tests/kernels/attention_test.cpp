@@ -1,6 +1,7 @@
 // Scalar-distance attention: CPU against naive loops, finite differences and closed forms; GPU against the CPU.
 #include "kernels/attention.h"
 
+#include <array>
 #include <optional>
 
 #include "kernels/attention_backward_sm90.h"
@@ -490,15 +491,23 @@ TEST(Attention, GpuBackwardTellsNeighbouringScalarsApart) {
 TEST(Attention, GpuBackwardMatchesReferenceWithGradientsOfAnySize) {
     FIEDLER_GPU_OR_SKIP();
     for (const std::int32_t scalars : {2, 3, 8})
-        for (const auto& [of_gradients, of_values] : std::vector<std::pair<double, double>>{
-                 {0x1p-34, 1}, {0x1p7, 1}, {0x1p12, 1}, {1, 0x1p8}, {1, 0x1p12}, {0x1p20, 0x1p12}}) {
-            SCOPED_TRACE(testing::Message() << of_gradients << ", " << of_values);
+        // Factors of dO, of V, and of V of the first tile of keys alone, from which other tiles have delta.
+        for (const auto& [of_gradients, of_values, of_first] : std::vector<std::array<double, 3>>{{0x1p-34, 1, 1},
+                                                                                                  {4, 1, 1},
+                                                                                                  {0x1p7, 1, 1},
+                                                                                                  {0x1p12, 1, 1},
+                                                                                                  {1, 0x1p6, 1},
+                                                                                                  {1, 0x1p12, 1},
+                                                                                                  {0x1p20, 0x1p12, 1},
+                                                                                                  {4, 1, 0x1p32}}) {
+            SCOPED_TRACE(testing::Message() << of_gradients << ", " << of_values << ", " << of_first);
             Inputs in({.lengths = {256}, .heads = 2, .scalars = scalars, .width = 64, .gate = true});
             constexpr float kStep = 0x1.62e43p-14f;  // times log2 e, 2^-13
             for (std::size_t i = 0; i < in.a.size(); ++i)
                 in.a[i] = float(i * 7 / 3 % 5) * kStep, in.b[i] = float(i * 11 / 4 % 5) * kStep;
             for (double& x : in.dout) x *= of_gradients;
             for (double& x : in.v) x *= of_values;
+            for (std::size_t i = 0; i < 64 * std::size_t(in.values()); ++i) in.v[i] *= of_first;
             check_gpu_paths(in);
         }
 }
