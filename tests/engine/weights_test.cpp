@@ -111,7 +111,7 @@ TEST_F(Weights, AreWrittenTheSameEachTime) {
 }
 
 TEST_F(Weights, NumPyReadsThem) {
-    const std::string tool = (std::filesystem::path(__FILE__).parent_path() / "../../tools/read_fdl.py").string();
+    const std::string tool = FIEDLER_SOURCE_DIR "/tools/read_fdl.py";
     if (std::system("python3 -c 'import numpy' 2>/dev/null") != 0) GTEST_SKIP() << "NO NUMPY, NOT TESTED";
     const std::string out = join_path(folder_, "out.txt");
     ASSERT_EQ(std::system(("python3 '" + tool + "' '" + path_ + "' layers.0.bias > '" + out + "'").c_str()), 0);
