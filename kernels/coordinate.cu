@@ -24,18 +24,15 @@ constexpr int kTaps = 4, kReach = kTaps - 1;
 // than a line of the cache, of 128 bytes, one: what neighbouring threads have to do with then lies side by side.
 constexpr int kLongRun = 8, kShortRun = 4, kNarrow = 128 / int(sizeof(float));
 constexpr int kThreadsEnough = 128 * 1024;
-constexpr int kForwardThreads = 256, kBackwardThreads = 192;
-constexpr int kSums = kTaps + 1;  // partial sums of a column: dw_0 .. dw_3, dlog_temp
-constexpr int kMaxBlocks = kCoordinatePartials;
+constexpr int kForwardThreads = 256, kBackwardThreads = kCoordinateColumns;
+constexpr int kSums = kTaps + 1;    // of a column: dw_0 .. dw_3, dlog_temp
 constexpr int kBackwardBlocks = 2;  // that fit on a multiprocessor: the bound on registers
 // Backward: rows on their way, and the one at hand; and rows of a step, after which the window is as before.
 // One column's are few bytes: more of them.
 constexpr int kStep = kTaps;
 template <int W>
 constexpr int kDepth = W == 1 ? 2 * kStep : kStep;
-constexpr int kTotalsColumns = kWarp, kTotalsRows = kWarp;
-static_assert(kMaxBlocks % kTotalsRows == 0);
-static_assert(kSums == 5, "coordinate_scratch_elements");
+static_assert(kTaps == 4, "coordinate_pending_elements");
 
 struct Layout {
     dim3 block;
@@ -207,6 +204,8 @@ __global__ void __launch_bounds__(kForwardThreads) coordinate_forward_kernel(Coo
         forward_run<kConvolution, W, kRun, false>(p.seq, s, columns, begin, first, last, out, ld);
 }
 
+__device__ inline int own_thread() { return int(threadIdx.y * blockDim.x + threadIdx.x); }
+
 // What the threads of a block have on its way, from the last token of their runs on; then their sums.
 template <int W>
 union BackwardMemory {
@@ -226,7 +225,6 @@ struct BackwardStream {
     int left;  // rows that have not been sent for
     std::uint64_t policy = leaves_cache_first();
 
-    __device__ static int thread() { return int(threadIdx.y * blockDim.x + threadIdx.x); }
     __device__ BackwardStream(BackwardMemory<W>& memory, const CoordinateBackward<bf16>& p, int column, int own,
                               bool is_query, int last, int rows)
         : shared(memory), ld_s(p.s.ld), left(rows) {
@@ -238,9 +236,9 @@ struct BackwardStream {
     // A row into a slot, or zeros after the last one.
     __device__ void send_to(int slot) {
         const bool wanted = left > 0;
-        send(shared.rows.g[slot][thread()], g, wanted, policy);
-        send(shared.rows.o[slot][thread()], o, wanted, policy);
-        if (kConvolution) send(shared.rows.s[slot][thread()], s, wanted, policy);
+        send(shared.rows.g[slot][own_thread()], g, wanted, policy);
+        send(shared.rows.o[slot][own_thread()], o, wanted, policy);
+        if (kConvolution) send(shared.rows.s[slot][own_thread()], s, wanted, policy);
         cp_async_commit();
         g -= ld_g, o -= ld_o, s -= ld_s, --left;
     }
@@ -268,7 +266,7 @@ struct BackwardWalk {
     __device__ void take(int slot, int before) {
         stream.send_to(before);
         Stream::template wait<kAhead>();
-        const int me = Stream::thread();
+        const int me = own_thread();
         const Values<W> g = stream.shared.rows.g[slot][me], o = stream.shared.rows.o[slot][me];
         Values<W> s{}, out;
         if (kConvolution) s = stream.shared.rows.s[slot][me];
@@ -319,38 +317,75 @@ struct BackwardWalk {
     }
 };
 
-// partial[kSums][all] of the block: its runs' sums, of the block's columns. A thread adds up its columns' sums of one kind.
-template <int W>
-__device__ void store_partial(BackwardMemory<W>& shared, const float (&sum)[W][kSums], float* partial, int all,
-                              int column) {
+// What a block leaves: its runs' sums of dw, for each of its columns, and of dlog_temp, for each head. Null: not wanted.
+struct Partial {
+    float* dw;         // [blocks of runs][all columns][kTaps]
+    float* dlog_temp;  // [blocks of runs][blocks of columns][heads]
+    int heads, per_head;
+    int shift;  // 2^shift threads add up a column's runs: neighbours, at most a warp
+};
+
+// One column's sums over the runs; right in the first of its 2^shift threads.
+template <bool kConvolution>
+__device__ void add_runs(float (&total)[kSums], const float* of_column, int columns, int shift) {
+    const int runs = int(blockDim.y), part = own_thread() & ((1 << shift) - 1), lane = own_thread() % kWarp;
+    constexpr int kFirst = kConvolution ? 0 : kTaps;
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) total[k] = 0.f;
+#pragma unroll 2
+    for (int run = part; run < runs; run += 1 << shift)
+#pragma unroll
+        for (int k = kFirst; k < kSums; ++k) total[k] += of_column[(k * runs + run) * columns];
+    const unsigned mine = unsigned((std::uint64_t(1) << (1 << shift)) - 1) << (lane - part);
+#pragma unroll 1
+    for (int o = (1 << shift) / 2; o > 0; o /= 2)
+#pragma unroll
+        for (int k = kFirst; k < kSums; ++k) total[k] += __shfl_xor_sync(mine, total[k], o);
+}
+
+template <bool kConvolution, int W>
+__device__ void store_partial(float* shared, const float (&sum)[W][kSums], const Partial& to, int all) {
     const int columns = int(blockDim.x) * W, runs = int(blockDim.y), own = int(threadIdx.x) * W;
+    const int first = int(blockIdx.y) * columns, thread = own_thread(), threads = int(blockDim.x) * runs;
 #pragma unroll
     for (int k = 0; k < kSums; ++k) {
         Values<W> mine;
 #pragma unroll
         for (int c = 0; c < W; ++c) mine.v[c] = sum[c][k];
-        store(&shared.sums[(k * runs + int(threadIdx.y)) * columns + own], mine);
+        store(shared + (k * runs + int(threadIdx.y)) * columns + own, mine);
     }
     __syncthreads();
-    if (column >= all) return;
+    float* const of_column = shared + kTaps * runs * columns;  // sums of dlog_temp: each replaces its first run's
+    const int at_once = threads >> to.shift;
+    int c = thread >> to.shift;
+    if (c < at_once)
 #pragma unroll 1
-    for (int k = int(threadIdx.y); k < kSums; k += runs) {
-        const float* from = &shared.sums[k * runs * columns + own];
-        Values<W> total{};
-#pragma unroll 4
-        for (int run = 0; run < runs; ++run, from += columns) {
-            const Values<W> one = load<W>(from);
-#pragma unroll
-            for (int c = 0; c < W; ++c) total.v[c] += one.v[c];
+        for (; c < columns; c += at_once) {
+            float total[kSums];
+            add_runs<kConvolution>(total, shared + c, columns, to.shift);
+            if ((thread & ((1 << to.shift) - 1)) != 0) continue;
+            of_column[c] = total[kTaps];
+            if (kConvolution && first + c < all)
+                reinterpret_cast<float4*>(to.dw)[std::int64_t(blockIdx.x) * all + first + c] =
+                    make_float4(total[0], total[1], total[2], total[3]);
         }
-        store(partial + k * all + column, total);
+    if (!to.dlog_temp) return;
+    __syncthreads();
+#pragma unroll 1
+    for (int h = thread; h < to.heads; h += threads) {
+        float total = 0.f;
+#pragma unroll 1
+        for (int side = h * to.per_head - first; side < columns; side += all / 2)
+#pragma unroll 4
+            for (int c = max(side, 0); c < min(side + to.per_head, columns); ++c) total += of_column[c];
+        to.dlog_temp[(std::int64_t(blockIdx.x) * gridDim.y + blockIdx.y) * to.heads + h] = total;
     }
 }
 
-// run: tokens. Scratch: partial[blocks of runs][kSums][columns].
+// run: tokens.
 template <bool kConvolution, int W>
 __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks)
-    coordinate_backward_kernel(CoordinateBackward<bf16> p, int run, Heads heads) {
+    coordinate_backward_kernel(CoordinateBackward<bf16> p, Partial partial, int run, Heads heads) {
     dependents_may_start();
     __shared__ BackwardMemory<W> shared;
     const int all = static_cast<int>(p.s.cols), half = all / 2;
@@ -388,49 +423,10 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks)
                 walk.window[o + 1][c] = stop + o < last ? after[o].v[c] * columns.scale[c] : 0.f;
     }
     if (any) walk.all(p.seq, start, stop);
-    if (!p.scratch.data) return;  // the same for every thread
+    if (!partial.dw && !partial.dlog_temp) return;  // the same for every thread
     walk.stream.template wait<0>();
     __syncthreads();  // the rows have been read
-    store_partial<W>(shared, walk.sum, p.scratch.data + std::int64_t(blockIdx.x) * kSums * all, all, column);
-}
-
-// The first of_dw blocks: dw += the sums of the partial ones, of one tap of kTotalsColumns columns each; then dlog_temp, one
-// head each.
-__global__ void __launch_bounds__(kTotalsColumns* kTotalsRows)
-    coordinate_totals_kernel(const float* partial, int rows, int all, int per_head, int of_dw, float* dw,
-                             float* dlog_temp) {
-    __shared__ float shared[kTotalsRows][kTotalsColumns + 1];
-    const int block = int(blockIdx.x), lane = int(threadIdx.x), warp = int(threadIdx.y);
-    float sum = 0.f, before = 0.f;
-    const auto add = [&](const float* mine) {
-        mine += std::int64_t(warp) * kSums * all;
-#pragma unroll
-        for (int row = 0; row < kMaxBlocks; row += kTotalsRows, mine += kTotalsRows * kSums * all)
-            if (row + warp < rows) sum += *mine;
-    };
-    wait_for_previous();  // for the partial sums
-    if (block >= of_dw) {
-        float& total = dlog_temp[block - of_dw];
-        if (lane == 0 && warp == 0) before = total;  // while the partial sums are on their way
-        const int half = all / 2, first = (block - of_dw) * per_head;
-        for (int c = lane; c < 2 * per_head; c += kTotalsColumns)
-            add(partial + kTaps * all + first + (c < per_head ? c : half - per_head + c));
-        sum = warp_sum(sum);
-        if (lane == 0) shared[0][warp] = sum;
-        __syncthreads();
-        if (warp != 0) return;
-        sum = warp_sum(shared[0][lane]);
-        if (lane == 0) total = before + sum;
-        return;
-    }
-    const int k = block % kTaps, first = block / kTaps * kTotalsColumns;
-    float& total = dw[(first + warp) * kTaps + k];  // a warp finishes one column
-    if (lane == 0 && first + warp < all) before = total;
-    if (first + lane < all) add(partial + k * all + first + lane);
-    shared[warp][lane] = sum;
-    __syncthreads();
-    sum = warp_sum(shared[lane][warp]);
-    if (lane == 0 && first + warp < all) total = before + sum;
+    store_partial<kConvolution, W>(shared.sums, walk.sum, partial, all);
 }
 
 // Whether it lies at a multiple of `width` values; and whether rows and columns do: as many columns to a thread.
@@ -461,22 +457,29 @@ void launch_forward(const Cuda& d, const CoordinateForward<float>& p) {
         launch_forward<W, kShortRun>(d, p);
 }
 template <int W>
-void launch_backward(const Cuda& d, const CoordinateBackward<bf16>& p) {
+void launch_backward(const Cuda& d, const CoordinateBackward<bf16>& p, PendingSums<float>& sums) {
     // Runs as long as the number of blocks demands, in whole steps.
     const Layout one = layout_of(p.s.rows, p.s.cols, W, kStep, kBackwardThreads);
-    const int run = kStep * int(ceil_div(std::int64_t(one.run_blocks), std::int64_t(kMaxBlocks)));
+    const int run = kStep * int(ceil_div(std::int64_t(one.run_blocks), kCoordinateBlocks));
     const Layout l = layout_of(p.s.rows, p.s.cols, W, run, kBackwardThreads);
     const dim3 grid(l.run_blocks, l.column_blocks);
+    const int all = int(p.s.cols), rows = int(l.run_blocks), of_heads = rows * int(l.column_blocks);
+    Partial partial{.dw = nullptr, .dlog_temp = nullptr, .heads = int(p.log_temp.size), .per_head = 0, .shift = 0};
+    partial.per_head = int(p.a.cols) / partial.heads;
+    while ((2 * int(l.block.x) * W) << partial.shift <= int(l.block.x * l.block.y) && 1 << partial.shift < kWarp)
+        ++partial.shift;
+    if (p.dw) {
+        partial.dw = sums.take(std::int64_t(rows) * all * kTaps).data;
+        FIEDLER_REQUIRE("coordinate", reinterpret_cast<std::uintptr_t>(partial.dw) % 16 == 0);
+        sums.add({p.dw.data, partial.dw, std::int64_t(all) * kTaps, 1, rows, all * kTaps});
+    }
+    if (p.dlog_temp) {
+        partial.dlog_temp = sums.take(std::int64_t(of_heads) * partial.heads).data;
+        sums.add({p.dlog_temp.data, partial.dlog_temp, partial.heads, 1, of_heads, partial.heads});
+    }
     const auto kernel = p.w ? coordinate_backward_kernel<true, W> : coordinate_backward_kernel<false, W>;
-    launch_dependent(d, kernel, grid, l.block, 0, p, run, Heads(p.a.cols, p.log_temp.size));
+    launch_dependent(d, kernel, grid, l.block, 0, p, partial, run, Heads(p.a.cols, p.log_temp.size));
     LAUNCH_CHECK("coordinate_backward");
-    if (!p.scratch) return;
-    const int all = static_cast<int>(p.s.cols), heads = static_cast<int>(p.log_temp.size);
-    const int of_dw = p.dw ? kTaps * ceil_div(all, kTotalsColumns) : 0;
-    launch_dependent(d, coordinate_totals_kernel, unsigned(of_dw + (p.dlog_temp ? heads : 0)),
-                     dim3(kTotalsColumns, kTotalsRows), 0, p.scratch.data, static_cast<int>(l.run_blocks), all,
-                     all / 2 / heads, of_dw, p.dw.data, p.dlog_temp.data);
-    LAUNCH_CHECK("coordinate_totals");
 }
 }  // namespace
 
@@ -490,25 +493,25 @@ void coordinate_forward(const Cuda& d, const CoordinateForward<float>& p) {
         launch_forward<1>(d, p);
 }
 
-void coordinate_backward(const Cuda& d, const CoordinateBackward<bf16>& given) {
-    CoordinateBackward<bf16> p = given;
+void coordinate_backward(const Cuda& d, const CoordinateBackward<bf16>& p) {
     check(p);
     if (p.s.rows == 0 || p.s.cols == 0) return;
-    const bool sums = p.dw || p.dlog_temp;
-    FIEDLER_REQUIRE("coordinate",
-                    !sums || (p.scratch && p.scratch.size >= coordinate_scratch_elements(p.s.rows, p.s.cols)));
+    const std::int64_t most = coordinate_pending_elements(p.s.rows, p.s.cols, p.log_temp.size);
+    FIEDLER_REQUIRE("coordinate", (!p.dw && !p.dlog_temp) || p.pending || p.scratch.size >= most);
     FIEDLER_REQUIRE("coordinate", !p.w || reinterpret_cast<std::uintptr_t>(p.w.data) % 16 == 0);
-    if (!sums) p.scratch = {};
     const auto fits = [&](std::int64_t w) {
         return p.a.cols % w == 0 && in_groups(p.s, w) && in_groups(p.a, w) && in_groups(p.b, w) && in_groups(p.da, w) &&
-               in_groups(p.db, w) && in_groups(p.ds, w) && are_aligned(p.scratch, w);
+               in_groups(p.db, w) && in_groups(p.ds, w);
     };
+    PendingSums<float> own(p.scratch);
+    PendingSums<float>& sums = p.pending ? *p.pending : own;
     if (fits(4))
-        launch_backward<4>(d, p);
+        launch_backward<4>(d, p, sums);
     else if (fits(2))
-        launch_backward<2>(d, p);
+        launch_backward<2>(d, p, sums);
     else
-        launch_backward<1>(d, p);
+        launch_backward<1>(d, p, sums);
+    if (!p.pending) finish_sums(d, own);
 }
 
 }  // namespace fiedler

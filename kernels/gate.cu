@@ -19,7 +19,6 @@ namespace {
 using namespace gate_scan;
 
 constexpr int kLongRun = 4;  // tokens of a thread in a tile; 1 or 2 where a warp has a short sequence alone
-constexpr int kFinishThreads = 256;
 constexpr int kLong = 8192;  // tokens of a sequence for which the two extra launches pay
 
 // What a block, or a warp alone, works on: all `stop` steps of heads h and h + 1 of sequence s, whose tokens are
@@ -167,20 +166,6 @@ __global__ void backward_kernel(BackwardArgs a) {
     Place<false>{p.both}.store(a.partial + std::int64_t(p.row) * a.heads + p.h, sum);
 }
 
-// One block per head: dbias_h += the sum of the rows of `partial`.
-__global__ __launch_bounds__(kFinishThreads) void finish_kernel(float* dbias, const float* partial, int rows,
-                                                                int heads) {
-    __shared__ float shared[kFinishThreads / kWarp];
-    wait_for_previous();
-    const float before = dbias[blockIdx.x];
-    float sum = 0;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < rows; i += blockDim.x) sum += partial[std::int64_t(i) * heads + blockIdx.x];
-    dependents_may_start();
-    sum = block_sum(sum, shared);
-    if (threadIdx.x == 0) dbias[blockIdx.x] = before + sum;
-}
-
 // Sequences of one length are cut if that length is enough; packings of several lengths are not. The same on every
 // device, as the order of the sums depends on it.
 Cut cut_of(const Packed& seq) {
@@ -284,14 +269,17 @@ void gate_forward(const Cuda& dev, const GateForward<float>& p) {
 void gate_backward(const Cuda& dev, const GateBackward<bf16>& p) {
     check(p);
     if (p.z.rows == 0 || p.z.cols == 0) return;
-    FIEDLER_REQUIRE("gate", p.scratch && p.scratch.size >= gate_scratch_elements(p.seq.count, p.z.cols));
+    FIEDLER_REQUIRE("gate", p.pending || p.scratch.size >= gate_pending_elements(p.seq.count, p.z.cols));
+    PendingSums<float> own(p.scratch);
+    PendingSums<float>& sums = p.pending ? *p.pending : own;
     const Cut cut = cut_of(p.seq);
     const std::int64_t heads = p.z.cols;
     const Launch launch(p.seq, heads);
     const bool is_cut = cut.chunks > 1;
     const int rows = is_cut ? p.seq.count * cut.chunks : int(launch.rows);
+    float* const memory = sums.take((is_cut ? 3 : 1) * heads * rows).data;
     const BackwardArgs args{.dz = nv(p.dz.data),
-                            .partial = p.scratch.data + (is_cut ? 2 * heads * rows : 0),
+                            .partial = memory + (is_cut ? 2 * heads * rows : 0),
                             .dF = p.dF.data,
                             .z = p.z.data,
                             .bias = p.bias.data,
@@ -302,7 +290,7 @@ void gate_backward(const Cuda& dev, const GateBackward<bf16>& p) {
                             .rows = rows,
                             .seq = p.seq,
                             .cut = cut,
-                            .carries = {p.scratch.data, 2 * heads * cut.chunks, 2 * heads, 2, 1}};
+                            .carries = {memory, 2 * heads * cut.chunks, 2 * heads, 2, 1}};
     const bool pairs = are_pairs_aligned(p.dF) && are_pairs_aligned(p.z) && are_pairs_aligned(p.dz);
     if (is_cut) {
         launch_long(dev, pairs ? gate_long::backward_sums_kernel<true> : gate_long::backward_sums_kernel<false>,
@@ -312,9 +300,8 @@ void gate_backward(const Cuda& dev, const GateBackward<bf16>& p) {
         launch(dev, pairs ? kBackward<true> : kBackward<false>, args);
         LAUNCH_CHECK("gate_backward");
     }
-    launch_dependent(dev, finish_kernel, unsigned(heads), rows <= kWarp ? kWarp : kFinishThreads, 0, p.dbias.data,
-                     static_cast<const float*>(args.partial), rows, args.heads);
-    LAUNCH_CHECK("gate_finish");
+    sums.add({p.dbias.data, args.partial, heads, 1, rows, args.heads});
+    if (!p.pending) finish_sums(dev, own);
 }
 
 }  // namespace fiedler

@@ -10,12 +10,14 @@
 //            dz: [tokens, heads] T, any ld: T is the storage type of the gradient of n Wf (bf16 on Cuda)
 // Writes     F, dz overwritten; dbias accumulated (+=). carry (optional, one sequence only) is read, then replaced by
 //            the last token's F, so that decoding token by token continues a sequence.
-// Scratch    backward on Cuda: gate_scratch_elements(seq.count, heads) floats
+// Scratch    backward on Cuda: gate_pending_elements(seq.count, heads) floats at most, of `pending` if given, else of
+//            scratch
 // Numerics   sums restart in each sequence; fixed order, bit-equal from run to run.
 #pragma once
 #include "kernels/contract.h"
 #include "kernels/device.h"
 #include "kernels/dtype.h"
+#include "kernels/pending_sums.h"
 #include "kernels/traffic.h"
 
 namespace fiedler {
@@ -37,6 +39,8 @@ struct GateBackward {
     Vec<const acc_t<T>> bias;
     Packed seq;
     Vec<acc_t<T>> scratch;  // Cuda only
+    // Cuda only: if given, sums over blocks lie there until finish_sums(), and scratch is not used.
+    PendingSums<acc_t<T>>* pending = nullptr;
 };
 
 template <class A>
@@ -66,8 +70,8 @@ Traffic traffic(const GateBackward<T>& p) {
 // Chunks that long sequences are cut into at most, all together, on Cuda: each has its share of dbias, and two numbers
 // for what is carried into it.
 inline constexpr std::int64_t kGateChunks = 512;
-inline std::int64_t gate_scratch_elements(std::int64_t sequences, std::int64_t heads) {
-    return (sequences > 3 * kGateChunks ? sequences : 3 * kGateChunks) * heads;
+inline std::int64_t gate_pending_elements(std::int64_t sequences, std::int64_t heads) {
+    return PendingSums<float>::elements((sequences > 3 * kGateChunks ? sequences : 3 * kGateChunks) * heads);
 }
 
 template <class A>  // float, double
