@@ -77,12 +77,13 @@ Traffic traffic(const CoordinateBackward<T>& p) {
     return {n * (3 * sizeof(acc_t<T>) + sizeof(T)), (p.w ? 19 : 3) * n};
 }
 
-// Blocks along the tokens at most, on Cuda, whatever the device: the order of the sums is fixed. Each leaves four sums of dw
-// for a column, and one of dlog_temp for a head; there may be several beside each other, of so many columns at least.
+// Blocks along the tokens at most, on Cuda, whatever the device: the order of the sums is fixed. Each leaves four sums
+// of dw for a column, and of dlog_temp one for a head, or one for a column of a single scalar. There may be several
+// blocks beside each other, of so many columns at least.
 inline constexpr std::int64_t kCoordinateBlocks = 256, kCoordinateColumns = 192;
 inline std::int64_t coordinate_pending_elements(std::int64_t tokens, std::int64_t columns, std::int64_t heads) {
     const std::int64_t blocks = tokens < kCoordinateBlocks ? tokens : kCoordinateBlocks;
-    const std::int64_t beside = (columns + kCoordinateColumns - 1) / kCoordinateColumns;
+    const std::int64_t beside = columns > 2 * heads ? (columns + kCoordinateColumns - 1) / kCoordinateColumns : 2;
     return PendingSums<float>::elements(4 * columns * blocks) + PendingSums<float>::elements(heads * blocks * beside);
 }
 

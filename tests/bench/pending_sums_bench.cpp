@@ -1,4 +1,4 @@
-// Names: layers of the model that `fiedler bench step` trains (sssbss), whose gates and coordinates leave sums over blocks.
+// Names: layers of the model that `fiedler bench step` trains (sssbss): gates and coordinates leave sums over blocks.
 #include "kernels/pending_sums.h"
 
 #include "kernels/coordinate.h"
@@ -14,9 +14,9 @@ FIEDLER_BENCH(pending_sums) {
     };
     const std::vector<std::int32_t> layers = {1, 1, 1, 8, 1, 1};  // scalars of a head
     for (const std::int32_t scalars : layers) {
-        add(kBlocks, 2 * kHeads * scalars * 4);  // weights of the scalars' convolution
-        add(kBlocks, kHeads);                    // temperatures
-        add(kSequences, kHeads);                 // biases of the gates
+        add(kBlocks, 2 * kHeads * scalars * 4);             // weights of the scalars' convolution
+        add(scalars == 1 ? 2 * kBlocks : kBlocks, kHeads);  // temperatures
+        add(kSequences, kHeads);                            // biases of the gates
     }
     PendingSums<Accum> all;
     for (const auto& s : sums) all.add(s);
