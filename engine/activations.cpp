@@ -323,7 +323,7 @@ std::int64_t Activations<T>::pending_elements(const ActivationPlan& plan) const 
     for (const LayerSpec& l : spec_.layer) {
         if (l.kind == LayerKind::coordinate)
             elements += coordinate_pending_elements(plan.tokens, spec_.scalar_columns(l), spec_.heads);
-        if (spec_.has_gate(l)) elements += gate_pending_elements(plan.sequences, spec_.heads);
+        if (spec_.has_gate(l)) elements += gate_pending_elements(plan.tokens, plan.sequences, spec_.heads);
     }
     return elements;
 }
@@ -348,8 +348,8 @@ void Activations<T>::place_tree(Arena& arena, const ActivationPlan& plan) {
     }
 }
 
-// What only the GPU's kernels need: partial sums of one kernel and of all layers, and room for the embedding to put tokens
-// in order.
+// What only the GPU's kernels need: partial sums, of one kernel and of all layers, and room for the embedding to put
+// tokens in order.
 template <class T>
 void Activations<T>::place_partials(Arena& arena, const ActivationPlan& plan) {
     if (scratch_.tree.size == 0) {

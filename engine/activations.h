@@ -79,9 +79,9 @@ struct ScratchActivations {  // shared by all layers
     Vec<A> head;                  // scratch of the head
     Vec<unsigned char> head_fp8;  // and of its way in fp8
     Vec<A> partials;              // scratch of conv, energy, attention
-    Vec<A> pending;           // memory of PendingSums: what gates and coordinates of all layers leave; Cuda, training
-    Vec<std::byte> sort;      // scratch of the embedding's gradient
-    Vec<unsigned char> tree;  // scratch of attention_tree
+    Vec<A> pending;               // what gates and coordinates of all layers leave to PendingSums
+    Vec<std::byte> sort;          // scratch of the embedding's gradient
+    Vec<unsigned char> tree;      // scratch of attention_tree
     // Samples; rows are those of the plan, not of the batch.
     Mat<T> pooled, dpooled, doutputs, dz;  // dpooled, doutputs, dz: training
     Mat<A> outputs, predictions, z, pool_lse;

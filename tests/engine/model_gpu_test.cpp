@@ -134,8 +134,8 @@ TEST_P(ModelGpu, LossAndGradientsMatchTheCpu) {
     EXPECT_TRUE(test::identical(again.data(), got.data(), got.size() * sizeof(float))) << "two runs differ";
 }
 
-// Sums that wait for the end of a backward pass: none gets lost, or into the next pass. The same pass again doubles them,
-// to the bit.
+// Sums that wait for the end of a backward pass: none gets lost, or into the next pass. The same pass again doubles
+// them, to the bit.
 TEST(ModelGpuPendingSums, EachPassAddsItsOwn) {
     FIEDLER_GPU_OR_SKIP();
     const Shape shape{"", "sb", ScalarKind::coordinate, 64, 129, 2};
