@@ -306,15 +306,24 @@ std::int64_t Activations<T>::partial_elements(const ActivationPlan& plan) const 
         if (spec_.causal_conv())
             elements = std::max(elements, spec_.turns(l) ? conv_rotary_scratch_elements(n, spec_.projected_columns(l))
                                                          : conv_scratch_elements(n, spec_.projected_columns(l)));
-        if (l.kind == LayerKind::coordinate)
-            elements = std::max(elements, coordinate_scratch_elements(n, spec_.scalar_columns(l)));
         if (l.kind == LayerKind::energy)
             elements = std::max(elements, energy_scratch_elements(n, spec_.heads, l.scalars));
-        if (spec_.has_gate(l)) elements = std::max(elements, gate_scratch_elements(plan.sequences, spec_.heads));
         if (l.kind != LayerKind::dot && !plan.attends_by_tree(spec_, l))
             elements = std::max(
                 elements, attention_partial_elements(seq, spec_.context, spec_.heads, spec_.channels / spec_.heads,
                                                      l.scalars, l.window, spec_.causal));
+    }
+    return elements;
+}
+
+// Sums over blocks that all layers of a backward pass leave, and its end adds up.
+template <class T>
+std::int64_t Activations<T>::pending_elements(const ActivationPlan& plan) const {
+    std::int64_t elements = 0;
+    for (const LayerSpec& l : spec_.layer) {
+        if (l.kind == LayerKind::coordinate)
+            elements += coordinate_pending_elements(plan.tokens, spec_.scalar_columns(l), spec_.heads);
+        if (spec_.has_gate(l)) elements += gate_pending_elements(plan.tokens, plan.sequences, spec_.heads);
     }
     return elements;
 }
@@ -339,13 +348,16 @@ void Activations<T>::place_tree(Arena& arena, const ActivationPlan& plan) {
     }
 }
 
-// What only the GPU's kernels need: partial sums, and room for the embedding to put tokens in order.
+// What only the GPU's kernels need: partial sums, of one kernel and of all layers, and room for the embedding to put
+// tokens in order.
 template <class T>
 void Activations<T>::place_partials(Arena& arena, const ActivationPlan& plan) {
     if (scratch_.tree.size == 0) {
         const std::int64_t elements = partial_elements(plan);
         scratch_.partials = {arena.take<A>("partials", {elements}, Lifetime::scratch), elements};
     }
+    if (const std::int64_t elements = pending_elements(plan); elements > 0)
+        scratch_.pending = {arena.take<A>("pending sums", {elements}, Lifetime::scratch), elements};
     if (spec_.samples) return;
     const auto bytes = static_cast<std::int64_t>(embedding_scratch_bytes(plan.tokens, spec_.channels));
     scratch_.sort = {arena.take<std::byte>("sort", {bytes}, Lifetime::scratch), bytes};

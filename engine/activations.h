@@ -78,7 +78,8 @@ struct ScratchActivations {  // shared by all layers
     Mat<A> da, db, dF, delta;
     Vec<A> head;                  // scratch of the head
     Vec<unsigned char> head_fp8;  // and of its way in fp8
-    Vec<A> partials;              // scratch of conv, coordinate, gate, energy, attention
+    Vec<A> partials;              // scratch of conv, energy, attention
+    Vec<A> pending;               // what gates and coordinates of all layers leave to PendingSums
     Vec<std::byte> sort;          // scratch of the embedding's gradient
     Vec<unsigned char> tree;      // scratch of attention_tree
     // Samples; rows are those of the plan, not of the batch.
@@ -114,6 +115,7 @@ class Activations {
     void place_outputs(Arena&, const ActivationPlan&);
     std::int64_t forward_elements(const ActivationPlan& plan) const;
     std::int64_t partial_elements(const ActivationPlan&) const;
+    std::int64_t pending_elements(const ActivationPlan&) const;
 
     const ModelSpec& spec_;
     std::vector<LayerActivations<T>> layers_;

@@ -189,7 +189,8 @@ void Model<Dev, T>::backward_scalars(int l, const DeviceBatch& batch, const Mat<
                                                         .w = act.scalars ? Mat<const A>() : w.conv_scalars,
                                                         .log_temp = w.log_temp,
                                                         .seq = batch.seq,
-                                                        .scratch = s.partials});
+                                                        .scratch = {},
+                                                        .pending = &pending_});
         if (act.scalars)
             graph_conv_backward(dev_, GraphConvBackward<T, A>{.dx = down,
                                                               .dw = g.conv_scalars,
@@ -224,7 +225,8 @@ void Model<Dev, T>::backward_scalars(int l, const DeviceBatch& batch, const Mat<
                                             .z = act.aux.columns(scalar_columns, spec_.heads),
                                             .bias = w.gate_bias,
                                             .seq = batch.seq,
-                                            .scratch = s.partials});
+                                            .scratch = {},
+                                            .pending = &pending_});
     }
 }
 

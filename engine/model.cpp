@@ -165,7 +165,12 @@ void Model<Dev, T>::backward(const DeviceBatch& batch) {
             dev_,
             NormBackward<T>{.dx = s.dx, .dy = s.dn, .x = s.x_last, .rstd = s.rstd_last, .dresidual = Mat<const T>{}});
     }
+    pending_ = PendingSums<A>(s.pending);
     for (int l = spec_.layers(); l-- > 0;) backward_layer(l, batch);
+    if (!pending_.sums().empty()) {
+        Range range("pending_sums");
+        finish_sums(dev_, pending_);
+    }
     if (batch.samples) return embed_samples_backward(batch);
     Range range("embedding");
     embedding_backward(dev_, EmbeddingBackward<T>{.dtable = table_.matrix(params_.grads.data, table_.embedding),

@@ -14,6 +14,7 @@
 #include "kernels/energy.h"
 #include "kernels/gradnorm.h"
 #include "kernels/graph_conv.h"
+#include "kernels/pending_sums.h"
 
 namespace fiedler {
 
@@ -167,6 +168,7 @@ class Model {
     bool head_bf16_ = false;
     Activations<T>& acts_;
     std::vector<std::vector<double>>* calibrating_ = nullptr;
+    PendingSums<A> pending_;  // of the backward pass at hand; stays empty on Cpu
 };
 
 }  // namespace fiedler

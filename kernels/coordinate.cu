@@ -5,37 +5,21 @@
 // Forward, all of a run is held in registers, with the three tokens before it. What is read does not wait for where the
 // sequence begins or ends, which in ragged batches is itself in memory; runs that lie within one ask no more.
 //
-// Backward a thread walks its run from the last token to the first, as in conv.cu: the three tokens after the one at hand
-// are in registers, those before it on their way to shared memory, each thread's to places of its own.
-//
 // With few scalars, launching takes longer than the rest: all kernels here start while the one before them ends.
 #include <algorithm>
 
-#include "kernels/common.cuh"
-#include "kernels/coordinate.h"
-#include "kernels/dependent_launch.cuh"
-#include "kernels/mma.cuh"
+#include "kernels/coordinate_backward.cuh"
 
 namespace fiedler {
-
 namespace {
-constexpr int kTaps = 4, kReach = kTaps - 1;
+
+using namespace coordinate;
+
 // Tokens of a run, forward: long runs where there are threads enough; they read fewer values twice. Where rows are shorter
 // than a line of the cache, of 128 bytes, one: what neighbouring threads have to do with then lies side by side.
 constexpr int kLongRun = 8, kShortRun = 4, kNarrow = 128 / int(sizeof(float));
 constexpr int kThreadsEnough = 128 * 1024;
-constexpr int kForwardThreads = 256, kBackwardThreads = 192;
-constexpr int kSums = kTaps + 1;  // partial sums of a column: dw_0 .. dw_3, dlog_temp
-constexpr int kMaxBlocks = kCoordinatePartials;
-constexpr int kBackwardBlocks = 2;  // that fit on a multiprocessor: the bound on registers
-// Backward: rows on their way, and the one at hand; and rows of a step, after which the window is as before.
-// One column's are few bytes: more of them.
-constexpr int kStep = kTaps;
-template <int W>
-constexpr int kDepth = W == 1 ? 2 * kStep : kStep;
-constexpr int kTotalsColumns = kWarp, kTotalsRows = kWarp;
-static_assert(kMaxBlocks % kTotalsRows == 0);
-static_assert(kSums == 5, "coordinate_scratch_elements");
+constexpr int kForwardThreads = 256;
 
 struct Layout {
     dim3 block;
@@ -50,94 +34,6 @@ Layout layout_of(std::int64_t tokens, std::int64_t columns, int width, int run, 
     l.run_blocks = static_cast<unsigned>(ceil_div(tokens, std::int64_t(l.block.y) * run));
     return l;
 }
-
-// W neighbouring values: one, two or four.
-template <int W>
-struct Values {
-    float v[W];
-};
-template <>
-struct alignas(8) Values<2> {
-    float v[2];
-};
-template <>
-struct alignas(16) Values<4> {
-    float v[4];
-};
-template <int W>
-__device__ inline Values<W> load(const float* p) {
-    Values<W> r;
-    if constexpr (W == 1)
-        r.v[0] = *p;
-    else if constexpr (W == 2)
-        *reinterpret_cast<float2*>(&r) = *reinterpret_cast<const float2*>(p);
-    else
-        *reinterpret_cast<float4*>(&r) = *reinterpret_cast<const float4*>(p);
-    return r;
-}
-template <int W>
-__device__ inline void store(float* p, const Values<W>& x) {
-    if constexpr (W == 1)
-        *p = x.v[0];
-    else if constexpr (W == 2)
-        *reinterpret_cast<float2*>(p) = make_float2(x.v[0], x.v[1]);
-    else
-        *reinterpret_cast<float4*>(p) = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
-}
-template <int W>
-__device__ inline void store(nv_bf16* p, const Values<W>& x) {
-    if constexpr (W == 1)
-        *p = from_float<nv_bf16>(x.v[0]);
-    else if constexpr (W == 2)
-        *reinterpret_cast<std::uint32_t*>(p) = pack_bf16(x.v[0], x.v[1]);
-    else
-        *reinterpret_cast<uint2*>(p) = make_uint2(pack_bf16(x.v[0], x.v[1]), pack_bf16(x.v[2], x.v[3]));
-}
-// For what is not read again in this step.
-__device__ inline std::uint64_t leaves_cache_first() {
-    std::uint64_t policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
-    return policy;
-}
-// Into shared memory, later; zeros if not wanted.
-template <int W>
-__device__ inline void send(Values<W>& to, const float* from, bool wanted, std::uint64_t policy) {
-    const int bytes = wanted ? 4 * W : 0;
-    if constexpr (W == 4)
-        asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;\n" ::"r"(shared_address(&to)),
-                     "l"(from), "r"(bytes), "l"(policy)
-                     : "memory");
-    else
-        asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %2, %3, %4;\n" ::"r"(shared_address(&to)),
-                     "l"(from), "n"(4 * W), "r"(bytes), "l"(policy)
-                     : "memory");
-}
-
-// Which head a scalar belongs to: a quotient, without the many instructions of a division.
-struct Heads {
-    unsigned multiplier;
-    Heads(std::int64_t scalars, std::int64_t heads)
-        : multiplier(unsigned(ceil_div(std::int64_t(1) << 31, scalars / heads))) {
-        FIEDLER_REQUIRE("coordinate", scalars * (scalars / heads) < std::int64_t(1) << 31);  // or it is not exact
-    }
-    __device__ int of(int scalar) const { return int(__umulhi(2 * unsigned(scalar), multiplier)); }
-};
-
-// What belongs to a thread's columns; head_of(c): the head of the c-th.
-template <bool kConvolution, int W>
-struct Columns {
-    float w[W][kTaps], scale[W];
-    template <class HeadOf>
-    __device__ Columns(const float* weights, const float* log_temp, int column, HeadOf&& head_of) {
-#pragma unroll
-        for (int c = 0; c < W; ++c) {
-            const float4 taps = kConvolution ? *reinterpret_cast<const float4*>(weights + (column + c) * kTaps)
-                                             : make_float4(0.f, 0.f, 0.f, 1.f);
-            w[c][0] = taps.x, w[c][1] = taps.y, w[c][2] = taps.z, w[c][3] = taps.w;
-            scale[c] = expf(-log_temp[head_of(c)]);
-        }
-    }
-};
 
 // s[n]: token begin - kReach + n. kWithin: all of them are of the first token's sequence.
 template <bool kConvolution, int W, int kRun, bool kWithin>
@@ -207,232 +103,6 @@ __global__ void __launch_bounds__(kForwardThreads) coordinate_forward_kernel(Coo
         forward_run<kConvolution, W, kRun, false>(p.seq, s, columns, begin, first, last, out, ld);
 }
 
-// What the threads of a block have on its way, from the last token of their runs on; then their sums.
-template <int W>
-union BackwardMemory {
-    struct {
-        Values<W> g[kDepth<W>][kBackwardThreads], o[kDepth<W>][kBackwardThreads], s[kDepth<W>][kBackwardThreads];
-    } rows;
-    float sums[kSums * W * kBackwardThreads];  // [kSums][runs][columns]
-    __device__ BackwardMemory() {}
-};
-
-// A thread's rows of gradients, outputs and scalars. No thread reads another's, so there are no barriers.
-template <bool kConvolution, int W>
-struct BackwardStream {
-    BackwardMemory<W>& shared;
-    const float *g, *o, *s;  // of the next row to be sent for
-    std::int64_t ld_g, ld_o, ld_s;
-    int left;  // rows that have not been sent for
-    std::uint64_t policy = leaves_cache_first();
-
-    __device__ static int thread() { return int(threadIdx.y * blockDim.x + threadIdx.x); }
-    __device__ BackwardStream(BackwardMemory<W>& memory, const CoordinateBackward<bf16>& p, int column, int own,
-                              bool is_query, int last, int rows)
-        : shared(memory), ld_s(p.s.ld), left(rows) {
-        ld_g = is_query ? p.da.ld : p.db.ld, ld_o = is_query ? p.a.ld : p.b.ld;
-        g = (is_query ? p.da.data : p.db.data) + own + last * ld_g;
-        o = (is_query ? p.a.data : p.b.data) + own + last * ld_o;
-        s = kConvolution ? p.s.data + column + last * ld_s : nullptr;
-    }
-    // A row into a slot, or zeros after the last one.
-    __device__ void send_to(int slot) {
-        const bool wanted = left > 0;
-        send(shared.rows.g[slot][thread()], g, wanted, policy);
-        send(shared.rows.o[slot][thread()], o, wanted, policy);
-        if (kConvolution) send(shared.rows.s[slot][thread()], s, wanted, policy);
-        cp_async_commit();
-        g -= ld_g, o -= ld_o, s -= ld_s, --left;
-    }
-    template <int kPending>
-    __device__ static void wait() {
-        asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
-    }
-};
-
-// One thread's share of backward: ds of its run, and its run's sums. window[o]: dlam o tokens after the one at hand. What
-// token j gives: ds_j from the gradients of tokens j .. j + 3, and with the same window its share of dw:
-// dw_k = sum_j s_j dlam_{j + 3 - k}.
-template <bool kConvolution, int W>
-struct BackwardWalk {
-    using Stream = BackwardStream<kConvolution, W>;
-    static constexpr int kAhead = kDepth<W> - 1;
-    const Columns<kConvolution, W>& columns;
-    Stream& stream;
-    nv_bf16* ds;
-    std::int64_t ld_ds;
-    float window[kTaps][W] = {};
-    float sum[W][kSums] = {};
-
-    // Takes the row in a slot; `before`: the slot of the row before it, which has been used.
-    __device__ void take(int slot, int before) {
-        stream.send_to(before);
-        Stream::template wait<kAhead>();
-        const int me = Stream::thread();
-        const Values<W> g = stream.shared.rows.g[slot][me], o = stream.shared.rows.o[slot][me];
-        Values<W> s{}, out;
-        if (kConvolution) s = stream.shared.rows.s[slot][me];
-#pragma unroll
-        for (int c = 0; c < W; ++c) {
-            sum[c][kTaps] = fmaf(-g.v[c], o.v[c], sum[c][kTaps]);
-            window[0][c] = g.v[c] * columns.scale[c];
-            out.v[c] = kConvolution ? 0.f : window[0][c];
-            if constexpr (kConvolution) {
-#pragma unroll
-                for (int k = 0; k < kTaps; ++k) {
-                    const float dlam = window[kReach - k][c];
-                    out.v[c] = fmaf(columns.w[c][k], dlam, out.v[c]);
-                    sum[c][k] = fmaf(s.v[c], dlam, sum[c][k]);
-                }
-            }
-        }
-        store(ds, out);
-        ds -= ld_ds;
-#pragma unroll
-        for (int o = kReach; o > 0; --o)
-#pragma unroll
-            for (int c = 0; c < W; ++c) window[o][c] = window[o - 1][c];
-    }
-    // The tokens from stop - 1 down to start; the first kAhead rows have been sent for.
-    __device__ void all(const Packed& seq, int start, int stop) {
-        int boundary = kConvolution ? seq.first(stop - 1) : 0, slot = 0;
-#pragma unroll 1
-        for (int j = stop - 1; j >= start; j -= kStep, slot = (slot + kStep) % kDepth<W>) {
-            const int before = (slot + kAhead) % kDepth<W>;
-            if (j - (kStep - 1) >= max(boundary, start)) {  // no sequence ends within the step
-#pragma unroll
-                for (int n = 0; n < kStep; ++n) take(slot + n, n == 0 ? before : slot + n - 1);
-                continue;
-            }
-#pragma unroll 1
-            for (int n = 0; n < kStep && j - n >= start; ++n) {
-                if (j - n < boundary) {  // the last token of the sequence before
-#pragma unroll
-                    for (int o = 1; o < kTaps; ++o)
-#pragma unroll
-                        for (int c = 0; c < W; ++c) window[o][c] = 0.f;
-                    boundary = seq.first(j - n);
-                }
-                take(slot + n, n == 0 ? before : slot + n - 1);
-            }
-        }
-    }
-};
-
-// partial[kSums][all] of the block: its runs' sums, of the block's columns. A thread adds up its columns' sums of one kind.
-template <int W>
-__device__ void store_partial(BackwardMemory<W>& shared, const float (&sum)[W][kSums], float* partial, int all,
-                              int column) {
-    const int columns = int(blockDim.x) * W, runs = int(blockDim.y), own = int(threadIdx.x) * W;
-#pragma unroll
-    for (int k = 0; k < kSums; ++k) {
-        Values<W> mine;
-#pragma unroll
-        for (int c = 0; c < W; ++c) mine.v[c] = sum[c][k];
-        store(&shared.sums[(k * runs + int(threadIdx.y)) * columns + own], mine);
-    }
-    __syncthreads();
-    if (column >= all) return;
-#pragma unroll 1
-    for (int k = int(threadIdx.y); k < kSums; k += runs) {
-        const float* from = &shared.sums[k * runs * columns + own];
-        Values<W> total{};
-#pragma unroll 4
-        for (int run = 0; run < runs; ++run, from += columns) {
-            const Values<W> one = load<W>(from);
-#pragma unroll
-            for (int c = 0; c < W; ++c) total.v[c] += one.v[c];
-        }
-        store(partial + k * all + column, total);
-    }
-}
-
-// run: tokens. Scratch: partial[blocks of runs][kSums][columns].
-template <bool kConvolution, int W>
-__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks)
-    coordinate_backward_kernel(CoordinateBackward<bf16> p, int run, Heads heads) {
-    dependents_may_start();
-    __shared__ BackwardMemory<W> shared;
-    const int all = static_cast<int>(p.s.cols), half = all / 2;
-    const int column = int(blockIdx.y * blockDim.x + threadIdx.x) * W;
-    const unsigned first = (blockIdx.x * blockDim.y + threadIdx.y) * unsigned(run);
-    const bool any = column < all && first < unsigned(p.seq.tokens);
-    const int start = any ? int(first) : 0, stop = any ? min(start + run, p.seq.tokens) : 1;
-    const bool is_query = column < half;
-    const int own = any ? (is_query ? column : column - half) : 0;
-    using Walk = BackwardWalk<kConvolution, W>;
-    BackwardStream<kConvolution, W> stream(shared, p, any ? column : 0, own, is_query, stop - 1,
-                                           any ? stop - start : 0);
-    const float* g = stream.g;
-    wait_for_previous();
-#pragma unroll
-    for (int n = 0; n < Walk::kAhead; ++n) stream.send_to(n);
-    Values<W> after[kReach];
-    if (kConvolution) {
-#pragma unroll
-        for (int o = 0; o < kReach; ++o) {
-            g += stream.ld_g;
-            after[o] = any && stop + o < p.seq.tokens ? load<W>(g) : Values<W>{};
-        }
-    }
-    const Columns<kConvolution, W> columns(p.w.data, p.log_temp.data, any ? column : 0,
-                                           [&](int c) { return heads.of(own + c); });
-    nv_bf16* ds = reinterpret_cast<nv_bf16*>(p.ds.data) + (stop - 1) * p.ds.ld + column;
-    Walk walk{columns, stream, ds, p.ds.ld};
-    if (kConvolution) {
-        const int last = p.seq.last(stop - 1);
-#pragma unroll
-        for (int o = 0; o < kReach; ++o)
-#pragma unroll
-            for (int c = 0; c < W; ++c)
-                walk.window[o + 1][c] = stop + o < last ? after[o].v[c] * columns.scale[c] : 0.f;
-    }
-    if (any) walk.all(p.seq, start, stop);
-    if (!p.scratch.data) return;  // the same for every thread
-    walk.stream.template wait<0>();
-    __syncthreads();  // the rows have been read
-    store_partial<W>(shared, walk.sum, p.scratch.data + std::int64_t(blockIdx.x) * kSums * all, all, column);
-}
-
-// The first of_dw blocks: dw += the sums of the partial ones, of one tap of kTotalsColumns columns each; then dlog_temp, one
-// head each.
-__global__ void __launch_bounds__(kTotalsColumns* kTotalsRows)
-    coordinate_totals_kernel(const float* partial, int rows, int all, int per_head, int of_dw, float* dw,
-                             float* dlog_temp) {
-    __shared__ float shared[kTotalsRows][kTotalsColumns + 1];
-    const int block = int(blockIdx.x), lane = int(threadIdx.x), warp = int(threadIdx.y);
-    float sum = 0.f, before = 0.f;
-    const auto add = [&](const float* mine) {
-        mine += std::int64_t(warp) * kSums * all;
-#pragma unroll
-        for (int row = 0; row < kMaxBlocks; row += kTotalsRows, mine += kTotalsRows * kSums * all)
-            if (row + warp < rows) sum += *mine;
-    };
-    wait_for_previous();  // for the partial sums
-    if (block >= of_dw) {
-        float& total = dlog_temp[block - of_dw];
-        if (lane == 0 && warp == 0) before = total;  // while the partial sums are on their way
-        const int half = all / 2, first = (block - of_dw) * per_head;
-        for (int c = lane; c < 2 * per_head; c += kTotalsColumns)
-            add(partial + kTaps * all + first + (c < per_head ? c : half - per_head + c));
-        sum = warp_sum(sum);
-        if (lane == 0) shared[0][warp] = sum;
-        __syncthreads();
-        if (warp != 0) return;
-        sum = warp_sum(shared[0][lane]);
-        if (lane == 0) total = before + sum;
-        return;
-    }
-    const int k = block % kTaps, first = block / kTaps * kTotalsColumns;
-    float& total = dw[(first + warp) * kTaps + k];  // a warp finishes one column
-    if (lane == 0 && first + warp < all) before = total;
-    if (first + lane < all) add(partial + k * all + first + lane);
-    shared[warp][lane] = sum;
-    __syncthreads();
-    sum = warp_sum(shared[lane][warp]);
-    if (lane == 0 && first + warp < all) total = before + sum;
-}
-
 // Whether it lies at a multiple of `width` values; and whether rows and columns do: as many columns to a thread.
 template <class T>
 bool are_aligned(const T& m, std::int64_t width) {
@@ -460,23 +130,41 @@ void launch_forward(const Cuda& d, const CoordinateForward<float>& p) {
     else
         launch_forward<W, kShortRun>(d, p);
 }
+// Where a block's sums go, and how they are noted.
+Partial partial_of(const CoordinateBackward<bf16>& p, const Layout& l, int width, PendingSums<float>& sums) {
+    const int all = int(p.s.cols), heads = int(p.log_temp.size), rows = int(l.run_blocks);
+    const int threads = int(l.block.x * l.block.y), columns = int(l.block.x) * width;
+    Partial to{.dw = nullptr, .dlog_temp = nullptr, .heads = heads, .per_head = int(p.a.cols) / heads, .shift = 0};
+    while ((2 * columns) << to.shift <= threads && 1 << to.shift < kWarp) ++to.shift;
+    if (p.dw) {
+        to.dw = sums.take(std::int64_t(rows) * all * kTaps).data;
+        FIEDLER_REQUIRE("coordinate", reinterpret_cast<std::uintptr_t>(to.dw) % 16 == 0);
+        sums.add({p.dw.data, to.dw, std::int64_t(all) * kTaps, 1, rows, all * kTaps});
+    }
+    if (p.dlog_temp) {  // of one scalar, a head's two columns are two rows
+        const int of_head = rows * (to.per_head == 1 ? 2 : int(l.column_blocks));
+        to.dlog_temp = sums.take(std::int64_t(of_head) * heads).data;
+        sums.add({p.dlog_temp.data, to.dlog_temp, heads, 1, of_head, heads});
+    }
+    return to;
+}
+// Runs as long as the number of blocks demands, in whole steps. Short rows are W = 1 or 2 columns a thread.
 template <int W>
-void launch_backward(const Cuda& d, const CoordinateBackward<bf16>& p) {
-    // Runs as long as the number of blocks demands, in whole steps.
-    const Layout one = layout_of(p.s.rows, p.s.cols, W, kStep, kBackwardThreads);
-    const int run = kStep * int(ceil_div(std::int64_t(one.run_blocks), std::int64_t(kMaxBlocks)));
-    const Layout l = layout_of(p.s.rows, p.s.cols, W, run, kBackwardThreads);
-    const dim3 grid(l.run_blocks, l.column_blocks);
-    const auto kernel = p.w ? coordinate_backward_kernel<true, W> : coordinate_backward_kernel<false, W>;
-    launch_dependent(d, kernel, grid, l.block, 0, p, run, Heads(p.a.cols, p.log_temp.size));
+void launch_backward(const Cuda& d, const CoordinateBackward<bf16>& p, PendingSums<float>& sums) {
+    const auto launch = [&](auto kernel, int threads, int step, int unit) {  // unit: what the kernel counts a step as
+        const Layout one = layout_of(p.s.rows, p.s.cols, W, step, threads);
+        const int steps = int(ceil_div(std::int64_t(one.run_blocks), kCoordinateBlocks));
+        const Layout l = layout_of(p.s.rows, p.s.cols, W, steps * step, threads);
+        launch_dependent(d, kernel, dim3(l.run_blocks, l.column_blocks), l.block, 0, p, partial_of(p, l, W, sums),
+                         steps * unit, Heads(p.a.cols, p.log_temp.size));
+    };
+    if (p.s.cols >= kNarrow)
+        launch(p.w ? coordinate_backward_kernel<true, W> : coordinate_backward_kernel<false, W>, kBackwardThreads,
+               kStep, kStep);
+    else if constexpr (W <= 2)
+        launch(p.w ? coordinate_backward_narrow_kernel<true, W> : coordinate_backward_narrow_kernel<false, W>,
+               kNarrowThreads, kNarrowRun, 1);
     LAUNCH_CHECK("coordinate_backward");
-    if (!p.scratch) return;
-    const int all = static_cast<int>(p.s.cols), heads = static_cast<int>(p.log_temp.size);
-    const int of_dw = p.dw ? kTaps * ceil_div(all, kTotalsColumns) : 0;
-    launch_dependent(d, coordinate_totals_kernel, unsigned(of_dw + (p.dlog_temp ? heads : 0)),
-                     dim3(kTotalsColumns, kTotalsRows), 0, p.scratch.data, static_cast<int>(l.run_blocks), all,
-                     all / 2 / heads, of_dw, p.dw.data, p.dlog_temp.data);
-    LAUNCH_CHECK("coordinate_totals");
 }
 }  // namespace
 
@@ -490,25 +178,25 @@ void coordinate_forward(const Cuda& d, const CoordinateForward<float>& p) {
         launch_forward<1>(d, p);
 }
 
-void coordinate_backward(const Cuda& d, const CoordinateBackward<bf16>& given) {
-    CoordinateBackward<bf16> p = given;
+void coordinate_backward(const Cuda& d, const CoordinateBackward<bf16>& p) {
     check(p);
     if (p.s.rows == 0 || p.s.cols == 0) return;
-    const bool sums = p.dw || p.dlog_temp;
-    FIEDLER_REQUIRE("coordinate",
-                    !sums || (p.scratch && p.scratch.size >= coordinate_scratch_elements(p.s.rows, p.s.cols)));
+    const std::int64_t most = coordinate_pending_elements(p.s.rows, p.s.cols, p.log_temp.size);
+    FIEDLER_REQUIRE("coordinate", (!p.dw && !p.dlog_temp) || p.pending || p.scratch.size >= most);
     FIEDLER_REQUIRE("coordinate", !p.w || reinterpret_cast<std::uintptr_t>(p.w.data) % 16 == 0);
-    if (!sums) p.scratch = {};
     const auto fits = [&](std::int64_t w) {
         return p.a.cols % w == 0 && in_groups(p.s, w) && in_groups(p.a, w) && in_groups(p.b, w) && in_groups(p.da, w) &&
-               in_groups(p.db, w) && in_groups(p.ds, w) && are_aligned(p.scratch, w);
+               in_groups(p.db, w) && in_groups(p.ds, w);
     };
-    if (fits(4))
-        launch_backward<4>(d, p);
+    PendingSums<float> own(p.scratch);
+    PendingSums<float>& sums = p.pending ? *p.pending : own;
+    if (p.s.cols >= kNarrow && fits(4))
+        launch_backward<4>(d, p, sums);
     else if (fits(2))
-        launch_backward<2>(d, p);
+        launch_backward<2>(d, p, sums);
     else
-        launch_backward<1>(d, p);
+        launch_backward<1>(d, p, sums);
+    if (!p.pending) finish_sums(d, own);
 }
 
 }  // namespace fiedler

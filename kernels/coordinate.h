@@ -11,13 +11,15 @@
 //            a, b, da, db: [tokens, heads R] acc_t<T>; w, dw: [2 heads R, 4] acc_t<T>, ld 4; w 16-byte
 //            aligned on Cuda
 //            log_temp, dlog_temp: [heads] acc_t<T>
-// Scratch    backward on Cuda: coordinate_scratch_elements(tokens, 2 heads R) floats
+// Scratch    backward on Cuda: coordinate_pending_elements(tokens, 2 heads R, heads) floats at most, 16-byte aligned, of
+//            `pending` if given, else of scratch
 // Writes     a, b, ds overwritten; dw, dlog_temp accumulated (+=); dlog_temp absent: temperature fixed, not computed.
 // Numerics   acc_t<T> throughout, fixed order, no atomics: bit-equal from run to run.
 #pragma once
 #include "kernels/contract.h"
 #include "kernels/device.h"
 #include "kernels/dtype.h"
+#include "kernels/pending_sums.h"
 #include "kernels/traffic.h"
 
 namespace fiedler {
@@ -41,6 +43,8 @@ struct CoordinateBackward {
     Vec<const acc_t<T>> log_temp;
     Packed seq;
     Vec<acc_t<T>> scratch;  // Cuda only
+    // Cuda only: if given, sums over blocks lie there until finish_sums(), and scratch is not used.
+    PendingSums<acc_t<T>>* pending = nullptr;
 };
 
 template <class A>
@@ -73,11 +77,14 @@ Traffic traffic(const CoordinateBackward<T>& p) {
     return {n * (3 * sizeof(acc_t<T>) + sizeof(T)), (p.w ? 19 : 3) * n};
 }
 
-// Rows of partial sums at most, on Cuda, whatever the device: the order of the sums is fixed. Five sums a column: four
-// of dw, one of dlog_temp.
-inline constexpr std::int64_t kCoordinatePartials = 256;
-inline std::int64_t coordinate_scratch_elements(std::int64_t tokens, std::int64_t columns) {
-    return 5 * columns * (tokens < kCoordinatePartials ? tokens : kCoordinatePartials);
+// Blocks along the tokens at most, on Cuda, whatever the device: the order of the sums is fixed. Each leaves four sums
+// of dw for a column, and of dlog_temp one for a head, or one for a column of a single scalar. There may be several
+// blocks beside each other, of so many columns at least.
+inline constexpr std::int64_t kCoordinateBlocks = 256, kCoordinateColumns = 192;
+inline std::int64_t coordinate_pending_elements(std::int64_t tokens, std::int64_t columns, std::int64_t heads) {
+    const std::int64_t blocks = tokens < kCoordinateBlocks ? tokens : kCoordinateBlocks;
+    const std::int64_t beside = columns > 2 * heads ? (columns + kCoordinateColumns - 1) / kCoordinateColumns : 2;
+    return PendingSums<float>::elements(4 * columns * blocks) + PendingSums<float>::elements(heads * blocks * beside);
 }
 
 template <class A>  // float, double

@@ -19,8 +19,6 @@ namespace {
 using namespace gate_scan;
 
 constexpr int kLongRun = 4;  // tokens of a thread in a tile; 1 or 2 where a warp has a short sequence alone
-constexpr int kFinishThreads = 256;
-constexpr int kLong = 8192;  // tokens of a sequence for which the two extra launches pay
 
 // What a block, or a warp alone, works on: all `stop` steps of heads h and h + 1 of sequence s, whose tokens are
 // begin..end-1. No steps where there are no more sequences.
@@ -52,8 +50,10 @@ __device__ int steps_of_tile() {
     return (kAlone ? kWarp : int(blockDim.x)) * kRun;
 }
 
+// Arguments stay in constant memory: without being told so ptxas, of structs of this size, makes other code, which takes
+// 4 % longer.
 template <bool kAlone, int kRun, bool kPairs>
-__global__ void forward_kernel(ForwardArgs a) {
+__global__ void forward_kernel(const __grid_constant__ ForwardArgs a) {
     __shared__ Shared<kAlone, kRun> shared;
     const Part p = part_of<kAlone>(a.seq, a.heads);
     if (!p.exists) return;
@@ -107,7 +107,7 @@ __global__ void forward_kernel(ForwardArgs a) {
 
 // Steps count from the last token to the front.
 template <bool kAlone, int kRun, bool kPairs>
-__global__ void backward_kernel(BackwardArgs a) {
+__global__ void backward_kernel(const __grid_constant__ BackwardArgs a) {
     __shared__ Shared<kAlone, kRun> shared;
     const Part p = part_of<kAlone>(a.seq, a.heads);
     if (p.row >= a.rows) return;
@@ -167,28 +167,11 @@ __global__ void backward_kernel(BackwardArgs a) {
     Place<false>{p.both}.store(a.partial + std::int64_t(p.row) * a.heads + p.h, sum);
 }
 
-// One block per head: dbias_h += the sum of the rows of `partial`.
-__global__ __launch_bounds__(kFinishThreads) void finish_kernel(float* dbias, const float* partial, int rows,
-                                                                int heads) {
-    __shared__ float shared[kFinishThreads / kWarp];
-    wait_for_previous();
-    const float before = dbias[blockIdx.x];
-    float sum = 0;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < rows; i += blockDim.x) sum += partial[std::int64_t(i) * heads + blockIdx.x];
-    dependents_may_start();
-    sum = block_sum(sum, shared);
-    if (threadIdx.x == 0) dbias[blockIdx.x] = before + sum;
-}
-
 // Sequences of one length are cut if that length is enough; packings of several lengths are not. The same on every
 // device, as the order of the sums depends on it.
-Cut cut_of(const Packed& seq) {
-    const int length = seq.length > 0   ? seq.length
-                       : seq.count == 1 ? seq.tokens
-                                        : 0,
-              most = int(kGateChunks) / seq.count;
-    return length < kLong || most < 2 ? Cut{1, length} : gate_long::cut_of(length, most);
+int chunks_of(const Packed& seq) {
+    const int length = seq.length > 0 ? seq.length : seq.count == 1 ? seq.tokens : 0;
+    return length < kGateLong ? 1 : ceil_div(length, int(kGateChunk));
 }
 // Threads of a part: enough for an average one in one tile, as a power of two. A single warp is alone.
 unsigned threads_for(std::int64_t tokens) {
@@ -240,40 +223,25 @@ constexpr Kernels<BackwardArgs> kBackward{
     {backward_kernel<true, 1, kPairs>, backward_kernel<true, 2, kPairs>, backward_kernel<true, kLongRun, kPairs>},
     backward_kernel<false, kLongRun, kPairs>};
 
-// Of long sequences: sums of chunks, what is carried into each, and the chunks.
-template <class Args>
-void launch_long(const Cuda& dev, void (*sums)(Args), void (*kernel)(Args), const Args& args, const float* initial) {
-    const gate_long::Grid grid(args.seq, args.cut, args.heads);
-    sums<<<grid.blocks, grid.threads(), 0, stream_of(dev)>>>(args);
-    LAUNCH_CHECK("gate_sums");
-    launch_dependent(dev, gate_long::carry_kernel, unsigned(args.seq.count * args.heads), gate_long::kCarryThreads, 0,
-                     args.carries, initial, args.cut.chunks, args.heads);
-    LAUNCH_CHECK("gate_carry");
-    launch_dependent(dev, kernel, grid.blocks, grid.threads(), grid.bytes(), args);
-    LAUNCH_CHECK("gate_long");
-}
-
 }  // namespace
 
 void gate_forward(const Cuda& dev, const GateForward<float>& p) {
     check(p);
     if (p.z.rows == 0 || p.z.cols == 0) return;
-    const Cut cut = cut_of(p.seq);
+    const int heads = int(p.z.cols), chunks = chunks_of(p.seq);
     const ForwardArgs args{.F = p.F.data,
                            .z = p.z.data,
                            .bias = p.bias.data,
                            .carry = p.carry.data,
                            .ld_F = p.F.ld,
                            .ld_z = p.z.ld,
-                           .heads = int(p.z.cols),
-                           .seq = p.seq,
-                           .cut = cut,
-                           // in F itself, in the first two rows of each chunk, which are written last
-                           .carries = {p.F.data, p.seq.length * p.F.ld, cut.length * p.F.ld, 1, p.F.ld}};
+                           .heads = heads,
+                           .seq = p.seq};
     const bool pairs = are_pairs_aligned(p.z) && are_pairs_aligned(p.F);
-    if (cut.chunks > 1) {
-        launch_long(dev, pairs ? gate_long::forward_sums_kernel<true> : gate_long::forward_sums_kernel<false>,
-                    pairs ? gate_long::forward_kernel<true> : gate_long::forward_kernel<false>, args, p.carry.data);
+    const Said said{static_cast<unsigned long long*>(dev.workspace), heads, chunks};
+    const std::size_t bytes = std::size_t(p.seq.count) * chunks * heads * sizeof(*said.data);
+    if (chunks > 1 && dev.workspace && dev.workspace_bytes >= bytes) {
+        gate_long::launch(dev, pairs ? gate_long::forward_kernel<true> : gate_long::forward_kernel<false>, args, said);
         return;
     }
     const Launch launch(p.seq, p.z.cols);
@@ -284,14 +252,18 @@ void gate_forward(const Cuda& dev, const GateForward<float>& p) {
 void gate_backward(const Cuda& dev, const GateBackward<bf16>& p) {
     check(p);
     if (p.z.rows == 0 || p.z.cols == 0) return;
-    FIEDLER_REQUIRE("gate", p.scratch && p.scratch.size >= gate_scratch_elements(p.seq.count, p.z.cols));
-    const Cut cut = cut_of(p.seq);
+    FIEDLER_REQUIRE("gate", p.pending || p.scratch.size >= gate_pending_elements(p.z.rows, p.seq.count, p.z.cols));
+    PendingSums<float> own(p.scratch);
+    PendingSums<float>& sums = p.pending ? *p.pending : own;
     const std::int64_t heads = p.z.cols;
+    const int chunks = chunks_of(p.seq);
     const Launch launch(p.seq, heads);
-    const bool is_cut = cut.chunks > 1;
-    const int rows = is_cut ? p.seq.count * cut.chunks : int(launch.rows);
+    const bool is_cut = chunks > 1;
+    const int rows = is_cut ? p.seq.count * chunks : int(launch.rows);
+    float* const memory = sums.take((is_cut ? 3 : 1) * heads * rows).data;
+    FIEDLER_REQUIRE("gate", reinterpret_cast<std::uintptr_t>(memory) % sizeof(double) == 0);
     const BackwardArgs args{.dz = nv(p.dz.data),
-                            .partial = p.scratch.data + (is_cut ? 2 * heads * rows : 0),
+                            .partial = memory + (is_cut ? 2 * heads * rows : 0),
                             .dF = p.dF.data,
                             .z = p.z.data,
                             .bias = p.bias.data,
@@ -300,21 +272,17 @@ void gate_backward(const Cuda& dev, const GateBackward<bf16>& p) {
                             .ld_z = p.z.ld,
                             .heads = int(heads),
                             .rows = rows,
-                            .seq = p.seq,
-                            .cut = cut,
-                            .carries = {p.scratch.data, 2 * heads * cut.chunks, 2 * heads, 2, 1}};
+                            .seq = p.seq};
     const bool pairs = are_pairs_aligned(p.dF) && are_pairs_aligned(p.z) && are_pairs_aligned(p.dz);
     if (is_cut) {
-        launch_long(dev, pairs ? gate_long::backward_sums_kernel<true> : gate_long::backward_sums_kernel<false>,
-                    pairs ? gate_long::backward_kernel<true> : gate_long::backward_kernel<false>, args,
-                    static_cast<const float*>(nullptr));
+        gate_long::launch(dev, pairs ? gate_long::backward_kernel<true> : gate_long::backward_kernel<false>, args,
+                          Said{reinterpret_cast<unsigned long long*>(memory), int(heads), chunks});
     } else {
         launch(dev, pairs ? kBackward<true> : kBackward<false>, args);
         LAUNCH_CHECK("gate_backward");
     }
-    launch_dependent(dev, finish_kernel, unsigned(heads), rows <= kWarp ? kWarp : kFinishThreads, 0, p.dbias.data,
-                     static_cast<const float*>(args.partial), rows, args.heads);
-    LAUNCH_CHECK("gate_finish");
+    sums.add({p.dbias.data, args.partial, heads, 1, rows, args.heads});
+    if (!p.pending) finish_sums(dev, own);
 }
 
 }  // namespace fiedler

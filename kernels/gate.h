@@ -10,12 +10,14 @@
 //            dz: [tokens, heads] T, any ld: T is the storage type of the gradient of n Wf (bf16 on Cuda)
 // Writes     F, dz overwritten; dbias accumulated (+=). carry (optional, one sequence only) is read, then replaced by
 //            the last token's F, so that decoding token by token continues a sequence.
-// Scratch    backward on Cuda: gate_scratch_elements(seq.count, heads) floats
+// Scratch    on Cuda, backward: gate_pending_elements(tokens, seq.count, heads) floats at most, 8-byte aligned, of
+//            `pending` if given, else of scratch; forward of long sequences: dev.workspace, if it has room (gate.cu)
 // Numerics   sums restart in each sequence; fixed order, bit-equal from run to run.
 #pragma once
 #include "kernels/contract.h"
 #include "kernels/device.h"
 #include "kernels/dtype.h"
+#include "kernels/pending_sums.h"
 #include "kernels/traffic.h"
 
 namespace fiedler {
@@ -37,6 +39,8 @@ struct GateBackward {
     Vec<const acc_t<T>> bias;
     Packed seq;
     Vec<acc_t<T>> scratch;  // Cuda only
+    // Cuda only: if given, sums over blocks lie there until finish_sums(), and scratch is not used.
+    PendingSums<acc_t<T>>* pending = nullptr;
 };
 
 template <class A>
@@ -63,11 +67,12 @@ Traffic traffic(const GateBackward<T>& p) {
     return {n * (2 * sizeof(acc_t<T>) + sizeof(T)), 6 * n};
 }
 
-// Chunks that long sequences are cut into at most, all together, on Cuda: each has its share of dbias, and two numbers
-// for what is carried into it.
-inline constexpr std::int64_t kGateChunks = 512;
-inline std::int64_t gate_scratch_elements(std::int64_t sequences, std::int64_t heads) {
-    return (sequences > 3 * kGateChunks ? sequences : 3 * kGateChunks) * heads;
+// Tokens of the chunks that long sequences are cut into on Cuda, if they have kGateLong: a chunk has its share of dbias,
+// and says in two numbers what it adds up to.
+inline constexpr std::int64_t kGateChunk = 2048, kGateLong = 4 * kGateChunk;
+inline std::int64_t gate_pending_elements(std::int64_t tokens, std::int64_t sequences, std::int64_t heads) {
+    const std::int64_t cut = 4 * tokens / kGateChunk;  // three for each chunk, of which a last one may be short
+    return PendingSums<float>::elements((sequences > cut ? sequences : cut) * heads);
 }
 
 template <class A>  // float, double

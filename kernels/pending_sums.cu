@@ -33,6 +33,7 @@ __device__ float sum_rows(const float* column, std::int64_t row_step, int first,
 __global__ __launch_bounds__(kThreads) void pending_sums_kernel(const __grid_constant__ Batch batch) {
     __shared__ float shared[kWarp][kColumns + 1];
     const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
+    dependents_may_start();
     int of = 0;
     while (batch.first_block[of + 1] <= int(blockIdx.x)) ++of;
     const PendingSum<float>& s = batch.sums[of];

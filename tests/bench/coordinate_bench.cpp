@@ -27,11 +27,14 @@ void add_coordinate(Suite& s, std::int32_t sequences, std::int32_t length, std::
     b.da = Mat<const Accum>(s.random<Accum>(n * half), n, half);
     b.db = Mat<const Accum>(s.random<Accum>(n * half), n, half);
     b.a = f.a, b.b = f.b, b.s = f.s, b.w = f.w, b.log_temp = f.log_temp, b.seq = f.seq;
-#if FIEDLER_BENCH_CUDA
-    const std::int64_t scratch = coordinate_scratch_elements(n, 2 * half);
-    b.scratch = {s.zeros<Accum>(scratch), scratch};
-#endif
-    s.add("backward " + name, traffic(b), [b, &s] { coordinate_backward(s.device, b); });
+    const std::int64_t size = coordinate_pending_elements(n, 2 * half, heads);
+    const Vec<Accum> memory(s.zeros<Accum>(size), size);
+    s.add("backward " + name, traffic(b), [b, memory, &s] {
+        PendingSums<Accum> pending(memory);  // as in a model, which adds up all layers' sums at once
+        CoordinateBackward<Storage> p = b;
+        p.pending = &pending;
+        coordinate_backward(s.device, p);
+    });
 }
 
 }  // namespace

@@ -11,7 +11,6 @@ void add_gate(Suite& s, std::int32_t count, std::int32_t length, std::int64_t he
     const std::string shape = std::to_string(count) + "x" + std::to_string(length) + "x" + std::to_string(heads);
     const auto input = [&] { return Mat<const Accum>(s.random<Accum>(n), tokens, heads); };
     const Vec<const Accum> bias(s.random<Accum>(heads), heads);
-    const std::int64_t scratch = gate_scratch_elements(count, heads);
     GateForward<Accum> f;
     f.F = Mat<Accum>(s.zeros<Accum>(n), tokens, heads);
     f.z = input();
@@ -24,9 +23,15 @@ void add_gate(Suite& s, std::int32_t count, std::int32_t length, std::int64_t he
     b.z = f.z;
     b.bias = bias;
     b.seq = f.seq;
-    b.scratch = Vec<Accum>(s.zeros<Accum>(scratch), scratch);
     s.add("forward " + shape, traffic(f), [f, &s] { gate_forward(s.device, f); });
-    s.add("backward " + shape, traffic(b), [b, &s] { gate_backward(s.device, b); });
+    const std::int64_t size = gate_pending_elements(tokens, count, heads);
+    const Vec<Accum> memory(s.zeros<Accum>(size), size);
+    s.add("backward " + shape, traffic(b), [b, memory, &s] {
+        PendingSums<Accum> pending(memory);  // as in a model, which adds up all layers' sums at once
+        GateBackward<Storage> p = b;
+        p.pending = &pending;
+        gate_backward(s.device, p);
+    });
 }
 
 }  // namespace

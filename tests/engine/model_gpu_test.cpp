@@ -15,6 +15,7 @@
 #include <gtest/gtest.h>
 
 #include "engine/config.h"
+#include "engine/run_parts.h"
 #include "engine/runner.h"
 #include "tests/engine/gpu_gradients.h"
 #include "tests/engine/random_laplacian.h"
@@ -131,6 +132,48 @@ TEST_P(ModelGpu, LossAndGradientsMatchTheCpu) {
     test::expect_as_near(reference.table(), want_loss, want, low, {got_loss, got});
     EXPECT_EQ(device.loss_and_gradients(batch, again), got_loss);
     EXPECT_TRUE(test::identical(again.data(), got.data(), got.size() * sizeof(float))) << "two runs differ";
+}
+
+// Sums that wait for the end of a backward pass: none gets lost, or into the next pass. The same pass again doubles
+// them, to the bit.
+TEST(ModelGpuPendingSums, EachPassAddsItsOwn) {
+    FIEDLER_GPU_OR_SKIP();
+    const Shape shape{"", "sb", ScalarKind::coordinate, 64, 129, 2};
+    const ModelSpec spec = spec_of(shape);
+    const ParamTable table(spec);
+    const ActivationPlan plan = activation_plan(spec, plan_of(shape), true);
+    const Cuda& dev = test::gpu();
+    Arena arena;
+    RunLayout<bf16>(arena, spec, table, plan, false);
+    arena.commit(memory_of(dev));
+    RunLayout<bf16> layout(arena, spec, table, plan, false);
+    fill_bytes(dev, arena.base(), 0, arena.peak());
+    write_block(dev, layout, Block::master, test::start_in_bf16(table, spec).data());
+    layout.upload(dev, constants_of(spec));
+    Model<Cuda, bf16> model(dev, spec, table, layout.params, layout.laplacian(spec.head_dim()), layout.spectral, plan,
+                            *layout.acts);
+    const Batch host = batch_of(shape, spec);
+    const test::Buffer<std::int32_t, Cuda> inputs(dev, host.inputs), targets(dev, host.targets);
+    DeviceBatch batch;
+    batch.inputs = inputs.vec(), batch.targets = targets.vec(), batch.seq = host.packed();
+    const auto pass = [&] {
+        model.forward(batch);
+        model.loss(batch, {&layout.control->loss, 1}, true, 1.f);
+        model.backward(batch);
+        std::vector<float> grads(static_cast<std::size_t>(table.elements));
+        copy_to_host(dev, grads.data(), layout.params.grads.data, grads.size() * sizeof(float));
+        return grads;
+    };
+    const std::vector<float> once = pass(), twice = pass();
+    for (const LayerTensors& l : table.layer)
+        for (const int tensor : {l.gate_bias, l.log_temp, l.conv_scalars}) {
+            ASSERT_GE(tensor, 0);
+            const ParamTensor& t = table.tensor[static_cast<std::size_t>(tensor)];
+            for (auto i = static_cast<std::size_t>(t.offset); i < static_cast<std::size_t>(t.offset + t.size()); ++i) {
+                EXPECT_NE(once[i], 0.f) << t.name;
+                EXPECT_EQ(twice[i], 2 * once[i]) << t.name;
+            }
+        }
 }
 
 std::vector<Shape> shapes() {

@@ -100,13 +100,9 @@ struct Strided {
     }
 };
 
-std::int64_t scratch_elements(const Cpu&, std::int64_t, std::int64_t) { return 1; }
-#if FIEDLER_CUDA
-std::int64_t scratch_elements(const Cuda&, std::int64_t n, std::int64_t c) { return coordinate_scratch_elements(n, c); }
-#endif
-
+// pending: instead of scratch.
 template <class T, class Dev>
-Result run(const Dev& d, const Problem& p, bool uniform, std::int64_t gap, std::int64_t scratch_at = 0) {
+Result run(const Dev& d, const Problem& p, bool uniform, std::int64_t gap, PendingSums<acc_t<T>>* pending = nullptr) {
     using A = acc_t<T>;
     const std::int64_t n = p.tokens, half = p.half();
     const Buffer<std::int32_t, Dev> offsets(d, p.ragged.offsets), begin(d, p.ragged.begin), end(d, p.ragged.end);
@@ -118,16 +114,17 @@ Result run(const Dev& d, const Problem& p, bool uniform, std::int64_t gap, std::
     const Strided<T, Dev> ds(d, n, 2 * half, gap);
     const Buffer<A, Dev> w(d, to<A>(p.w)), log_temp(d, to<A>(p.log_temp)), dw(d, to<A>(p.dw0)),
         dtemp(d, to<A>(p.dtemp0));
-    const std::int64_t scratch_size = scratch_elements(d, n, 2 * half);
-    const Buffer<A, Dev> scratch(d, static_cast<std::size_t>(scratch_at + scratch_size));
+    const Buffer<A, Dev> scratch(d, static_cast<std::size_t>(coordinate_pending_elements(n, 2 * half, p.heads)));
     CoordinateForward<A> f;
     f.a = a.mat(), f.b = b.mat(), f.s = s.mat(), f.log_temp = log_temp.vec(), f.seq = seq;
     CoordinateBackward<T> g;
     if (p.convolution) f.w = g.w = w.mat(2 * half, 4), g.dw = dw.mat(2 * half, 4);
     coordinate_forward(d, f);
     g.ds = ds.mat(), g.dlog_temp = dtemp.vec(), g.da = da.mat(), g.db = db.mat(), g.a = a.mat(), g.b = b.mat();
-    g.s = s.mat(), g.log_temp = log_temp.vec(), g.seq = seq, g.scratch = {scratch.data() + scratch_at, scratch_size};
+    g.s = s.mat(), g.log_temp = log_temp.vec(), g.seq = seq, g.pending = pending;
+    if (!pending) g.scratch = scratch.vec();
     coordinate_backward(d, g);
+    if (pending) finish_sums(d, *pending);
     return {a.values(), b.values(), ds.values(), dw.values(), dtemp.values()};
 }
 
@@ -240,23 +237,44 @@ TEST(Coordinate, GpuMatchesReference) {
 }
 TEST(Coordinate, GpuManyTokensAndBitEqual) {  // more runs than there are rows of partial sums
     FIEDLER_GPU_OR_SKIP();
-    const Problem p(6, 8, {8000, 1, 9000}, true);
-    for (const std::int64_t gap : {3, 2, 0}) {
-        const Result got = run<bf16>(gpu(), p, false, gap);
-        Comparison<bf16> all;
-        all.add(got, p);
-        all.expect_close(1.2e-7);
-        expect_identical(got, run<bf16>(gpu(), p, false, gap));
+    for (const int scalars : {8, 1}) {
+        const Problem p(6, scalars, scalars == 1 ? Lengths{40000, 1, 30000} : Lengths{8000, 1, 9000}, true);
+        for (const std::int64_t gap : {3, 2, 0}) {
+            const Result got = run<bf16>(gpu(), p, false, gap);
+            Comparison<bf16> all;
+            all.add(got, p);
+            all.expect_close(1.2e-7);
+            expect_identical(got, run<bf16>(gpu(), p, false, gap));
+        }
     }
 }
-TEST(Coordinate, GpuScratchLiesAnywhere) {
+TEST(Coordinate, GpuPendingSumsAreTheSame) {
     FIEDLER_GPU_OR_SKIP();
-    const Problem p(6, 8, {500, 1, 300}, true);
-    for (const std::int64_t at : {1, 2}) {
-        Comparison<bf16> all;
-        all.add(run<bf16>(gpu(), p, false, 0, at), p);
-        all.expect_close(1.2e-7);
+    struct Case {
+        int heads, scalars;
+        bool convolution;
+        std::int64_t gap;
+    };
+    const Buffer<float, Cuda> memory(gpu(), std::size_t(coordinate_pending_elements(5001, 2 * 9 * 16, 9)));
+    PendingSums<float> pending(memory.vec());
+    for (const Case c : {Case{6, 1, true, 0},
+                         {6, 1, true, 3},
+                         {6, 1, false, 0},
+                         {6, 2, true, 0},
+                         {6, 8, true, 0},
+                         {6, 8, false, 3},
+                         {9, 16, true, 3}}) {
+        SCOPED_TRACE(testing::Message() << c.heads << " heads, R " << c.scalars << ", gap " << c.gap);
+        const Problem p(c.heads, c.scalars, {2000, 1, 3000}, c.convolution);
+        expect_identical(run<bf16>(gpu(), p, false, c.gap), run<bf16>(gpu(), p, false, c.gap, &pending));
     }
+}
+TEST(Coordinate, GpuRefusesScratchBetweenMultiplesOf16Bytes) {
+    FIEDLER_GPU_OR_SKIP();
+    const Problem p(1, 1, {4}, true);
+    const Buffer<float, Cuda> memory(gpu(), std::size_t(1 + coordinate_pending_elements(4, 2, 1)));
+    PendingSums<float> pending({memory.data() + 1, std::int64_t(memory.size()) - 1});
+    EXPECT_THROW(run<bf16>(gpu(), p, true, 0, &pending), ContractError);
 }
 TEST(Coordinate, GpuRefusesWeightsBetweenMultiplesOf16Bytes) {
     FIEDLER_GPU_OR_SKIP();

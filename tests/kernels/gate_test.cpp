@@ -67,17 +67,20 @@ Values forward(const Dev& dev, const Problem& q, bool uniform, std::int64_t gap 
 struct Gradients {
     Values dz, dbias;
 };
+// pending: instead of scratch.
 template <class T, class Dev>
-Gradients backward(const Dev& dev, const Problem& q, bool uniform, std::int64_t gap = 0) {
+Gradients backward(const Dev& dev, const Problem& q, bool uniform, std::int64_t gap = 0,
+                   PendingSums<acc_t<T>>* pending = nullptr) {
     using A = acc_t<T>;
     const Packing<Dev> packing(dev, q.lengths, uniform);
     const Padded<A, Dev> z(dev, q.tokens, q.heads, q.heads + gap, q.z),
         dF(dev, q.tokens, q.heads, q.heads + 2 * gap, q.dF);
     const Padded<T, Dev> dz(dev, q.tokens, q.heads, q.heads + 3 * gap);
     const Buffer<A, Dev> bias(dev, to<A>(q.bias)), dbias(dev, to<A>(q.dbias0)),
-        scratch(dev, std::size_t(gate_scratch_elements(packing.seq.count, q.heads)));
-    gate_backward(dev,
-                  GateBackward<T>{dz.mat(), dbias.vec(), dF.mat(), z.mat(), bias.vec(), packing.seq, scratch.vec()});
+        scratch(dev, std::size_t(gate_pending_elements(q.tokens, packing.seq.count, q.heads)));
+    gate_backward(dev, GateBackward<T>{dz.mat(), dbias.vec(), dF.mat(), z.mat(), bias.vec(), packing.seq,
+                                       pending ? Vec<A>{} : scratch.vec(), pending});
+    if (pending) finish_sums(dev, *pending);
     return {dz.values(), dbias.values()};
 }
 
@@ -196,7 +199,7 @@ TEST(Gate, BrokenContractThrows) {
 
 #if FIEDLER_CUDA
 // Lengths around a warp's, a block's and several tiles' tokens (a warp has 32, 64 or 128 of a sequence alone, a block of up
-// to 8 warps 128 for each), and around where sequences are cut, from 8192 tokens on, into chunks of 256 and more.
+// to 8 warps 128 for each), and around where sequences are cut, from 8192 tokens on, into chunks of 2048.
 const std::vector<std::pair<Lengths, int>> kGpuShapes = {{{1}, 1},
                                                          {{3}, 6},
                                                          {{7, 7}, 6},
@@ -215,6 +218,7 @@ const std::vector<std::pair<Lengths, int>> kGpuShapes = {{{1}, 1},
                                                          {{8192}, 2},
                                                          {{8193}, 2},
                                                          {{9000}, 40},
+                                                         {{12289}, 9},
                                                          {{10241, 10241}, 3},
                                                          {Lengths(130, 8193), 1},
                                                          {Lengths(257, 8193), 1},
@@ -248,6 +252,44 @@ TEST(Gate, GpuMatchesReference) {
         }
 }
 
+// A warp, a block and several blocks a sequence; one list's memory serves one pass after the other.
+TEST(Gate, GpuPendingSumsAreTheSame) {
+    FIEDLER_GPU_OR_SKIP();
+    const Buffer<float, Cuda> memory(gpu(), std::size_t(gate_pending_elements(32768, 1638, 7)));
+    PendingSums<float> pending(memory.vec());
+    for (const auto& [lengths, heads] : std::vector<std::pair<Lengths, int>>{
+             {Lengths(1638, 20), 7}, {Lengths(32, 1024), 6}, {{9000}, 3}, {{5, 0}, 1}}) {
+        const Problem q(lengths, heads);
+        const Gradients own = backward<bf16>(gpu(), q, is_uniform(lengths)),
+                        given = backward<bf16>(gpu(), q, is_uniform(lengths), 0, &pending);
+        EXPECT_EQ(given.dz, own.dz);
+        EXPECT_EQ(given.dbias, own.dbias);
+    }
+}
+
+TEST(Gate, GpuPendingSumsWait) {
+    FIEDLER_GPU_OR_SKIP();
+    const Buffer<float, Cuda> z(gpu(), Values(64, 1.0)), bias(gpu(), Values(2, 0.0)), dbias(gpu(), Values(2, 3.0)),
+        memory(gpu(), std::size_t(gate_pending_elements(32, 4, 2)));
+    const Buffer<bf16, Cuda> dz(gpu(), 64);
+    PendingSums<float> pending(memory.vec());
+    const GateBackward<bf16> p{.dz = dz.mat(32, 2),
+                               .dbias = dbias.vec(),
+                               .dF = z.mat(32, 2),
+                               .z = z.mat(32, 2),
+                               .bias = bias.vec(),
+                               .seq = Packed::uniform(4, 8),
+                               .scratch = {},
+                               .pending = &pending};
+    gate_backward(gpu(), p);
+    EXPECT_EQ(dbias.values(), Values(2, 3.0));
+    EXPECT_THROW(gate_backward(gpu(), p), ContractError);  // dbias is someone's
+    pending.clear();
+    gate_backward(gpu(), p);
+    finish_sums(gpu(), pending);
+    EXPECT_NE(dbias.values(), Values(2, 3.0));
+}
+
 // Pairs of heads are read and written at once where they are aligned.
 TEST(Gate, GpuDoesNotDependOnAddresses) {
     FIEDLER_GPU_OR_SKIP();
@@ -269,6 +311,27 @@ TEST(Gate, GpuDoesNotDependOnAddresses) {
 TEST(Gate, GpuLongSequence) {
     FIEDLER_GPU_OR_SKIP();
     expect_gpu_matches(Problem({(1 << 20) + 3}, 1), true);
+}
+
+TEST(Gate, GpuLongSequenceWithoutWorkspace) {
+    FIEDLER_GPU_OR_SKIP();
+    const Cuda plain;
+    const Problem q({9000}, 3);
+    EXPECT_TRUE(close(forward<float>(plain, q, true), q.naive_forward(), forward<float>(Cpu{}, q, true)));
+}
+
+// A chunk that says NaN is heard, and so is every chunk after it.
+TEST(Gate, GpuNanIsSeenInLaterChunks) {
+    FIEDLER_GPU_OR_SKIP();
+    Problem q({10000}, 2);
+    q.z[2 * 3000] = q.dF[2 * 7000 + 1] = std::nan("");
+    const Values F = forward<float>(gpu(), q, true), dz = backward<bf16>(gpu(), q, true).dz;
+    for (std::size_t i = 0; i < 10000; ++i) {
+        EXPECT_EQ(std::isnan(F[2 * i]), i >= 3000) << i;
+        EXPECT_FALSE(std::isnan(F[2 * i + 1])) << i;
+        EXPECT_EQ(std::isnan(dz[2 * i]), i == 3000) << i;
+        EXPECT_EQ(std::isnan(dz[2 * i + 1]), i <= 7000) << i;
+    }
 }
 
 TEST(Gate, GpuLogSigmoidIsAccurateEverywhere) {
