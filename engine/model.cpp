@@ -159,6 +159,11 @@ void Model<Dev, T>::loss(const DeviceBatch& batch, Vec<A> total, bool gradient, 
 template <class Dev, class T>
 void Model<Dev, T>::backward(const DeviceBatch& batch) {
     ScratchActivations<T>& s = acts_.scratch();
+    // The order of the tokens, beside the layers: it hangs on no gradient.
+    if (!batch.samples) {
+        const EmbeddingOrder order{batch.inputs, spec_.vocab, spec_.channels, s.sort};
+        branch(dev_, [&] { embedding_order(dev_, order); });
+    }
     if (last_norm()) {
         Range range("norm");
         norm_backward(
@@ -172,6 +177,7 @@ void Model<Dev, T>::backward(const DeviceBatch& batch) {
         finish_sums(dev_, pending_);
     }
     if (batch.samples) return embed_samples_backward(batch);
+    join(dev_);
     Range range("embedding");
     embedding_backward(dev_, EmbeddingBackward<T>{.dtable = table_.matrix(params_.grads.data, table_.embedding),
                                                   .tokens = batch.inputs,

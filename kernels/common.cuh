@@ -36,12 +36,15 @@ inline const char* describe(cublasStatus_t e) { return cublasLtGetStatusString(e
     } while (false)
 
 struct CudaState {
-    cudaStream_t stream = nullptr;
+    cudaStream_t stream = nullptr;  // where calls go: in a branch's work, the other one
     cudaEvent_t start = nullptr, stop = nullptr;
     cudaEvent_t marks[kMarks] = {};
     cublasLtHandle_t blas = nullptr;
     void* plans = nullptr;                            // matmul's cache of chosen algorithms
     void (*destroy_plans)(void*) noexcept = nullptr;  // set by matmul with plans
+    cudaStream_t side = nullptr;
+    cudaEvent_t forked = nullptr, joined = nullptr;
+    bool branched = false;  // side has work that stream does not wait for yet
 };
 
 inline cudaStream_t stream_of(const Cuda& d) { return d.state->stream; }

@@ -2,6 +2,7 @@
 #include <nvtx3/nvToolsExt.h>
 
 #include <memory>
+#include <utility>
 
 #include "kernels/common.cuh"
 
@@ -41,7 +42,10 @@ Cuda::Cuda(int device) : state(new CudaState), ordinal(device) {
         arch = info.arch;
         l2_bytes = info.l2_bytes;
         CUDA_CHECK(cudaSetDevice(ordinal));
-        CUDA_CHECK(cudaStreamCreateWithFlags(&state->stream, cudaStreamNonBlocking));
+        for (cudaStream_t* stream : {&state->stream, &state->side})
+            CUDA_CHECK(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking));
+        for (cudaEvent_t* event : {&state->forked, &state->joined})
+            CUDA_CHECK(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
         CUDA_CHECK(cudaEventCreate(&state->start));
         CUDA_CHECK(cudaEventCreate(&state->stop));
         for (cudaEvent_t& mark : state->marks) CUDA_CHECK(cudaEventCreateWithFlags(&mark, cudaEventDisableTiming));
@@ -55,11 +59,12 @@ Cuda::Cuda(int device) : state(new CudaState), ordinal(device) {
 Cuda::~Cuda() {  // nothing to be done about a failure here: the process is letting go of the device
     if (state->plans && state->destroy_plans) state->destroy_plans(state->plans);
     if (state->blas) (void)cublasLtDestroy(state->blas);
-    if (state->start) (void)cudaEventDestroy(state->start);
-    if (state->stop) (void)cudaEventDestroy(state->stop);
+    for (const cudaEvent_t event : {state->start, state->stop, state->forked, state->joined})
+        if (event) (void)cudaEventDestroy(event);
     for (const cudaEvent_t mark : state->marks)
         if (mark) (void)cudaEventDestroy(mark);
-    if (state->stream) (void)cudaStreamDestroy(state->stream);
+    for (const cudaStream_t stream : {state->stream, state->side})
+        if (stream) (void)cudaStreamDestroy(stream);
     delete state;
 }
 
@@ -93,7 +98,30 @@ void copy_rows_on_device(const Cuda& d, void* dst, std::size_t dst_pitch, const 
                          std::size_t width, std::size_t rows) {
     CUDA_CHECK(cudaMemcpy2DAsync(dst, dst_pitch, src, src_pitch, width, rows, cudaMemcpyDeviceToDevice, stream_of(d)));
 }
-void synchronize(const Cuda& d) { CUDA_CHECK(cudaStreamSynchronize(stream_of(d))); }
+void synchronize(const Cuda& d) {
+    join(d);
+    CUDA_CHECK(cudaStreamSynchronize(stream_of(d)));
+}
+
+void branch(const Cuda& d, const std::function<void()>& work) {
+    CudaState& s = *d.state;
+    CUDA_CHECK(cudaEventRecord(s.forked, s.stream));
+    CUDA_CHECK(cudaStreamWaitEvent(s.side, s.forked));
+    s.branched = true;  // from now on, whatever becomes of the work
+    struct Turn {
+        CudaState& state;
+        explicit Turn(CudaState& of) : state(of) { std::swap(state.stream, state.side); }
+        ~Turn() { std::swap(state.stream, state.side); }
+    } turn(s);
+    work();
+}
+void join(const Cuda& d) {
+    CudaState& s = *d.state;
+    if (!s.branched) return;
+    s.branched = false;
+    CUDA_CHECK(cudaEventRecord(s.joined, s.side));
+    CUDA_CHECK(cudaStreamWaitEvent(s.stream, s.joined));
+}
 
 void* host_alloc(const Cuda&, std::size_t bytes) {
     void* p = nullptr;
@@ -119,22 +147,30 @@ namespace {
 
 // A recording that is under way; ends with the stream as it was, whatever happened.
 struct Recording {
-    explicit Recording(cudaStream_t s) : stream(s) {
+    explicit Recording(const Cuda& d) : device(d) {
+        join(device);  // a branch of before is not part of it
         // Calls of other threads are their own affair: only this thread's are held to the rules of a recording.
-        CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+        CUDA_CHECK(cudaStreamBeginCapture(stream_of(device), cudaStreamCaptureModeThreadLocal));
     }
     ~Recording() {
-        if (!ended) (void)cudaStreamEndCapture(stream, &graph);
+        if (!ended) {  // a branch, which is being recorded too, ends with it
+            CudaState& s = *device.state;
+            if (s.branched && cudaEventRecord(s.joined, s.side) == cudaSuccess)
+                (void)cudaStreamWaitEvent(s.stream, s.joined);
+            s.branched = false;
+            (void)cudaStreamEndCapture(s.stream, &graph);
+        }
         if (graph) (void)cudaGraphDestroy(graph);
         if (!ended) (void)cudaGetLastError();
     }
     Recording(const Recording&) = delete;
     Recording& operator=(const Recording&) = delete;
     void end() {
+        join(device);
         ended = true;
-        CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+        CUDA_CHECK(cudaStreamEndCapture(stream_of(device), &graph));
     }
-    cudaStream_t stream;
+    const Cuda& device;
     cudaGraph_t graph = nullptr;
     bool ended = false;
 };
@@ -142,7 +178,7 @@ struct Recording {
 }  // namespace
 
 CudaGraph* graph_record(const Cuda& d, const std::function<void()>& work) {
-    Recording recording(stream_of(d));
+    Recording recording(d);
     work();
     recording.end();
     auto owned = std::make_unique<CudaGraph>();

@@ -2,9 +2,9 @@
 //
 //   Cpu    `threads` OpenMP threads (0: all). Every operation is synchronous and, for a given number of threads,
 //          bit-equal from run to run.
-//   Cuda   one stream of one device; every operation is asynchronous on that stream, in order. Move-only, owns its
-//          stream, its cuBLASLt handle and nothing else; `workspace` is memory lent by the caller (the arena) for
-//          cuBLASLt.
+//   Cuda   one stream of one device; every operation is asynchronous on that stream, in order, but for those of a
+//          branch (see there). Move-only, owns its streams, its cuBLASLt handle and nothing else; `workspace` is memory
+//          lent by the caller (the arena) for cuBLASLt.
 //
 // Errors: DeviceError (std::runtime_error) with statement, file, line and the library's own words.
 #pragma once
@@ -100,6 +100,16 @@ inline void send(const Cpu& d, void* dst, const void* host, std::size_t bytes) {
 inline void fetch(const Cpu& d, void* host, const void* src, std::size_t bytes) { copy_to_host(d, host, src, bytes); }
 inline void set_mark(const Cpu&, int) {}
 inline void wait_for_mark(const Cpu&, int) {}
+
+// Work beside other work. What `work` calls on dev goes to a second stream: it begins when all that was called before
+// is done, and runs beside what is called after branch(), up to join(): what is called after that comes after the
+// branch too. In between nobody else may write what the branch reads, or touch what it writes. `work` must not wait,
+// use the workspace (matrix products do), or branch. A second branch before join() comes after the first. Where nobody
+// joins, a recording's end and synchronize() do. On Cpu the work is done when branch() returns.
+void branch(const Cuda&, const std::function<void()>& work);
+void join(const Cuda&);
+inline void branch(const Cpu&, const std::function<void()>& work) { work(); }
+inline void join(const Cpu&) {}
 
 // Work recorded once (a CUDA graph) and launched again and again at the price of one launch. Kernel arguments, addresses
 // included, are those of the recording: what changes from launch to launch must lie in memory.

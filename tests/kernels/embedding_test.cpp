@@ -59,6 +59,7 @@ Values backward(const Dev& dev, const Problem& q, std::int64_t gap = 0) {
     const Padded<acc_t<T>, Dev> dtable(dev, q.vocab, q.channels, q.channels + 2 * gap, q.dtable0);
     const Buffer<std::uint8_t, Dev> scratch(dev, embedding_scratch_bytes(q.count, q.channels));
     const Vec<std::byte> lent(reinterpret_cast<std::byte*>(scratch.data()), std::int64_t(scratch.size()));
+    embedding_order(dev, EmbeddingOrder{tokens.vec(), q.vocab, q.channels, lent});
     embedding_backward(dev, EmbeddingBackward<T>{dtable.mat(), tokens.vec(), dx.mat(), lent});
     return dtable.values();
 }
@@ -101,6 +102,12 @@ TEST(Embedding, DoesNotDependOnThreads) {
     EXPECT_EQ(backward<float>(Cpu{1}, q), backward<float>(Cpu{5}, q));
 }
 
+// Who has scratch for so many tokens may have fewer.
+TEST(Embedding, ScratchOfFewerTokensIsNoLarger) {
+    for (std::int64_t n = 0; n < 200000; n += 1 + n / 500)
+        EXPECT_LE(embedding_scratch_bytes(n, 384), embedding_scratch_bytes(n + 1, 384)) << n;
+}
+
 TEST(Embedding, BrokenContractThrows) {
     for (const std::int32_t token : {-1, 5}) {
         Problem q({0, 4}, 5, 8);
@@ -133,7 +140,7 @@ std::vector<Problem> gpu_problems() {
     // Runs that one block sums and such that several share, up to more of them than are added up in one step.
     std::vector<std::int32_t> shared;
     std::int32_t token = 0;
-    for (const int length : {255, 256, 257, 16, 17, 15, 1, 2047, 2048, 2049, 63, 4200, 1}) {
+    for (const int length : {255, 256, 257, 16, 17, 15, 1, 2047, 2048, 2049, 63, 23, 24, 25, 24, 25, 24, 33, 4200, 1}) {
         shared.insert(shared.end(), std::size_t(length), token);
         ++token;
     }
@@ -141,6 +148,7 @@ std::vector<Problem> gpu_problems() {
     std::shuffle(shared.begin(), shared.end(), std::mt19937_64(10));
     all.emplace_back(shared, token, 264);
     all.emplace_back(random_ints(40000, 11, 0, 3), 3, 16);
+    all.emplace_back(frequent(20000, 5000), 5000, 392);  // two shares of the channels
     return all;
 }
 
@@ -164,6 +172,88 @@ TEST(Embedding, GpuBackwardMatchesReference) {
     }
 }
 
+// Nor do sums that are no numbers hold up those who wait for them.
+TEST(Embedding, GpuPassesOnWhatIsNoNumber) {
+    FIEDLER_GPU_OR_SKIP();
+    Problem q = Problem(std::vector<std::int32_t>(3000, 1), 3, 16).round<bf16>();
+    const Buffer<std::int32_t, Cuda> tokens(gpu(), q.tokens);
+    const Buffer<bf16, Cuda> dx(gpu(), q.dx.size());  // all bits set
+    const Padded<float, Cuda> dtable(gpu(), q.vocab, q.channels, q.channels, q.dtable0);
+    const Buffer<std::uint8_t, Cuda> scratch(gpu(), embedding_scratch_bytes(q.count, q.channels));
+    const Vec<std::byte> lent(reinterpret_cast<std::byte*>(scratch.data()), std::int64_t(scratch.size()));
+    embedding_order(gpu(), EmbeddingOrder{tokens.vec(), q.vocab, q.channels, lent});
+    embedding_backward(gpu(), EmbeddingBackward<bf16>{dtable.mat(), tokens.vec(), dx.mat(q.count, q.channels), lent});
+    const Values got = dtable.values();
+    for (std::size_t i = 0; i < got.size(); ++i) EXPECT_EQ(std::isnan(got[i]), i / 16 == 1) << i;
+    for (double& x : q.dx) x = 1e38;
+    const Values infinite = backward<bf16>(gpu(), q.round<bf16>());
+    for (std::size_t i = 16; i < 32; ++i) EXPECT_EQ(infinite[i], INFINITY);
+}
+
+// One order, which comes from a branch, and several gradients after it; then all of it recorded and launched twice.
+TEST(Embedding, GpuOrderBesideOtherWork) {
+    FIEDLER_GPU_OR_SKIP();
+    const Problem q = Problem(frequent(8192, 2000), 2000, 136).round<bf16>();
+    const Buffer<std::int32_t, Cuda> tokens(gpu(), q.tokens);
+    const Padded<bf16, Cuda> dx(gpu(), q.count, q.channels, q.channels, Values(q.dx.size()));
+    const Padded<bf16, Cuda> later(gpu(), q.count, q.channels, q.channels, q.dx);
+    const Padded<float, Cuda> dtable(gpu(), q.vocab, q.channels, q.channels, Values(q.dtable0.size()));
+    const Buffer<std::uint8_t, Cuda> scratch(gpu(), embedding_scratch_bytes(q.count, q.channels));
+    const Vec<std::byte> lent(reinterpret_cast<std::byte*>(scratch.data()), std::int64_t(scratch.size()));
+    const EmbeddingBackward<bf16> p{dtable.mat(), tokens.vec(), dx.mat(), lent};
+    const auto gradients = [&](int times) {
+        branch(gpu(), [&] { embedding_order(gpu(), EmbeddingOrder{tokens.vec(), q.vocab, q.channels, lent}); });
+        fill_bytes(gpu(), dtable.mat().data, 0, q.dtable0.size() * sizeof(float));
+        copy_on_device(gpu(), dx.mat().data, later.mat().data, q.dx.size() * sizeof(bf16));
+        join(gpu());
+        for (int i = 0; i < times; ++i) embedding_backward(gpu(), p);
+    };
+    Problem zero = q;
+    zero.dtable0.assign(zero.dtable0.size(), 0.0);
+    const Values one = backward<bf16>(gpu(), zero);
+    gradients(1);
+    EXPECT_EQ(dtable.values(), one);
+    gradients(2);
+    Values twice = one;
+    for (double& x : twice) x *= 2;
+    EXPECT_EQ(dtable.values(), twice);
+    CudaGraph* const graph = graph_record(gpu(), [&] { gradients(1); });
+    for (int i = 0; i < 2; ++i) {
+        fill_bytes(gpu(), dtable.mat().data, 0xff, q.dtable0.size() * sizeof(float));
+        graph_launch(gpu(), graph);
+        EXPECT_EQ(dtable.values(), one);
+    }
+    graph_free(graph);
+}
+
+// Whatever becomes of a branch's work, and wherever nobody joins, the context can be used as before.
+TEST(Embedding, GpuBranchesEnd) {
+    FIEDLER_GPU_OR_SKIP();
+    struct Failure {};
+    const Buffer<std::uint8_t, Cuda> bytes(gpu(), std::size_t(1) << 24);
+    const auto fill = [&](int value) { branch(gpu(), [&] { fill_bytes(gpu(), bytes.data(), value, bytes.size()); }); };
+    const auto last = [&] {
+        std::uint8_t byte = 0;
+        copy_to_host(gpu(), &byte, bytes.data() + bytes.size() - 1, 1);
+        return int(byte);
+    };
+    const auto fail = [&] { branch(gpu(), [] { throw Failure(); }); };
+    fill(1), fill(2);
+    synchronize(gpu());
+    EXPECT_EQ(last(), 2);
+    EXPECT_THROW(fail(), Failure);
+    EXPECT_THROW(graph_free(graph_record(gpu(), [&] { fill(3), fail(); })), Failure);
+    EXPECT_THROW(graph_free(graph_record(gpu(), [&] { fill(3), throw Failure(); })), Failure);
+    fill(4), join(gpu());
+    EXPECT_EQ(last(), 4);
+    fill(5);  // ended by a recording, which has one of its own that nobody joins
+    CudaGraph* const graph = graph_record(gpu(), [&] { fill(6); });
+    EXPECT_EQ(last(), 5);
+    graph_launch(gpu(), graph);
+    EXPECT_EQ(last(), 6);
+    graph_free(graph);
+}
+
 TEST(Embedding, GpuRowsOfAbsentTokensAreUntouched) {
     FIEDLER_GPU_OR_SKIP();
     const Problem q = Problem(random_ints(100, 8, 10, 20), 300, 16).round<bf16>();
@@ -179,6 +269,10 @@ TEST(Embedding, GpuBrokenContractThrows) {
     const Problem q({0, 1}, 2, 12);
     EXPECT_THROW(forward<bf16>(gpu(), q), ContractError);
     EXPECT_THROW(backward<bf16>(gpu(), q), ContractError);
+    const Buffer<std::int32_t, Cuda> tokens(gpu(), q.tokens);
+    const Buffer<std::uint8_t, Cuda> scratch(gpu(), embedding_scratch_bytes(q.count, 8) - 1);
+    const Vec<std::byte> lent(reinterpret_cast<std::byte*>(scratch.data()), std::int64_t(scratch.size()));
+    EXPECT_THROW(embedding_order(gpu(), EmbeddingOrder{tokens.vec(), q.vocab, 8, lent}), ContractError);
 }
 #endif
 
