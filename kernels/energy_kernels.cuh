@@ -212,6 +212,15 @@ __device__ __forceinline__ void energies(Scalars<D, R>& energy, Sizes& sizes, Ve
         }
 }
 
+// What a block works on: columns [column D, (column + 1) D) of x are a head of the first or of the second side.
+struct Place {
+    int column, head;
+    bool second;
+    __device__ __forceinline__ explicit Place(int heads) : column(blockIdx.y), second(column >= heads) {
+        head = second ? column - heads : column;
+    }
+};
+
 // ---- forward ----
 
 template <int D, int R, class P>
@@ -222,14 +231,15 @@ __global__ void __launch_bounds__(P::forward_threads(D, R), P::forward_at_least(
     extern __shared__ __align__(1024) unsigned char memory[];
     using Supply = typename P::template ForwardSupply<D, R>;
     const Shared shared = carve<D>(memory, kMatrixParts<R, P>, Supply::kBytes);
-    const int head = blockIdx.y, lane = threadIdx.x % kWarp;
+    const Place place(p.heads);
+    const int head = place.head, lane = threadIdx.x % kWarp;
     const int tokens = int(p.x.rows), step = gridDim.x * warps;  // ints hold them: see energy.cu
     const int tile = blockIdx.x * warps + threadIdx.x / kWarp;
-    Supply supply(p.x, map, shared.stages, head * D, tile, step);
-    const bool aligned = kept(are_aligned<B::kBands>(p.a));
+    Supply supply(p.x, map, shared.stages, place.column * D, tile, step);
+    const bool aligned = kept(are_aligned<B::kBands>(place.second ? p.b : p.a));
     const std::int64_t a_step = kept(step * kTokens * p.a.ld);
     // Token g of the warp's tile, and what is left from it on.
-    float* a = p.a.data + (tile * kTokens + lane / 4) * p.a.ld + head * R + B::first();
+    float* a = (place.second ? p.b : p.a).data + (tile * kTokens + lane / 4) * p.a.ld + head * R + B::first();
     int left = tokens - tile * kTokens - lane / 4;
     Parameters<D, R> parameters;
     const int matrix = load_matrix<D, R, P>(p.lap, shared, supply, [&] {
@@ -308,12 +318,13 @@ __device__ __forceinline__ void backward_product(Vectors<D>& v, const float (&y)
         P::template turn<D>(hi, mid, parts, take);
 }
 // R = 1: dx = g Lx - w x, likewise.
-template <int D, class Store>
+template <int D, class Supply, class Store>
 __device__ __forceinline__ void backward_sparse(Vectors<D>& v, const float (&y)[D / 8][4], const float (&g)[2],
-                                                const float (&w)[2], Store&& store) {
+                                                const float (&w)[2], const Supply& supply, Store&& store) {
     constexpr int kChunks = Shape<D>::kGroupChunks;
 #pragma unroll
     for (int q = 0; q < D / 8; ++q) {
+        if (D == 128 && q % kChunks == 0) supply.again(v, q / kChunks);  // registers
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             std::uint32_t& pair = v.x[half][q];
@@ -376,7 +387,8 @@ __device__ __forceinline__ float largest_product(const float (&g)[Bands<D, R>::k
     return fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
 }
 
-// Scratch: partial[(k * heads + head) * gridDim.x + blockIdx.x], k < R: dlog_tau, k = R: dlog_temp.
+// Scratch: partial[(k * gridDim.y + head * sides + side) * gridDim.x + blockIdx.x], k < R: dlog_tau, k = R: dlog_temp.
+// So what is added up lies side by side: of a tau everything, of a head's temperature both sides (see note_sums()).
 template <int D, int R>
 __device__ __forceinline__ void store_sums(const EnergyBackward<bf16>& p, const Shared& shared,
                                            const Sums<D, R>& sums) {
@@ -396,7 +408,9 @@ __device__ __forceinline__ void store_sums(const EnergyBackward<bf16>& p, const 
     if (threadIdx.x > R) return;
     float sum = 0.f;
     for (unsigned w = 0; w < blockDim.x / kWarp; ++w) sum += shared.partials[w * (kMaxScalars + 1) + threadIdx.x];
-    p.scratch.data[(std::int64_t(threadIdx.x) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x] = sum;
+    const Place place(p.heads);
+    const int of_head = p.db.data ? 2 * place.head + place.second : place.head;
+    p.scratch.data[(std::int64_t(threadIdx.x) * gridDim.y + of_head) * gridDim.x + blockIdx.x] = sum;
 }
 
 template <int D, int R, class P>
@@ -408,16 +422,17 @@ __global__ void __launch_bounds__(P::backward_threads(D, R), P::backward_at_leas
     extern __shared__ __align__(1024) unsigned char memory[];
     using Supply = typename P::template BackwardSupply<D, R>;
     const Shared shared = carve<D>(memory, kMatrixParts<R, P>, Supply::kBytes);
-    const int head = blockIdx.y, lane = threadIdx.x % kWarp;
+    const Place place(p.heads);
+    const int head = place.head, lane = threadIdx.x % kWarp;
     const int tokens = int(p.x.rows), step = gridDim.x * warps;  // ints hold them: see energy.cu
     const int tile = blockIdx.x * warps + threadIdx.x / kWarp;
     constexpr bool kAhead = Supply::kSpare > 0;
-    Supply supply(p.x, map, shared.stages, head * D, tile, step);
-    const bool aligned = kept(are_aligned<B::kBands>(p.da));
+    Supply supply(p.x, map, shared.stages, place.column * D, tile, step);
+    const bool aligned = kept(are_aligned<B::kBands>(place.second ? p.db : p.da));
     // Token g of the warp's tile, and what is left from it on.
     const int token = tile * kTokens + lane / 4;
-    auto* dx = reinterpret_cast<nv_bf16*>(p.dx.data) + token * p.dx.ld + head * D + lane % 4 * Shape<D>::kRun;
-    const float* da = p.da.data + token * p.da.ld + head * R + B::first();
+    auto* dx = reinterpret_cast<nv_bf16*>(p.dx.data) + token * p.dx.ld + place.column * D + lane % 4 * Shape<D>::kRun;
+    const float* da = (place.second ? p.db : p.da).data + token * p.da.ld + head * R + B::first();
     int left = tokens - token;
     Scalars<D, R> ahead;
     Parameters<D, R> parameters;
@@ -469,7 +484,7 @@ __global__ void __launch_bounds__(P::backward_threads(D, R), P::backward_at_leas
         if constexpr (R == 1) {
             forget_unpacked(v);
             const float of_y[2] = {g[0][0], g[1][0]};
-            backward_sparse<D>(v, y, of_y, w, store);
+            backward_sparse<D>(v, y, of_y, w, supply, store);
         } else {
             backward_product<D, R, P>(v, y, g, f, w, shared.parts, supply, store);
         }
@@ -495,8 +510,9 @@ void launch(const Cuda& d, const EnergyForward<bf16>& p) {
     constexpr std::size_t bytes = kSharedBytes<D, R, P> + P::template ForwardSupply<D, R>::kBytes;
     const auto kernel = energy_forward_kernel<D, R, P>;
     P::template allow<bytes>(kernel);
-    const unsigned blocks = blocks_per_head(p.x.rows, p.heads, threads, P::forward_blocks(D, R) * kMultiprocessors);
-    kernel<<<dim3(blocks, unsigned(p.heads)), threads, bytes, stream_of(d)>>>(p, P::template map_of<D>(p.x));
+    const std::int64_t columns = energy_columns(p);
+    const unsigned blocks = blocks_per_head(p.x.rows, columns, threads, P::forward_blocks(D, R) * kMultiprocessors);
+    kernel<<<dim3(blocks, unsigned(columns)), threads, bytes, stream_of(d)>>>(p, P::template map_of<D>(p.x));
     LAUNCH_CHECK("energy_forward");
 }
 // Returns the blocks of a head.
@@ -506,8 +522,9 @@ int launch(const Cuda& d, const EnergyBackward<bf16>& p) {
     constexpr std::size_t bytes = kSharedBytes<D, R, P> + P::template BackwardSupply<D, R>::kBytes;
     const auto kernel = energy_backward_kernel<D, R, P>;
     P::template allow<bytes>(kernel);
-    const unsigned blocks = blocks_per_head(p.x.rows, p.heads, threads, P::backward_blocks(D, R) * kMultiprocessors);
-    kernel<<<dim3(blocks, unsigned(p.heads)), threads, bytes, stream_of(d)>>>(p, P::template map_of<D>(p.x));
+    const std::int64_t columns = energy_columns(p);
+    const unsigned blocks = blocks_per_head(p.x.rows, columns, threads, P::backward_blocks(D, R) * kMultiprocessors);
+    kernel<<<dim3(blocks, unsigned(columns)), threads, bytes, stream_of(d)>>>(p, P::template map_of<D>(p.x));
     LAUNCH_CHECK("energy_backward");
     return int(blocks);
 }
