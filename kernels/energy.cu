@@ -1,12 +1,10 @@
 // kernels/energy.cu: Rayleigh-quotient scalars on the GPU (contract in energy.h), on tensor cores without losing f32.
 //
 // x is bf16, so it is exact as it is; each f32 entry of the matrix (Lf for R = 1, from the eigenvectors for R > 1) is
-// the sum of three bf16 parts (3 x 8 bits of significand), kept in shared memory. y = M x is then up to three bf16
-// products with f32 accumulation per 16 columns, added up in f32. A matrix whose entries are bf16 numbers (the
-// Laplacian of an unweighted graph: small integers) needs one product only, which is why Lf is treated as dense: at D
-// <= 128 that is faster than indexing a sparse matrix, and takes any sparsity, up to full. On sm_90 the matrix of R > 1
-// is the sum of two f16 parts (2 x 11 bits) instead, and x is made f16, each vector times a power of two so that it is
-// exact as well: two products.
+// the sum of three bf16 parts (3 x 8 bits of significand; of two on sm_90), kept in shared memory. y = M x is then up
+// to three bf16 products with f32 accumulation per 16 columns, added up in f32. A matrix whose entries are bf16 numbers
+// (the Laplacian of an unweighted graph: small integers) needs one product only, which is why Lf is treated as dense:
+// at D <= 128 that is faster than indexing a sparse matrix, and takes any sparsity, up to full.
 //
 // A warp takes 16 tokens of one head. With g = lane / 4 and t = lane % 4 a lane holds values of tokens g and g + 8.
 // The columns of x are renumbered so that what a lane loads by 16-byte accesses is what the tensor core wants of it
@@ -52,14 +50,16 @@ struct WarpProducts {
     using ForwardSupply = DirectSupply<D>;
     template <int D, int R>
     using BackwardSupply = DirectSupply<D>;
-    static constexpr bool kHalves = false;
+    static constexpr int kParts = 3, kGroupThreads = 0;
+    static constexpr bool kInOrder = false, kHalves = false;
+    __device__ static void group_sync() { __syncthreads(); }
     template <std::size_t bytes, class Kernel>
     static void allow(Kernel kernel) {
         allow_shared<bytes>(kernel);
     }
     __device__ static float quotient(float x, float y) { return x / y; }
     __device__ static void publish_matrix() {}
-    template <int D, class Take>
+    template <int D, int R, class Take>
     __device__ static __forceinline__ void multiply(const Vectors<D>& v, const nv_bf16* parts, int used, Take&& take) {
         if (used == 1)
             product<D, 1>(v, parts, take);
@@ -74,9 +74,9 @@ struct WarpProducts {
     }
 };
 
-// Where store_sums() has left the sums of so many blocks of each head.
-void note_sums(PendingSums<float>& pending, const EnergyBackward<bf16>& p, int blocks) {
-    const std::int32_t all = std::int32_t(energy_columns(p)) * blocks, of_head = all / p.heads;
+// Where store_sums() has left the sums of so many groups of each column.
+void note_sums(PendingSums<float>& pending, const EnergyBackward<bf16>& p, int per_column) {
+    const std::int32_t all = std::int32_t(energy_columns(p)) * per_column, of_head = all / p.heads;
     const auto note = [&](const Vec<float>& to, const float* partial, std::int32_t rows) {
         if (to)
             pending.add({.to = to.data,

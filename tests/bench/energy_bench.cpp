@@ -1,4 +1,5 @@
-// Names: direction tokens x sides x heads x D, R; "dense": a Laplacian with every entry and values that bf16 does not hold.
+// Names: direction tokens x sides x heads x D, R; "dense": a Laplacian with every entry and values that bf16 does not
+// hold.
 #include "kernels/energy.h"
 
 #include "tests/bench/harness.h"
