@@ -212,7 +212,8 @@ void Model<Dev, T>::backward_scalars(int l, const DeviceBatch& batch, const Mat<
                                                 .log_temp = w.log_temp,
                                                 .heads = spec_.heads,
                                                 .scalars = spec.scalars,
-                                                .scratch = s.partials});
+                                                .scratch = {},
+                                                .pending = &pending_});
     }
     if (dF) {
         Range range("gate");
