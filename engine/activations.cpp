@@ -306,8 +306,6 @@ std::int64_t Activations<T>::partial_elements(const ActivationPlan& plan) const 
         if (spec_.causal_conv())
             elements = std::max(elements, spec_.turns(l) ? conv_rotary_scratch_elements(n, spec_.projected_columns(l))
                                                          : conv_scratch_elements(n, spec_.projected_columns(l)));
-        if (l.kind == LayerKind::energy)
-            elements = std::max(elements, energy_scratch_elements(n, spec_.heads, l.scalars));
         if (l.kind != LayerKind::dot && !plan.attends_by_tree(spec_, l))
             elements = std::max(
                 elements, attention_partial_elements(seq, spec_.context, spec_.heads, spec_.channels / spec_.heads,
@@ -323,6 +321,7 @@ std::int64_t Activations<T>::pending_elements(const ActivationPlan& plan) const 
     for (const LayerSpec& l : spec_.layer) {
         if (l.kind == LayerKind::coordinate)
             elements += coordinate_pending_elements(plan.tokens, spec_.scalar_columns(l), spec_.heads);
+        if (l.kind == LayerKind::energy) elements += energy_pending_elements(plan.tokens, spec_.heads, l.scalars);
         if (spec_.has_gate(l)) elements += gate_pending_elements(plan.tokens, plan.sequences, spec_.heads);
     }
     return elements;

@@ -199,17 +199,15 @@ void Model<Dev, T>::forward_scalars(int l, const DeviceBatch& batch) {
     } else {
         Range range("energy");
         if (calibrating_) calibrate_layer(l);
-        const auto energies = [&](const Mat<A>& out, const Mat<T>& x) {
-            energy_forward(dev_, EnergyForward<T>{.a = out,
-                                                  .x = x,
-                                                  .lap = laplacian_,
-                                                  .log_tau = w.log_tau,
-                                                  .log_temp = w.log_temp,
-                                                  .heads = spec_.heads,
-                                                  .scalars = spec.scalars});
-        };
-        energies(act.a, act.q(spec_.channels));
-        energies(act.b, act.k(spec_.channels));
+        energy_forward(dev_,
+                       EnergyForward<T>{.a = act.a,
+                                        .b = act.b,
+                                        .x = (act.rotated ? act.rotated : act.mixed).columns(0, 2 * spec_.channels),
+                                        .lap = laplacian_,
+                                        .log_tau = w.log_tau,
+                                        .log_temp = w.log_temp,
+                                        .heads = spec_.heads,
+                                        .scalars = spec.scalars});
     }
     if (act.F) {
         Range range("gate");

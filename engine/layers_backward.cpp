@@ -201,21 +201,19 @@ void Model<Dev, T>::backward_scalars(int l, const DeviceBatch& batch, const Mat<
                                                               .scratch = s.partials});
     } else {
         Range range("energy");
-        const auto energies = [&](const Mat<T>& dx, const Mat<A>& dscalar, const Mat<T>& x) {
-            energy_backward(dev_, EnergyBackward<T>{.dx = dx,
-                                                    .dlog_tau = g.log_tau,
-                                                    .dlog_temp = g.log_temp,
-                                                    .da = dscalar,
-                                                    .x = x,
-                                                    .lap = laplacian_,
-                                                    .log_tau = w.log_tau,
-                                                    .log_temp = w.log_temp,
-                                                    .heads = spec_.heads,
-                                                    .scalars = spec.scalars,
-                                                    .scratch = s.partials});
-        };
-        energies(dqk.columns(0, c), da, act.q(c));
-        energies(dqk.columns(c, c), db, act.k(c));
+        energy_backward(dev_, EnergyBackward<T>{.dx = dqk,
+                                                .dlog_tau = g.log_tau,
+                                                .dlog_temp = g.log_temp,
+                                                .da = da,
+                                                .db = db,
+                                                .x = (act.rotated ? act.rotated : act.mixed).columns(0, 2 * c),
+                                                .lap = laplacian_,
+                                                .log_tau = w.log_tau,
+                                                .log_temp = w.log_temp,
+                                                .heads = spec_.heads,
+                                                .scalars = spec.scalars,
+                                                .scratch = {},
+                                                .pending = &pending_});
     }
     if (dF) {
         Range range("gate");

@@ -1,12 +1,10 @@
 // kernels/energy.cu: Rayleigh-quotient scalars on the GPU (contract in energy.h), on tensor cores without losing f32.
 //
 // x is bf16, so it is exact as it is; each f32 entry of the matrix (Lf for R = 1, from the eigenvectors for R > 1) is
-// the sum of three bf16 parts (3 x 8 bits of significand), kept in shared memory. y = M x is then up to three bf16
-// products with f32 accumulation per 16 columns, added up in f32. A matrix whose entries are bf16 numbers (the
-// Laplacian of an unweighted graph: small integers) needs one product only, which is why Lf is treated as dense: at D
-// <= 128 that is faster than indexing a sparse matrix, and takes any sparsity, up to full. On sm_90 the matrix of R > 1
-// is the sum of two f16 parts (2 x 11 bits) instead, and x is made f16, each vector times a power of two so that it is
-// exact as well: two products.
+// the sum of three bf16 parts (3 x 8 bits of significand; of two on sm_90), kept in shared memory. y = M x is then up
+// to three bf16 products with f32 accumulation per 16 columns, added up in f32. A matrix whose entries are bf16 numbers
+// (the Laplacian of an unweighted graph: small integers) needs one product only, which is why Lf is treated as dense:
+// at D <= 128 that is faster than indexing a sparse matrix, and takes any sparsity, up to full.
 //
 // A warp takes 16 tokens of one head. With g = lane / 4 and t = lane % 4 a lane holds values of tokens g and g + 8.
 // The columns of x are renumbered so that what a lane loads by 16-byte accesses is what the tensor core wants of it
@@ -15,7 +13,6 @@
 // R > 1 the rows are the eigenvectors times the roots of their eigenvalues, so that an energy is a sum of squares of y; they
 // are numbered such that a lane has whole bands of them, or a part of one if R < 4.
 #include "kernels/common.cuh"
-#include "kernels/dependent_launch.cuh"
 #include "kernels/energy.h"
 #include "kernels/energy_kernels.cuh"
 #include "kernels/energy_sm90.h"
@@ -53,14 +50,16 @@ struct WarpProducts {
     using ForwardSupply = DirectSupply<D>;
     template <int D, int R>
     using BackwardSupply = DirectSupply<D>;
-    static constexpr bool kHalves = false;
+    static constexpr int kParts = 3, kGroupThreads = 0;
+    static constexpr bool kInOrder = false, kHalves = false;
+    __device__ static void group_sync() { __syncthreads(); }
     template <std::size_t bytes, class Kernel>
     static void allow(Kernel kernel) {
         allow_shared<bytes>(kernel);
     }
     __device__ static float quotient(float x, float y) { return x / y; }
     __device__ static void publish_matrix() {}
-    template <int D, class Take>
+    template <int D, int R, class Take>
     __device__ static __forceinline__ void multiply(const Vectors<D>& v, const nv_bf16* parts, int used, Take&& take) {
         if (used == 1)
             product<D, 1>(v, parts, take);
@@ -75,22 +74,20 @@ struct WarpProducts {
     }
 };
 
-// One block per total: R of dlog_tau (if wanted), then one per head of dlog_temp (if wanted).
-__global__ void __launch_bounds__(kThreads)
-    energy_totals_kernel(const float* partial, int blocks, int heads, int scalars, float* dlog_tau, float* dlog_temp) {
-    __shared__ float shared[kThreads / kWarp];
-    const int taus = dlog_tau ? scalars : 0, total = blockIdx.x;
-    const bool is_tau = total < taus;
-    const float* mine = is_tau ? partial + std::int64_t(total) * heads * blocks
-                               : partial + (std::int64_t(scalars) * heads + (total - taus)) * blocks;
-    const int count = is_tau ? heads * blocks : blocks;
-    float* to = is_tau ? dlog_tau + total : dlog_temp + (total - taus);
-    const float before = threadIdx.x == 0 ? load_now(to) : 0.f;  // no other kernel of the two writes it
-    wait_for_previous();                                         // for the partial sums
-    float sum = 0.f;
-    for (int i = threadIdx.x; i < count; i += kThreads) sum += mine[i];
-    sum = block_sum(sum, shared);
-    if (threadIdx.x == 0) *to = before + sum;
+// Where store_sums() has left the sums of so many groups of each column.
+void note_sums(PendingSums<float>& pending, const EnergyBackward<bf16>& p, int per_column) {
+    const std::int32_t all = std::int32_t(energy_columns(p)) * per_column, of_head = all / p.heads;
+    const auto note = [&](const Vec<float>& to, const float* partial, std::int32_t rows) {
+        if (to)
+            pending.add({.to = to.data,
+                         .partial = partial,
+                         .row_step = 1,
+                         .column_step = rows,
+                         .rows = rows,
+                         .columns = std::int32_t(to.size)});
+    };
+    note(p.dlog_tau, p.scratch.data, all);
+    note(p.dlog_temp, p.scratch.data + std::int64_t(p.scalars) * all, of_head);
 }
 
 // By sm_90's own instructions, where there are any for it.
@@ -118,15 +115,18 @@ void energy_backward(const Cuda& d, const EnergyBackward<bf16>& given) {
     check(p);
     FIEDLER_REQUIRE("energy", is_aligned16(p.x) && is_aligned16(p.dx) && p.x.rows < kMostTokens);
     if (p.x.rows == 0) return;
-    const bool sums = p.dlog_tau || p.dlog_temp;
-    FIEDLER_REQUIRE("energy",
-                    !sums || (p.scratch && p.scratch.size >= energy_scratch_elements(p.x.rows, p.heads, p.scalars)));
-    if (!sums) p.scratch = {};
-    const int blocks = launch_best(d, p), totals = (p.dlog_tau ? p.scalars : 0) + (p.dlog_temp ? p.heads : 0);
-    if (totals == 0) return;
-    launch_dependent(d, energy_totals_kernel, unsigned(totals), kThreads, 0, p.scratch.data, blocks, p.heads, p.scalars,
-                     p.dlog_tau.data, p.dlog_temp.data);
-    LAUNCH_CHECK("energy_totals");
+    if (!p.dlog_tau && !p.dlog_temp) {
+        p.scratch = {};
+        launch_best(d, p);
+        return;
+    }
+    const std::int64_t elements = energy_scratch_elements(p.x.rows, p.heads, p.scalars);
+    FIEDLER_REQUIRE("energy", p.pending || p.scratch.size >= elements);
+    PendingSums<float> own(p.scratch);
+    PendingSums<float>& pending = p.pending ? *p.pending : own;
+    p.scratch = pending.take(elements);
+    note_sums(pending, p, launch_best(d, p));
+    if (!p.pending) finish_sums(d, pending);
 }
 
 }  // namespace fiedler

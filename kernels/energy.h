@@ -11,24 +11,31 @@
 //     dlog_tau_r += sum over tokens and heads of - da_r exp(-log_temp_h) E_r tau_r / (E_r + tau_r)^2
 //     dlog_temp_h += sum over tokens and r of - da_r a_r
 //
-// One call treats one side (queries or keys); parameters are shared by both sides, so their gradients accumulate.
+// One call treats one side (queries or keys), or, with b (backward: db), both, which lie side by side in x. Parameters
+// are shared by both sides, so their gradients accumulate.
 //
-// Shapes     x, dx: [tokens, heads D] T, any ld (16-byte aligned rows on Cuda); a, da: [tokens, heads R] acc_t<T>
+// Shapes     x, dx: [tokens, heads D] T, any ld (16-byte aligned rows on Cuda); a, da: [tokens, heads R] acc_t<T>;
+//            both sides: x, dx: [tokens, 2 heads D], columns [0, heads D) the queries, the rest the keys; a, da are
+//            the queries', b, db the keys', in the same shape with the same ld
 //            log_tau, dlog_tau: [R]; log_temp, dlog_temp: [heads]; on Cuda D in {16, 32, 64, 128}, tokens < 2^30
 //            FeatureLaplacian (device memory): CSR offsets [D + 1] int32, columns [nnz] int32, values [nnz];
 //            eigenvectors [D, D], row m = u_m; eigenvalues [D]. R = 1 uses only the CSR (no entry twice), R > 1 only
 //            the eigenpairs. Lf symmetric, positive semi-definite (not checked).
-// Scratch    backward on Cuda: energy_scratch_elements(tokens, heads, R) floats
+// Scratch    backward on Cuda: energy_scratch_elements(tokens, heads, R) floats; with `pending` it takes
+//            energy_pending_elements(tokens, heads, R) of that instead
 // Writes     a, dx overwritten; dlog_tau, dlog_temp accumulated (+=), absent: not computed. raw = true writes E_r
 //            itself to a (no tau, no temperature): used once, to set tau to the median energy of the data.
 // Numerics   everything in acc_t<T>, recomputed in backward; fixed order, no atomics: bit-equal from run to run.
-//            Cuda, R > 1: the matrix has 22 bits (sm_90) or 24, of numbers not far below the largest; the sum over r in
-//            dx is of products of numbers of 11 bits (sm_90) or 16.
+//            Cuda: R > 1 multiplies by the eigenvectors times the roots of their eigenvalues, R = 1 by Lf; entries have
+//            24 bits, on sm_90 16 (two bf16; Lf of an unweighted graph is exact). With 16 bits lambda_r is off by 5e-7
+//            (rms; 4e-6 at most) where x are normal numbers, and an E_r near zero by about 2^-16 of the root of E_r mu,
+//            mu the band's largest eigenvalue. The sum over r in dx is of products of numbers of 11 bits (sm_90) or 16.
 // Source     tauformer's published form; derivative checked by finite differences in tests/kernels/energy_test.cpp.
 #pragma once
 #include "kernels/contract.h"
 #include "kernels/device.h"
 #include "kernels/dtype.h"
+#include "kernels/pending_sums.h"
 #include "kernels/traffic.h"
 
 namespace fiedler {
@@ -44,7 +51,7 @@ struct FeatureLaplacian {
 
 template <class T>
 struct EnergyForward {
-    Mat<acc_t<T>> a;
+    Mat<acc_t<T>> a, b = {};  // b: optional
     Mat<const T> x;
     FeatureLaplacian<acc_t<T>> lap;
     Vec<const acc_t<T>> log_tau, log_temp;
@@ -57,14 +64,26 @@ template <class T>
 struct EnergyBackward {
     Mat<T> dx;
     Vec<acc_t<T>> dlog_tau, dlog_temp;  // each optional
-    Mat<const acc_t<T>> da;
+    Mat<const acc_t<T>> da, db = {};    // db: optional
     Mat<const T> x;
     FeatureLaplacian<acc_t<T>> lap;
     Vec<const acc_t<T>> log_tau, log_temp;
     std::int32_t heads = 1, scalars = 1;
     acc_t<T> eps = acc_t<T>(1e-6);
     Vec<acc_t<T>> scratch;  // Cuda only
+    // Cuda only: if given, sums over blocks lie there until finish_sums(), and scratch is not used.
+    PendingSums<acc_t<T>>* pending = nullptr;
 };
+
+// Heads of all sides.
+template <class T>
+std::int64_t energy_columns(const EnergyForward<T>& p) {
+    return std::int64_t(p.b ? 2 : 1) * p.heads;
+}
+template <class T>
+std::int64_t energy_columns(const EnergyBackward<T>& p) {
+    return std::int64_t(p.db ? 2 : 1) * p.heads;
+}
 
 template <class A>
 void check(const FeatureLaplacian<A>& l, std::int32_t scalars) {
@@ -76,16 +95,18 @@ void check(const FeatureLaplacian<A>& l, std::int32_t scalars) {
 template <class T>
 void check(const EnergyForward<T>& p) {
     check(p.lap, p.scalars);
-    FIEDLER_REQUIRE("energy", is_shape(p.x, p.x.rows, std::int64_t(p.heads) * p.lap.dim));
+    FIEDLER_REQUIRE("energy", is_shape(p.x, p.x.rows, energy_columns(p) * p.lap.dim));
     FIEDLER_REQUIRE("energy", is_shape(p.a, p.x.rows, std::int64_t(p.heads) * p.scalars));
+    FIEDLER_REQUIRE("energy", !p.b || (is_shape(p.b, p.a.rows, p.a.cols) && p.b.ld == p.a.ld));
     FIEDLER_REQUIRE("energy", p.raw || (is_shape(p.log_tau, p.scalars) && is_shape(p.log_temp, p.heads)));
 }
 template <class T>
 void check(const EnergyBackward<T>& p) {
     check(p.lap, p.scalars);
-    FIEDLER_REQUIRE("energy", is_shape(p.x, p.x.rows, std::int64_t(p.heads) * p.lap.dim));
+    FIEDLER_REQUIRE("energy", is_shape(p.x, p.x.rows, energy_columns(p) * p.lap.dim));
     FIEDLER_REQUIRE("energy", is_shape(p.dx, p.x.rows, p.x.cols));
     FIEDLER_REQUIRE("energy", is_shape(p.da, p.x.rows, std::int64_t(p.heads) * p.scalars));
+    FIEDLER_REQUIRE("energy", !p.db || (is_shape(p.db, p.da.rows, p.da.cols) && p.db.ld == p.da.ld));
     FIEDLER_REQUIRE("energy", is_shape(p.log_tau, p.scalars) && is_shape(p.log_temp, p.heads));
     FIEDLER_REQUIRE("energy", !p.dlog_tau || p.dlog_tau.size == p.scalars);
     FIEDLER_REQUIRE("energy", !p.dlog_temp || p.dlog_temp.size == p.heads);
@@ -98,12 +119,12 @@ double energy_flops_per_vector(const FeatureLaplacian<A>& l, std::int32_t scalar
 }
 template <class T>
 Traffic traffic(const EnergyForward<T>& p) {
-    const double n = double(p.x.rows) * p.heads;
+    const double n = double(p.x.rows) * double(energy_columns(p));
     return {n * (p.lap.dim * sizeof(T) + p.scalars * sizeof(acc_t<T>)), n * energy_flops_per_vector(p.lap, p.scalars)};
 }
 template <class T>
 Traffic traffic(const EnergyBackward<T>& p) {
-    const double n = double(p.x.rows) * p.heads;
+    const double n = double(p.x.rows) * double(energy_columns(p));
     return {n * (2.0 * p.lap.dim * sizeof(T) + p.scalars * sizeof(acc_t<T>)),
             2 * n * energy_flops_per_vector(p.lap, p.scalars)};
 }
@@ -112,7 +133,12 @@ Traffic traffic(const EnergyBackward<T>& p) {
 // too.
 inline constexpr std::int64_t kEnergyBlocks = 528;
 inline std::int64_t energy_scratch_elements(std::int64_t, std::int64_t heads, std::int64_t scalars) {
-    return (scalars + 1) * (heads < kEnergyBlocks ? kEnergyBlocks : heads);
+    const std::int64_t sums = (scalars + 1) * (2 * heads < kEnergyBlocks ? kEnergyBlocks : 2 * heads);
+    return PendingSums<float>::elements(sums);
+}
+// Of the memory of a PendingSums.
+inline std::int64_t energy_pending_elements(std::int64_t tokens, std::int64_t heads, std::int64_t scalars) {
+    return energy_scratch_elements(tokens, heads, scalars);
 }
 
 template <class T>  // float, double

@@ -56,8 +56,9 @@ struct Group {
           y(static_cast<std::size_t>(dim)),
           energy(static_cast<std::size_t>(scalars)) {}
 
-    // Vectors [first, first + count) of x: vector n is head n % heads of token n / heads. Absent lanes are zero.
-    void load(const Mat<const A>& from, int heads, std::int64_t first, int count) {
+    // Vectors [first, first + count) of x: vector n is head n % heads of token n / heads, heads those of all sides.
+    // Absent lanes are zero.
+    void load(const Mat<const A>& from, std::int64_t heads, std::int64_t first, int count) {
         const auto dim = static_cast<std::int64_t>(x.size());
         for (auto& row : x) row.setZero();
         for (int v = 0; v < count; ++v) {
@@ -98,10 +99,14 @@ std::vector<A> exponentials(const Vec<const A>& v, A sign) {
 template <class T>
 struct Backward {
     const EnergyBackward<T>& p;
+    const std::int64_t columns;                    // heads of all sides
     std::vector<T> tau, inverse_temp, transposed;  // transposed: column d of the eigenvectors is row d (R > 1)
 
     explicit Backward(const EnergyBackward<T>& q)
-        : p(q), tau(exponentials(q.log_tau, T(1))), inverse_temp(exponentials(q.log_temp, T(-1))) {
+        : p(q),
+          columns(energy_columns(q)),
+          tau(exponentials(q.log_tau, T(1))),
+          inverse_temp(exponentials(q.log_temp, T(-1))) {
         if (p.scalars == 1) return;
         const int dim = p.lap.dim;
         transposed.resize(static_cast<std::size_t>(dim) * static_cast<std::size_t>(dim));
@@ -116,9 +121,11 @@ struct Backward {
             Lanes<T>& out = g[static_cast<std::size_t>(r)];
             out.setZero();
             for (int v = 0; v < count; ++v) {
-                const std::int64_t token = (first + v) / p.heads, head = (first + v) % p.heads;
+                const std::int64_t token = (first + v) / columns, column = (first + v) % columns;
+                const std::int64_t head = column % p.heads;
                 const T t = tau[static_cast<std::size_t>(r)], e = group.energy[static_cast<std::size_t>(r)][v];
-                const T d = p.da.row(token)[head * p.scalars + r] * inverse_temp[static_cast<std::size_t>(head)];
+                const T* da = (column < p.heads ? p.da : p.db).row(token) + head * p.scalars;
+                const T d = da[r] * inverse_temp[static_cast<std::size_t>(head)];
                 const T inverse = 1 / (e + t), lambda = e * inverse, rest = t * inverse;  // rest = 1 - lambda
                 out[v] = d * rest * inverse;
                 partial[r] -= d * lambda * rest;
@@ -145,12 +152,12 @@ struct Backward {
         Block<T> g(static_cast<std::size_t>(p.scalars)), z(static_cast<std::size_t>(dim));
         for (std::int64_t n = first; n < last; n += kLanes) {
             const int count = static_cast<int>(std::min<std::int64_t>(kLanes, last - n));
-            group.load(p.x, p.heads, n, count);
+            group.load(p.x, columns, n, count);
             group.measure(p.lap, p.eps);
             weigh(group, n, count, g, partial);
             gradient(group, g, z);
             for (int v = 0; v < count; ++v) {
-                T* out = p.dx.row((n + v) / p.heads) + (n + v) % p.heads * dim;
+                T* out = p.dx.row((n + v) / columns) + (n + v) % columns * dim;
                 for (std::int64_t d = 0; d < dim; ++d) out[d] = z[static_cast<std::size_t>(d)][v];
             }
         }
@@ -162,17 +169,17 @@ template <class T>
 void energy_forward(const Cpu& device, const EnergyForward<T>& p) {
     check(p);
     const auto tau = exponentials(p.log_tau, T(1)), inverse_temp = exponentials(p.log_temp, T(-1));
-    const std::int64_t vectors = p.x.rows * p.heads;
+    const std::int64_t columns = energy_columns(p), vectors = p.x.rows * columns;
     parallel_for(device, (vectors + kChunk - 1) / kChunk, [&](std::int64_t chunk) {
         Group<T> group(p.lap.dim, p.scalars);
         const std::int64_t last = std::min((chunk + 1) * kChunk, vectors);
         for (std::int64_t n = chunk * kChunk; n < last; n += kLanes) {
             const int count = static_cast<int>(std::min<std::int64_t>(kLanes, last - n));
-            group.load(p.x, p.heads, n, count);
+            group.load(p.x, columns, n, count);
             group.measure(p.lap, p.eps);
             for (int v = 0; v < count; ++v) {
-                const std::int64_t token = (n + v) / p.heads, head = (n + v) % p.heads;
-                T* a = p.a.row(token) + head * p.scalars;
+                const std::int64_t token = (n + v) / columns, column = (n + v) % columns, head = column % p.heads;
+                T* a = (column < p.heads ? p.a : p.b).row(token) + head * p.scalars;
                 for (int r = 0; r < p.scalars; ++r) {
                     const T e = group.energy[static_cast<std::size_t>(r)][v];
                     a[r] = p.raw ? e
@@ -189,7 +196,7 @@ void energy_backward(const Cpu& device, const EnergyBackward<T>& p) {
     check(p);
     const Backward<T> backward(p);
     std::vector<T> total(static_cast<std::size_t>(p.scalars + p.heads), T(0));
-    sum_over_rows(device, p.x.rows * p.heads, p.scalars + p.heads, total.data(),
+    sum_over_rows(device, p.x.rows * backward.columns, p.scalars + p.heads, total.data(),
                   [&](std::int64_t first, std::int64_t last, T* partial) { backward.run(first, last, partial); });
     if (p.dlog_tau)
         for (int r = 0; r < p.scalars; ++r) p.dlog_tau.data[r] += total[static_cast<std::size_t>(r)];

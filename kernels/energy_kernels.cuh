@@ -3,19 +3,24 @@
 //   forward_at_least(D, R), backward_at_least(D, R)      blocks that fit on a multiprocessor at least; 0: left to ptxas
 //   forward_blocks(D, R), backward_blocks(D, R)          blocks of a launch for each multiprocessor: those that run at once,
 //               as registers allow. A second wave would load the matrix again
+//   kGroupThreads, group_sync()                          threads that share a head, and go from tile to tile together;
+//               0: the block
 //   ForwardSupply<D, R>, BackwardSupply<D, R>            what brings the vectors (see DirectSupply): kBytes of shared
 //               memory, kSpare of them left free for the matrix on its way. With these, the gradients of the scalars
 //               are asked for a step ahead, too
-//   Map, map_of<D>(x)                                    what it has to know besides
-//   kHalves     R > 1: the vectors and the matrix are f16, see HalfScale and matrix_scale()
+//   kInOrder    the chunks of a vector are in order (see position()), and the supply takes dx, too: put(), send()
+//   Map, map_of<D>(x)                                    what the supply has to know of x, and then of dx
+//   kParts      of the matrix
+//   kHalves     backward, R > 1: the second product is of f16, by one more part of the matrix, see matrix_scale()
 //   allow<bytes>(kernel)                   host: the kernel may have so much dynamic shared memory
 //   publish_matrix()                       before the barrier after which the matrix in shared memory is multiplied with
 //   quotient(x, y)                         x / y, where y is neither denormal nor infinite
-//   multiply<D>(v, parts, used, take)      y = M x of the vectors of a warp, as product() gives it
+//   multiply<D, R>(v, parts, used, take)   y = M x of the vectors of a warp, as product() gives it; all parts if R > 1
 //   turn<D>(hi, mid, parts, take)          z = M' y; y as the sum of two bf16 parts, in the layout of A (kernels/mma.cuh):
 //                                          take(q, z) for q = 0, 2, .. of D / 8 with z[k] of chunk q + k
-//   multiply_halves<D>(v, parts, take), turn_halves<D>(y, parts, take)    the same of f16; y as one part
+//   turn_halves<D>(y, part, take)          the same of f16; y as one part
 #pragma once
+#include <algorithm>
 #include <type_traits>
 
 #include "kernels/dependent_launch.cuh"
@@ -105,6 +110,10 @@ __device__ __forceinline__ std::int64_t kept(std::int64_t x) {
     asm volatile("" : "+l"(x));
     return x;
 }
+__device__ __forceinline__ int kept(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 __device__ __forceinline__ bool kept(bool x) {
     int word = x;
     asm volatile("" : "+r"(word));
@@ -117,70 +126,70 @@ __device__ __forceinline__ bool are_aligned(const Mat<T>& m) {
 
 // ---- energies ----
 
+// As mma_bf16 of mma.cuh, of eight columns.
+__device__ __forceinline__ void mma_bf16_eight(float (&c)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t b) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};\n"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(b));
+}
 // x'x of tokens g and g + 8. The squares are the diagonal of the product of the vectors with themselves: of the lanes
 // of token g, number g / 2 % 4 has it.
-template <int D>
+template <int D, bool kInOrder>
 __device__ __forceinline__ void squares(float (&square)[2], const Vectors<D>& v) {
     float low[4] = {}, high[4] = {};
 #pragma unroll
     for (int s = 0; s < D / 16; ++s) {
         const std::uint32_t a[4] = {v.x[0][2 * s], v.x[1][2 * s], v.x[0][2 * s + 1], v.x[1][2 * s + 1]};
-        mma_bf16(low, a, a[0], a[2]);
-        mma_bf16(high, a, a[1], a[3]);
+        if constexpr (kInOrder) {  // ldmatrix leaves them as A: by eight columns no register has to be moved
+            mma_bf16_eight(low, a[0], a[1], a[0]);
+            mma_bf16_eight(high, a[0], a[1], a[1]);
+            mma_bf16_eight(low, a[2], a[3], a[2]);
+            mma_bf16_eight(high, a[2], a[3], a[3]);
+        } else {
+            mma_bf16(low, a, a[0], a[2]);
+            mma_bf16(high, a, a[1], a[3]);
+        }
     }
     const int g = threadIdx.x % kWarp / 4, from = 4 * g + g / 2;
     const float mine[2] = {g % 2 == 0 ? low[0] : low[1], g % 2 == 0 ? high[2] : high[3]};
 #pragma unroll
     for (int half = 0; half < 2; ++half) square[half] = __shfl_sync(0xffffffffu, mine[half], from);
 }
-// Of tokens g and g + 8: 1 / (x'x + eps) is inverse unit^2. unit is a power of two, 1 without halves.
+// x'x + eps of tokens g and g + 8, and 1 / that.
 struct Sizes {
-    float inverse[2], unit[2];
-    float excess[2];  // halves: the root of (x'x + eps) / unit^2, at least 1. More than that where eps is most of it
+    float square[2], inverse[2];
 };
 
+template <int R, class P>
+constexpr bool kHalves = R > 1 && P::kHalves;
 // R = 1: how many parts of the matrix are not zero. R > 1, halves: its matrix_scale().
-template <int D, int R, class P, class Supply, class Meanwhile>
+template <int D, int R, class P, bool kBackward, class Supply, class Meanwhile>
 __device__ __forceinline__ int load_matrix(const FeatureLaplacian<float>& lap, const Shared& s, Supply& supply,
                                            Meanwhile&& meanwhile) {
     int matrix;
     if constexpr (R == 1)
         matrix = load_sparse<D, P>(lap, s, supply, meanwhile);
     else
-        matrix = load_eigenvectors<D, P>(lap, s, supply, meanwhile);
+        matrix = load_eigenvectors < D, P, kBackward && kHalves < R, P >> (lap, s, supply, meanwhile);
     supply.use_all();
     return matrix;
 }
-template <int R, class P>
-constexpr bool kHalves = R > 1 && P::kHalves;
-template <int R, class P>
-constexpr int kMatrixParts = kHalves<R, P> ? kHalfParts : kParts;
-template <int D, int R, class P>
-constexpr std::size_t kSharedBytes = sizeof(nv_bf16) * kMatrixParts<R, P>* D* D + kPartialBytes;  // without stages
+template <int R, class P, bool kBackward>
+constexpr int kMatrixParts = P::kParts + (kBackward && kHalves<R, P> ? 1 : 0);
+template <int D, int R, class P, bool kBackward>
+constexpr std::size_t kSharedBytes = sizeof(nv_bf16) * kMatrixParts<R, P, kBackward>* D* D
+                                     + kPartialBytes;  // no stages
 
-// y = M x as the tiles come: tile(j, y) with the rows of each; returns the energies of the lane's bands. With halves v
-// is left in another form, and y is 2^(14 + matrix) unit times what it should be.
+// y = M x as the tiles come: tile(j, y) with the rows of each; returns the energies of the lane's bands.
 template <int D, int R, class P, class Tile>
 __device__ __forceinline__ void energies(Scalars<D, R>& energy, Sizes& sizes, Vectors<D>& v, const Shared& shared,
                                          int matrix, float eps, Tile&& tile) {
     using B = Bands<D, R>;
-    float square[2], factor[2];
-    squares<D>(square, v);
+    squares<D, P::kInOrder>(sizes.square, v);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        sizes.unit[half] = 1.f;
-        if constexpr (kHalves<R, P>) {
-            const HalfScale scale(square[half]);
-#pragma unroll
-            for (std::uint32_t& pair : v.x[half]) pair = scale(pair);
-            square[half] = (square[half] + eps) * power_of_two(-2 * scale.log2);
-            sizes.excess[half] = fmaxf(root_of(square[half]), 1.f);
-            sizes.unit[half] = power_of_two(-scale.log2);
-        } else {
-            square[half] += eps;
-        }
-        factor[half] = sizes.inverse[half] = P::quotient(1.f, square[half]);
-        if constexpr (kHalves<R, P>) factor[half] *= power_of_two(-28 - 2 * matrix);
+        sizes.square[half] += eps;
+        sizes.inverse[half] = P::quotient(1.f, sizes.square[half]);
 #pragma unroll
         for (int b = 0; b < B::kBands; ++b) energy[half][b] = 0.f;
     }
@@ -198,45 +207,70 @@ __device__ __forceinline__ void energies(Scalars<D, R>& energy, Sizes& sizes, Ve
             tile(j + k, pair[k]);
         }
     };
-    if constexpr (kHalves<R, P>)
-        P::template multiply_halves<D>(v, shared.parts, take);
-    else
-        P::template multiply<D>(v, shared.parts, R > 1 ? kParts : matrix, take);
+    P::template multiply<D, R>(v, shared.parts, R > 1 ? P::kParts : matrix, take);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int b = 0; b < B::kBands; ++b) {
             float& e = energy[half][b];
-            e = sum_of_lanes(e, B::kLanes) * factor[half];
+            e = sum_of_lanes(e, B::kLanes) * sizes.inverse[half];
             if (R == 1 && e < 0.f) e = 0.f;  // rounding can leave a vanishing energy below zero; a NaN stays a NaN
         }
 }
+
+// What a thread's group works on: tiles of one head of one side, columns [column D, (column + 1) D) of x. Groups with
+// neighbouring columns are of neighbouring blocks: what is read at one time lies together. Those of one block have
+// different places among the `per_column` groups of a column: so blocks have about as many tiles to do.
+template <int kGroup>  // threads of a group
+struct Place {
+    static constexpr int kWarps = kGroup / kWarp, kStep = kWarps * kTokens;  // of a group; tokens that it takes at once
+    int column, index;  // which group of the column; per_column and more: there is nothing to do
+    int head;
+    bool second;  // side
+    __device__ __forceinline__ Place(int heads, int columns) {
+        const int all = blockIdx.x + threadIdx.x / kGroup * gridDim.x;
+        index = all / columns, column = all - index * columns;
+        second = column >= heads, head = second ? column - heads : column;
+    }
+    __device__ static __forceinline__ int warp() { return threadIdx.x % kGroup / kWarp; }
+    // Of a group's tokens, the thread's token g.
+    __device__ static __forceinline__ int token() { return warp() * kTokens + threadIdx.x % kWarp / 4; }
+    __device__ __forceinline__ int first_token(int per_column, int tokens) const {
+        return index < per_column ? index * kStep : ceil_div(tokens, kTokens) * kTokens;
+    }
+};
+template <int D, int R, class P>
+using ForwardPlace = Place<P::kGroupThreads ? P::kGroupThreads : P::forward_threads(D, R)>;
+template <int D, int R, class P>
+using BackwardPlace = Place<P::kGroupThreads ? P::kGroupThreads : P::backward_threads(D, R)>;
 
 // ---- forward ----
 
 template <int D, int R, class P>
 __global__ void __launch_bounds__(P::forward_threads(D, R), P::forward_at_least(D, R))
-    energy_forward_kernel(const EnergyForward<bf16> p, const __grid_constant__ typename P::Map map) {
+    energy_forward_kernel(const EnergyForward<bf16> p, int per_column, const __grid_constant__ typename P::Map map) {
     using B = Bands<D, R>;
-    const int warps = blockDim.x / kWarp;
     extern __shared__ __align__(1024) unsigned char memory[];
     using Supply = typename P::template ForwardSupply<D, R>;
-    const Shared shared = carve<D>(memory, kMatrixParts<R, P>, Supply::kBytes);
-    const int head = blockIdx.y, lane = threadIdx.x % kWarp;
-    const int tokens = int(p.x.rows), step = gridDim.x * warps;  // ints hold them: see energy.cu
-    const int tile = blockIdx.x * warps + threadIdx.x / kWarp;
-    Supply supply(p.x, map, shared.stages, head * D, tile, step);
-    const bool aligned = kept(are_aligned<B::kBands>(p.a));
-    const std::int64_t a_step = kept(step * kTokens * p.a.ld);
+    const Shared shared = carve<D>(memory, kMatrixParts<R, P, false>, Supply::kBytes);
+    const int tokens = int(p.x.rows);  // ints hold them, and some steps more: see energy.cu
+    using Place = ForwardPlace<D, R, P>;
+    const Place place(p.heads, p.b.data ? 2 * p.heads : p.heads);
+    const int head = place.head, lane = threadIdx.x % kWarp;
+    const int step = per_column * Place::kStep, start = place.first_token(per_column, tokens);
+    const int tile = start / kTokens + Place::warp();
+    Supply supply(p.x, map, shared.stages, place.column * D, tile, step / kTokens);
+    const bool aligned = kept(are_aligned<B::kBands>(place.second ? p.b : p.a));
     // Token g of the warp's tile, and what is left from it on.
-    float* a = p.a.data + (tile * kTokens + lane / 4) * p.a.ld + head * R + B::first();
+    float* a = (place.second ? p.b : p.a).data + (tile * kTokens + lane / 4) * p.a.ld + head * R + B::first();
     int left = tokens - tile * kTokens - lane / 4;
     Parameters<D, R> parameters;
-    const int matrix = load_matrix<D, R, P>(p.lap, shared, supply, [&] {
+    const int matrix = load_matrix<D, R, P, false>(p.lap, shared, supply, [&] {
         if (!p.raw) parameters.load(p.log_tau.data, p.log_temp.data + head);
     });  // ends with a barrier
     parameters.finish();
-    for (int first = blockIdx.x * warps * kTokens; first < tokens; first += step * kTokens) {  // of the block
+    while (P::kGroupThreads ? left + Place::token() > 0
+                            : __any_sync(0xffffffffu, left > 0)) {  // one for all that take part
         Vectors<D> v;
         supply.next(v);
         Scalars<D, R> energy;
@@ -255,15 +289,15 @@ __global__ void __launch_bounds__(P::forward_threads(D, R), P::forward_at_least(
 #pragma unroll
         for (int half = 0; half < 2; ++half)
             if (B::counts() && 8 * half < left) store_row(a + 8 * half * p.a.ld, energy[half], aligned);
-        a += a_step, left -= step * kTokens;
+        a += step * p.a.ld, left -= step;
     }
 }
 
 // ---- backward ----
 
 // R > 1: the rows of y times the matrix: dx = [f] sum_m g_m y_m M_m - w x, in place of x; store(group) when a group of
-// its chunks is done. With halves one product of numbers of 11 bits, 3 more than dx is rounded to. Otherwise both
-// factors as the sum of two bf16 parts, and no f: the product keeps 16 bits.
+// its chunks is done. With halves one product of numbers of 11 bits, 3 more than dx is rounded to; the matrix' f16 part
+// is behind the others. Otherwise both factors as the sum of two bf16 parts, and no f: the product keeps 16 bits.
 template <int D, int R, class P, class Supply, class Store>
 __device__ __forceinline__ void backward_product(Vectors<D>& v, const float (&y)[D / 8][4], const Scalars<D, R>& g,
                                                  const float (&f)[2], const float (&w)[2], const nv_bf16* parts,
@@ -303,17 +337,18 @@ __device__ __forceinline__ void backward_product(Vectors<D>& v, const float (&y)
         if (q % kChunks == kChunks - 2) store(q / kChunks);
     };
     if constexpr (P::kHalves)
-        P::template turn_halves<D>(hi, parts, take);
+        P::template turn_halves<D>(hi, parts + P::kParts * D * D, take);
     else
         P::template turn<D>(hi, mid, parts, take);
 }
 // R = 1: dx = g Lx - w x, likewise.
-template <int D, class Store>
+template <int D, class Supply, class Store>
 __device__ __forceinline__ void backward_sparse(Vectors<D>& v, const float (&y)[D / 8][4], const float (&g)[2],
-                                                const float (&w)[2], Store&& store) {
+                                                const float (&w)[2], const Supply& supply, Store&& store) {
     constexpr int kChunks = Shape<D>::kGroupChunks;
 #pragma unroll
     for (int q = 0; q < D / 8; ++q) {
+        if (D == 128 && q % kChunks == 0) supply.again(v, q / kChunks);  // registers
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             std::uint32_t& pair = v.x[half][q];
@@ -324,7 +359,7 @@ __device__ __forceinline__ void backward_sparse(Vectors<D>& v, const float (&y)[
     }
 }
 
-// A lane's sums over its tokens.
+// A lane's sums over its tokens, times exp(log_temp).
 template <int D, int R>
 struct Sums {
     float log_tau[Bands<D, R>::kBands] = {};
@@ -345,89 +380,97 @@ __device__ __forceinline__ void load_gradients(Scalars<D, R>& da, const float* r
         }
     }
 }
-// g_r of one token's bands, in place of da_r exp(-log_temp); returns sum_r g_r E_r. Adds to the sums.
-template <int D, int R, class P>
+// g_r exp(log_temp) of one token's bands, in place of da_r; returns the sum over r of that times E_r. Adds to the sums.
+template <int D, int R>
 __device__ __forceinline__ float weigh(float (&da)[Bands<D, R>::kBands], const float (&energy)[Bands<D, R>::kBands],
                                        const Parameters<D, R>& parameters, bool inside, Sums<D, R>& sums) {
     using B = Bands<D, R>;
     float share = 0.f;
 #pragma unroll
     for (int b = 0; b < B::kBands; ++b) {
-        const float inverse_sum = inside ? P::quotient(1.f, energy[b] + parameters.tau[b]) : 0.f;
-        const float lambda = energy[b] * inverse_sum, rest = parameters.tau[b] * inverse_sum;  // rest = 1 - lambda
-        const float d = da[b] * parameters.inverse_temp, part = d * lambda;
-        da[b] = d * rest * inverse_sum;
-        sums.log_tau[b] -= part * rest;
-        sums.log_temp -= part;
-        share += da[b] * energy[b];
+        const float inverse_sum = inside ? reciprocal(energy[b] + parameters.tau[b]) : 0.f;
+        const float rest = parameters.tau[b] * inverse_sum, d = da[b] * inverse_sum;  // rest = 1 - lambda
+        da[b] = d * rest;
+        const float part = da[b] * energy[b];
+        sums.log_tau[b] -= part;
+        sums.log_temp = fmaf(-d, energy[b], sums.log_temp);
+        share += part;
     }
     return sum_of_lanes(B::counts() ? share : 0.f, 4);
 }
-
-// A bound of |g_m y_m| over the token, for x'x + eps = 1: y_m^2 is part of an energy.
-template <int D, int R>
-__device__ __forceinline__ float largest_product(const float (&g)[Bands<D, R>::kBands],
-                                                 const float (&energy)[Bands<D, R>::kBands]) {
-    constexpr float kLeast = 0x1p-70f;  // smaller energies may have vanished
+// The largest |g_r| of a token; more than 0.
+template <int n>
+__device__ __forceinline__ float largest(const float (&g)[n]) {
     float most = 1e-30f;
 #pragma unroll
-    for (int b = 0; b < Bands<D, R>::kBands; ++b) most = fmaxf(most, fabsf(g[b]) * root_of(fmaxf(energy[b], kLeast)));
+    for (const float x : g) most = fmaxf(most, fabsf(x));
     most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
     return fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
 }
 
-// Scratch: partial[(k * heads + head) * gridDim.x + blockIdx.x], k < R: dlog_tau, k = R: dlog_temp.
-template <int D, int R>
-__device__ __forceinline__ void store_sums(const EnergyBackward<bf16>& p, const Shared& shared,
-                                           const Sums<D, R>& sums) {
+// Scratch: partial[(k * columns + head * sides + side) * per_column + index], k < R: dlog_tau, k = R: dlog_temp. So
+// what is added up lies side by side: of a tau everything, of a head's temperature both sides (see note_sums()).
+template <int D, int R, class P>
+__device__ __forceinline__ void store_sums(const EnergyBackward<bf16>& p, const Shared& shared, const Sums<D, R>& sums,
+                                           float inverse_temp, int per_column) {
+    using Place = BackwardPlace<D, R, P>;
     using B = Bands<D, R>;
-    const int lane = threadIdx.x % kWarp;
-    float* mine = shared.partials + threadIdx.x / kWarp * (kMaxScalars + 1);
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    float* mine = shared.partials + warp * (kMaxScalars + 1);
 #pragma unroll
     for (int b = 0; b < B::kBands; ++b) {
         float sum = sums.log_tau[b];
 #pragma unroll
         for (int offset = 4; offset < kWarp; offset *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-        if (lane < 4 && B::counts()) mine[B::first() + b] = sum;
+        if (lane < 4 && B::counts()) mine[B::first() + b] = sum * inverse_temp;
     }
     const float log_temp = warp_sum(B::counts() ? sums.log_temp : 0.f);
-    if (lane == 0) mine[R] = log_temp;
-    __syncthreads();
-    if (threadIdx.x > R) return;
+    if (lane == 0) mine[R] = log_temp * inverse_temp;
+    P::group_sync();
+    const int sides = p.db.data ? 2 : 1, k = Place::warp() * kWarp + lane;
+    const Place place(p.heads, kept(sides * p.heads));  // once more: registers
+    if (k > R || place.index >= per_column) return;
+    mine = shared.partials + (warp - Place::warp()) * (kMaxScalars + 1) + k;  // of the group's first warp
     float sum = 0.f;
-    for (unsigned w = 0; w < blockDim.x / kWarp; ++w) sum += shared.partials[w * (kMaxScalars + 1) + threadIdx.x];
-    p.scratch.data[(std::int64_t(threadIdx.x) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x] = sum;
+#pragma unroll 1
+    for (int w = 0; w < Place::kWarps; ++w) sum += mine[w * (kMaxScalars + 1)];
+    const int row = (k * p.heads + place.head) * sides + place.second;
+    p.scratch.data[std::int64_t(row) * per_column + place.index] = sum;
 }
 
 template <int D, int R, class P>
 __global__ void __launch_bounds__(P::backward_threads(D, R), P::backward_at_least(D, R))
-    energy_backward_kernel(const EnergyBackward<bf16> p, const __grid_constant__ typename P::Map map) {
+    energy_backward_kernel(const EnergyBackward<bf16> p, int per_column, const __grid_constant__ typename P::Map map,
+                           const __grid_constant__ typename P::Map dx_map) {
     dependents_may_start();
     using B = Bands<D, R>;
-    const int warps = blockDim.x / kWarp;
     extern __shared__ __align__(1024) unsigned char memory[];
     using Supply = typename P::template BackwardSupply<D, R>;
-    const Shared shared = carve<D>(memory, kMatrixParts<R, P>, Supply::kBytes);
-    const int head = blockIdx.y, lane = threadIdx.x % kWarp;
-    const int tokens = int(p.x.rows), step = gridDim.x * warps;  // ints hold them: see energy.cu
-    const int tile = blockIdx.x * warps + threadIdx.x / kWarp;
+    const Shared shared = carve<D>(memory, kMatrixParts<R, P, true>, Supply::kBytes);
+    const int tokens = int(p.x.rows);  // ints hold them, and some steps more: see energy.cu
+    using Place = BackwardPlace<D, R, P>;
+    const Place place(p.heads, p.db.data ? 2 * p.heads : p.heads);
+    const int head = place.head, lane = threadIdx.x % kWarp;
+    const int step = per_column * Place::kStep, start = place.first_token(per_column, tokens);
+    const int tile = start / kTokens + Place::warp();
     constexpr bool kAhead = Supply::kSpare > 0;
-    Supply supply(p.x, map, shared.stages, head * D, tile, step);
-    const bool aligned = kept(are_aligned<B::kBands>(p.da));
+    Supply supply(p.x, map, shared.stages, place.column * D, tile, step / kTokens);
+    const bool aligned = kept(are_aligned<B::kBands>(place.second ? p.db : p.da));
     // Token g of the warp's tile, and what is left from it on.
     const int token = tile * kTokens + lane / 4;
-    auto* dx = reinterpret_cast<nv_bf16*>(p.dx.data) + token * p.dx.ld + head * D + lane % 4 * Shape<D>::kRun;
-    const float* da = p.da.data + token * p.da.ld + head * R + B::first();
+    auto* dx = reinterpret_cast<nv_bf16*>(p.dx.data) + token * p.dx.ld + place.column * D + lane % 4 * Shape<D>::kRun;
+    const float* da = (place.second ? p.db : p.da).data + token * p.da.ld + head * R + B::first();
     int left = tokens - token;
     Scalars<D, R> ahead;
     Parameters<D, R> parameters;
-    const int matrix = load_matrix<D, R, P>(p.lap, shared, supply, [&] {
+    const int matrix = load_matrix<D, R, P, true>(p.lap, shared, supply, [&] {
         parameters.load(p.log_tau.data, p.log_temp.data + head);
         if (kAhead) load_gradients<D, R>(ahead, da, p.da.ld, left, aligned);
     });  // ends with a barrier
     parameters.finish();
     Sums<D, R> sums;
-    for (int first = blockIdx.x * warps * kTokens; first < tokens; first += step * kTokens) {  // of the block
+    while (P::kGroupThreads ? left + Place::token() > 0
+                            : __any_sync(0xffffffffu, left > 0)) {  // one for all that take part
         Vectors<D> v;
         supply.next(v);
         Scalars<D, R> g;
@@ -436,11 +479,11 @@ __global__ void __launch_bounds__(P::backward_threads(D, R), P::backward_at_leas
 #pragma unroll
             for (int i = 0; i < 2 * B::kBands; ++i)
                 g[i / B::kBands][i % B::kBands] = ahead[i / B::kBands][i % B::kBands];
-            da += step * kTokens * p.da.ld, left -= step * kTokens;
+            da += step * p.da.ld, left -= step;
             load_gradients<D, R>(ahead, da, p.da.ld, left, aligned);
         } else {
             load_gradients<D, R>(g, da, p.da.ld, left, aligned);
-            da += step * kTokens * p.da.ld, left -= step * kTokens;
+            da += step * p.da.ld, left -= step;
         }
         float y[D / 8][4], w[2], f[2];
         Scalars<D, R> energy;
@@ -452,64 +495,80 @@ __global__ void __launch_bounds__(P::backward_threads(D, R), P::backward_at_leas
         supply.refill();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            f[half] = 2.f * sizes.inverse[half] * sizes.unit[half];
-            w[half] =
-                f[half] * sizes.unit[half] * weigh<D, R, P>(g[half], energy[half], parameters, 8 * half < now, sums);
-            if constexpr (kHalves<R, P>) {
-                const float most = largest_product<D, R>(g[half], energy[half]) * sizes.excess[half];
-                f[half] *= most * power_of_two(-14 - matrix);
-#pragma unroll
-                for (float& x : g[half]) x *= reciprocal(most) * power_of_two(-matrix);
-            } else {
-#pragma unroll
-                for (float& x : g[half]) x *= f[half];
+            f[half] = 2.f * parameters.inverse_temp * sizes.inverse[half];
+            w[half] = f[half] * weigh<D, R>(g[half], energy[half], parameters, 8 * half < now, sums);
+            float unit = f[half];
+            if constexpr (kHalves<R, P>) {  // |y_m| is at most 2^(8 - matrix) |x|: then |g_m y_m unit| < 2^14
+                const float most = largest(g[half]) * root_of(sizes.square[half]);
+                f[half] *= most * power_of_two(-6 - 2 * matrix);
+                unit = reciprocal(most) * power_of_two(6 + matrix);
             }
+#pragma unroll
+            for (float& x : g[half]) x *= unit;
         }
-        const auto store = [&](int group) { store_group(v, group, dx, p.dx.ld, now); };
+        const auto store = [&](int group) {
+            if constexpr (P::kInOrder)
+                supply.put(v, group);
+            else
+                store_group(v, group, dx, p.dx.ld, now);
+        };
         if constexpr (R == 1) {
             forget_unpacked(v);
             const float of_y[2] = {g[0][0], g[1][0]};
-            backward_sparse<D>(v, y, of_y, w, store);
+            backward_sparse<D>(v, y, of_y, w, supply, store);
         } else {
             backward_product<D, R, P>(v, y, g, f, w, shared.parts, supply, store);
         }
-        dx += step * kTokens * p.dx.ld;
+        if constexpr (P::kInOrder)
+            supply.send(dx_map, place.column * D, tokens - now - Place::token());
+        else
+            dx += step * p.dx.ld;
     }
-    if (p.scratch.data) store_sums<D, R>(p, shared, sums);
+    supply.finish();
+    if (p.scratch.data) store_sums<D, R, P>(p, shared, sums, parameters.inverse_temp, per_column);
 }
 
 // ---- launch ----
 
 // Of an H200. Fixed, so that the order of the sums is fixed too.
 constexpr int kMultiprocessors = kMaxBlocks / 4;
-// Blocks per head: every block gets the same number of rounds.
-inline unsigned blocks_per_head(std::int64_t tokens, std::int64_t heads, int threads, int blocks) {
-    const std::int64_t work = ceil_div(tokens, std::int64_t(kTokens) * (threads / kWarp));
-    const std::int64_t most = heads < blocks ? blocks / heads : 1;
-    return static_cast<unsigned>(ceil_div(work, ceil_div(work, most)));
+// How many groups share the tiles of a column, and the blocks that they are in: all groups get the same number of
+// rounds, or one less.
+struct Grid {
+    int per_column;
+    unsigned blocks;
+};
+template <class P>
+Grid grid_of(std::int64_t tokens, std::int64_t columns, int threads, int blocks) {
+    const int group = P::kGroupThreads ? P::kGroupThreads : threads, in_block = threads / group;
+    const std::int64_t work = ceil_div(tokens, std::int64_t(kTokens) * (group / kWarp));
+    const std::int64_t most = std::max<std::int64_t>(1, blocks * kMultiprocessors * in_block / columns);
+    const std::int64_t per_column = ceil_div(work, ceil_div(work, most));
+    return {int(per_column), unsigned(ceil_div(per_column * columns, std::int64_t(in_block)))};
 }
 
 template <int D, int R, class P>
 void launch(const Cuda& d, const EnergyForward<bf16>& p) {
     constexpr int threads = P::forward_threads(D, R);
-    constexpr std::size_t bytes = kSharedBytes<D, R, P> + P::template ForwardSupply<D, R>::kBytes;
+    constexpr std::size_t bytes = kSharedBytes<D, R, P, false> + P::template ForwardSupply<D, R>::kBytes;
     const auto kernel = energy_forward_kernel<D, R, P>;
     P::template allow<bytes>(kernel);
-    const unsigned blocks = blocks_per_head(p.x.rows, p.heads, threads, P::forward_blocks(D, R) * kMultiprocessors);
-    kernel<<<dim3(blocks, unsigned(p.heads)), threads, bytes, stream_of(d)>>>(p, P::template map_of<D>(p.x));
+    const Grid grid = grid_of<P>(p.x.rows, energy_columns(p), threads, P::forward_blocks(D, R));
+    kernel<<<grid.blocks, threads, bytes, stream_of(d)>>>(p, grid.per_column, P::template map_of<D>(p.x));
     LAUNCH_CHECK("energy_forward");
 }
-// Returns the blocks of a head.
+// Returns how many groups of each column have left their sums.
 template <int D, int R, class P>
 int launch(const Cuda& d, const EnergyBackward<bf16>& p) {
     constexpr int threads = P::backward_threads(D, R);
-    constexpr std::size_t bytes = kSharedBytes<D, R, P> + P::template BackwardSupply<D, R>::kBytes;
+    constexpr std::size_t bytes = kSharedBytes<D, R, P, true> + P::template BackwardSupply<D, R>::kBytes;
     const auto kernel = energy_backward_kernel<D, R, P>;
     P::template allow<bytes>(kernel);
-    const unsigned blocks = blocks_per_head(p.x.rows, p.heads, threads, P::backward_blocks(D, R) * kMultiprocessors);
-    kernel<<<dim3(blocks, unsigned(p.heads)), threads, bytes, stream_of(d)>>>(p, P::template map_of<D>(p.x));
+    const Grid grid = grid_of<P>(p.x.rows, energy_columns(p), threads, P::backward_blocks(D, R));
+    kernel<<<grid.blocks, threads, bytes, stream_of(d)>>>(p, grid.per_column, P::template map_of<D>(p.x),
+                                                          P::template map_of<D>(p.dx));
     LAUNCH_CHECK("energy_backward");
-    return int(blocks);
+    return grid.per_column;
 }
 
 // f(x) as a constant: x is one of these numbers.
@@ -521,7 +580,7 @@ template <int kFirst, int kSecond, int... kMore, class F>
 auto with_one_of(int x, F&& f) {
     return x == kFirst ? f(std::integral_constant<int, kFirst>()) : with_one_of<kSecond, kMore...>(x, f);
 }
-// Forward, or backward, which returns the blocks of a head.
+// Forward, or backward, which returns what note_sums() wants to know.
 template <class P, class Problem>
 auto launch_with(const Cuda& d, const Problem& p) {
     const int dim = p.lap.dim;

@@ -1,5 +1,5 @@
-// kernels/energy_product.cuh: what energy's kernels multiply with: the matrix in shared memory, as the sum of three bf16
-// parts or of two f16 parts, and its products with the vectors of 16 tokens (see energy.cu).
+// kernels/energy_product.cuh: what energy's kernels multiply with: the matrix in shared memory, as the sum of two or
+// three bf16 parts, and its products with the vectors of 16 tokens (see energy.cu).
 #pragma once
 #include <cfloat>
 
@@ -13,8 +13,6 @@ constexpr int kThreads = 256;
 constexpr int kTokens = 16;  // of one warp at a time
 constexpr int kMaxBlocks = kEnergyBlocks;
 constexpr int kMaxScalars = 16;
-constexpr int kParts = 3;
-constexpr int kHalfParts = 2;  // where they are numbers of 11 bits (f16): see load_eigenvectors()
 
 // ---- layout ----
 
@@ -25,8 +23,10 @@ struct Shape {
     static constexpr int kRun = D < 32 ? D / 4 : 8;
     static constexpr int kGroup = 4 * kRun, kGroups = D / kGroup, kGroupChunks = kGroup / 8;
 };
-template <int D>
+// With kInOrder they are in order instead: so lies what ldmatrix reads and stmatrix writes, 8 x 8 numbers at a time.
+template <int D, bool kInOrder>
 __device__ __forceinline__ int position(int d) {
+    if (kInOrder) return d;
     using S = Shape<D>;
     const int in_group = d % S::kGroup, t = in_group / S::kRun, pair = in_group % S::kRun / 2;
     return d - in_group + 8 * pair + 2 * t + d % 2;
@@ -49,7 +49,7 @@ __device__ __forceinline__ unsigned matrix_offset(unsigned row, unsigned chunk) 
 }
 
 struct Shared {
-    nv_bf16* parts;         // [kParts][D * D]; or of halves, [kHalfParts][D * D]
+    nv_bf16* parts;         // of the matrix, [D * D] each; halves (f16) may be one more
     unsigned char* stages;  // of all warps, for vectors on their way
     int* offsets;           // [D + 1] while Lf is being loaded (R = 1)
     float* partials;        // [kMaxWarps][kMaxScalars + 1] later
@@ -73,21 +73,22 @@ __device__ __forceinline__ Shared carve(unsigned char* base, int parts, int stag
 
 __device__ __forceinline__ float low_half(std::uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_half(std::uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
-__device__ __forceinline__ std::uint32_t bits(__half2 pair) { return *reinterpret_cast<const std::uint32_t*>(&pair); }
 
 // ---- the matrix ----
 
-// Writes entry (row, column position) as the sum of three bf16 numbers; true if one is not enough.
-template <int D>
+// Writes entry (row, column position) as the sum of so many bf16 numbers; true if one is not enough.
+template <int D, int kParts>
 __device__ __forceinline__ bool store_split(nv_bf16* parts, int row, int column, float value) {
     const int at = static_cast<int>(matrix_offset<D>(row, column / 8)) / 2 + column % 8;
-    const nv_bf16 hi = __float2bfloat16_rn(value);
-    const float rest = value - __bfloat162float(hi);
-    const nv_bf16 mid = __float2bfloat16_rn(rest);
-    parts[at] = hi;
-    parts[D * D + at] = mid;
-    parts[2 * D * D + at] = __float2bfloat16_rn(rest - __bfloat162float(mid));
-    return rest != 0.f;
+    bool split = false;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+        const nv_bf16 x = __float2bfloat16_rn(value);
+        parts[part * D * D + at] = x;
+        value -= __bfloat162float(x);
+        if (part == 0) split = value != 0.f;
+    }
+    return split;
 }
 
 // Asked for here: the compiler keeps such loads on their side of a barrier.
@@ -111,9 +112,9 @@ __device__ __forceinline__ float4 load_four_now(const float* p, bool aligned) {
     return x;
 }
 
-// The matrix, of which no line is in the cache yet, is asked for first: with the vectors before it everything would
-// wait for it longer. Both ways to load it call meanwhile() and supply.begin() when that is done, and
-// P::publish_matrix() before the barrier that they end with.
+// The matrix, of which no line is in the cache yet, is asked for early, after the first tile's vectors: with more of
+// them before it everything would wait for it longer. Both ways to load it call meanwhile() and supply.begin() when
+// that is done, and P::publish_matrix() before the barrier that they end with.
 
 template <int bytes>  // 4, or 16 where both are aligned to as many
 __device__ __forceinline__ void copy_async(std::uint32_t to, const void* from) {
@@ -136,7 +137,7 @@ __device__ __forceinline__ float4 load_four(std::uint32_t from) {
     return x;
 }
 
-template <int D>
+template <int D, int kParts>
 __device__ __forceinline__ void clear_parts(const Shared& s) {
     for (int i = threadIdx.x; i < kParts * D * D / 8; i += blockDim.x)
         reinterpret_cast<uint4*>(s.parts)[i] = make_uint4(0, 0, 0, 0);
@@ -145,12 +146,13 @@ __device__ __forceinline__ void clear_parts(const Shared& s) {
 // Entries [first, end) of Lf to their places: entry(e) is the value of one and its column. True if one part is not
 // enough for one of them. A thread that has one entry at most looks for its row; where there are more, a warp takes a
 // row.
-template <int D, class Entry>
+template <int D, int kParts, bool kInOrder, class Entry>
 __device__ __forceinline__ bool store_entries(const Shared& s, int first, int end, Entry&& entry) {
     bool split = false;
     const auto store = [&](int row, int e) {
         const uint2 one = entry(e);
-        split |= store_split<D>(s.parts, position<D>(row), position<D>(int(one.y)), __uint_as_float(one.x));
+        const int at_row = position<D, kInOrder>(row), at_column = position<D, kInOrder>(int(one.y));
+        split |= store_split<D, kParts>(s.parts, at_row, at_column, __uint_as_float(one.x));
     };
     if (end - first <= int(blockDim.x)) {
         const int e = first + int(threadIdx.x);
@@ -174,7 +176,7 @@ __device__ __forceinline__ bool store_entries(const Shared& s, int first, int en
     }
     return split;
 }
-// Returns, in every thread, the number of parts that are not all zero: 1 or 3.
+// Returns, in every thread, the number of parts that are not all zero: 1 or all.
 template <int D, class P, class Supply, class Meanwhile>
 __device__ int load_sparse(const FeatureLaplacian<float>& lap, const Shared& s, Supply& supply, Meanwhile&& meanwhile) {
     const int entries = int(lap.values.size);
@@ -195,12 +197,13 @@ __device__ int load_sparse(const FeatureLaplacian<float>& lap, const Shared& s, 
         __syncthreads();  // what comes next is asked for after this
         meanwhile();
         supply.begin();
-        clear_parts<D>(s);
+        clear_parts<D, P::kParts>(s);
         for (int first = 0;;) {
             cp_async_wait<0>();
             __syncthreads();
-            split |= store_entries<D>(s, first, min(first + kBatch, entries),
-                                      [&](int e) { return load_pair(supply.spare((e - first) * 8)); });
+            split |= store_entries<D, P::kParts, P::kInOrder>(s, first, min(first + kBatch, entries), [&](int e) {
+                return load_pair(supply.spare((e - first) * 8));
+            });
             first += kBatch;
             if (first >= entries) break;
             __syncthreads();
@@ -213,15 +216,15 @@ __device__ int load_sparse(const FeatureLaplacian<float>& lap, const Shared& s, 
             asm volatile("prefetch.global.L2 [%0];\nprefetch.global.L2 [%1];\n" ::"l"(lap.values.data + e),
                          "l"(lap.columns.data + e));
         meanwhile();
-        clear_parts<D>(s);
+        clear_parts<D, P::kParts>(s);
         if (threadIdx.x <= D) s.offsets[threadIdx.x] = offset;
         __syncthreads();
-        split = store_entries<D>(s, 0, entries, [&](int e) {
+        split = store_entries<D, P::kParts, P::kInOrder>(s, 0, entries, [&](int e) {
             return make_uint2(__float_as_uint(load_now(lap.values.data + e)), unsigned(load_now(lap.columns.data + e)));
         });
     }
     P::publish_matrix();
-    return __syncthreads_or(split) ? kParts : 1;
+    return __syncthreads_or(split) ? P::kParts : 1;
 }
 // The root of mu to about one unit of rounding, and what is missing from it; 0 where there is none, or rounding has left an
 // eigenvalue below zero.
@@ -240,9 +243,8 @@ struct Root {
         return {x, fmaf(rest, u, fmaf(value, u, -x))};
     }
 };
-// With P::kHalves the matrix is the sum of two f16 parts, times a power of two which makes the root of the largest
-// eigenvalue about 2^8: numbers down to 2^-22 of it have as many bits as any, and eigenvectors may be 2^7 long. `log2`
-// of that power.
+// The f16 part is the matrix times a power of two which makes the root of the largest eigenvalue 2^7 to 2^8: numbers
+// down to 2^-22 of it have as many bits as any, and eigenvectors may be 2^7 long. `log2` of that power.
 template <int D>
 __device__ __forceinline__ int matrix_scale(const float* mu) {
     constexpr int kMost = 40;
@@ -256,72 +258,75 @@ __device__ __forceinline__ float power_of_two(int n) { return __int_as_float((12
 
 // Rows are the eigenvectors times the roots of their eigenvalues: squares of products with them are energies. Lane t
 // has D / 4 neighbouring ones, its rows of the tiles one after the other. Four neighbouring values of one, where they
-// belong.
-template <int D, bool kHalf>
+// belong; as f16 too, times `scale`, with kHalf.
+template <int D, int kParts, bool kInOrder, bool kHalf>
 __device__ __forceinline__ void store_four(const Shared& s, unsigned four, const float4& u, float mu, float scale) {
     using S = Shape<D>;
     constexpr int kPart = D * D / 2;
     auto* parts = reinterpret_cast<std::uint32_t*>(s.parts);
-    const Root exact(mu);
-    const float root = (exact.value + exact.rest) * scale;
+    const Root root(mu);
     const unsigned m = four / (D / 4), d = four % (D / 4) * 4;
     const unsigned of_lane = m % (D / 4), row = of_lane / 2 * 8 + m / (D / 4) * 2 + of_lane % 2;
 #pragma unroll
     for (int k = 0; k < 4; k += 2) {
         const unsigned run = d / S::kRun;  // see position()
-        const unsigned chunk = run / 4 * S::kGroupChunks + (d % S::kRun + k) / 2;
-        const unsigned at = matrix_offset<D>(row, chunk) / 4 + run % 4;
-        const float u0 = k == 0 ? u.x : u.z, u1 = k == 0 ? u.y : u.w;
-        if constexpr (kHalf) {
-            const float x = root * u0, y = root * u1;
-            const __half2 hi = __floats2half2_rn(x, y);
-            parts[at] = bits(hi);
-            parts[kPart + at] = pack_half(x - __low2float(hi), y - __high2float(hi));
-        } else {
-            const float2 x = exact.times(u0), y = exact.times(u1);
-            const std::uint32_t hi = pack_bf16(x.x, y.x);
-            const float x1 = x.x - low_half(hi) + x.y, y1 = y.x - high_half(hi) + y.y;
-            const std::uint32_t mid = pack_bf16(x1, y1);
-            parts[at] = hi;
-            parts[kPart + at] = mid;
-            parts[2 * kPart + at] = pack_bf16(x1 - low_half(mid), y1 - high_half(mid));
+        const unsigned chunk = kInOrder ? d / 8 : run / 4 * S::kGroupChunks + (d % S::kRun + k) / 2;
+        const unsigned at = matrix_offset<D>(row, chunk) / 4 + (kInOrder ? (d % 8 + k) / 2 : run % 4);
+        float2 x = root.times(k == 0 ? u.x : u.z), y = root.times(k == 0 ? u.y : u.w);
+        if constexpr (kHalf) parts[kParts * kPart + at] = pack_half(x.x * scale, y.x * scale);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+            const std::uint32_t pair = pack_bf16(x.x, y.x);
+            parts[part * kPart + at] = pair;
+            x = {x.x - low_half(pair) + x.y, 0.f}, y = {y.x - high_half(pair) + y.y, 0.f};
         }
     }
 }
-// Returns the matrix_scale() of halves.
-template <int D, class P, class Supply, class Meanwhile>
+// With kHalf the part after the others is of f16. Returns its matrix_scale().
+template <int D, class P, bool kHalf, class Supply, class Meanwhile>
 __device__ int load_eigenvectors(const FeatureLaplacian<float>& lap, const Shared& s, Supply& supply,
                                  Meanwhile&& meanwhile) {
     constexpr int kFours = D * D / 4;
     const bool aligned = reinterpret_cast<std::uintptr_t>(lap.eigenvectors.data) % 16 == 0;
     int log2 = 0;
-    if constexpr (Supply::kSpare > 0) {  // each thread's by way of the place left free for it
-        static_assert(P::kHalves);
+    if constexpr (Supply::kSpare > 0) {  // a batch at a time, each thread's by way of the place left free for it
+        constexpr int kBatch = Supply::kSpare / 16;
         float* mu = s.partials;
+        const auto load = [&](int first) {
 #pragma unroll 1
-        for (int i = threadIdx.x; i < kFours; i += blockDim.x) {
-            const float* from = lap.eigenvectors.data + 4 * i;
-            const std::uint32_t at = supply.spare(16 * i);
-            if (aligned)
-                copy_async<16>(at, from);
-            else
+            for (int i = threadIdx.x; i < min(kBatch, kFours - first); i += blockDim.x) {
+                const float* from = lap.eigenvectors.data + 4 * (first + i);
+                const std::uint32_t at = supply.spare(16 * i);
+                if (aligned)
+                    copy_async<16>(at, from);
+                else
 #pragma unroll 1
-                for (int k = 0; k < 4; ++k) copy_async<4>(at + 4 * k, from + k);
-        }
+                    for (int k = 0; k < 4; ++k) copy_async<4>(at + 4 * k, from + k);
+            }
+            cp_async_commit();
+        };
         if (threadIdx.x < D) copy_async<4>(shared_address(mu + threadIdx.x), lap.eigenvalues.data + threadIdx.x);
-        cp_async_commit();
+        load(0);
         __syncthreads();  // what comes next is asked for after this
         meanwhile();
         supply.begin();
-        cp_async_wait<0>();
-        __syncthreads();
-        log2 = matrix_scale<D>(mu);
-        const float scale = power_of_two(log2);
 #pragma unroll 1
-        for (unsigned i = threadIdx.x; i < kFours; i += blockDim.x)
-            store_four<D, true>(s, i, load_four(supply.spare(16 * i)), mu[i / (D / 4)], scale);
+        for (int first = 0; first < kFours; first += kBatch) {
+            if (first > 0) load(first);
+            cp_async_wait<0>();
+            if (first == 0) {  // mu are there
+                __syncthreads();
+                if (kHalf) log2 = matrix_scale<D>(mu);
+            }
+#pragma unroll 1
+            for (int i = threadIdx.x; i < min(kBatch, kFours - first); i += blockDim.x) {
+                const int four = first + i;
+                store_four<D, P::kParts, P::kInOrder, kHalf>(s, four, load_four(supply.spare(16 * i)),
+                                                             mu[four / (D / 4)], power_of_two(log2));
+            }
+        }
     } else {
-        static_assert(!P::kHalves);
+        static_assert(!kHalf);
         constexpr int kAtOnce = 2;
         float4 u[kAtOnce];
         float mu[kAtOnce];
@@ -343,7 +348,7 @@ __device__ int load_eigenvectors(const FeatureLaplacian<float>& lap, const Share
 #pragma unroll
             for (int n = 0; n < kAtOnce; ++n) {
                 const int four = i + n * blockDim.x;
-                if (four < kFours) store_four<D, false>(s, four, u[n], mu[n], 1.f);
+                if (four < kFours) store_four<D, P::kParts, P::kInOrder, false>(s, four, u[n], mu[n], 1.f);
             }
         }
     }
@@ -366,24 +371,6 @@ __device__ __forceinline__ void forget_unpacked(Vectors<D>& v) {
 #pragma unroll
     for (int q = 0; q < D / 8; ++q) asm volatile("" : "+r"(v.x[0][q]), "+r"(v.x[1][q]));
 }
-
-// A token's vector as f16, times a power of two. square = x'x bounds it: |x| < 2^log2. Then x 2^(14 - log2) fits, and
-// what vanishes is below 2^-29 of the root of `square`. The bits of f16 are those of bf16 but for where the exponent
-// begins. Where x'x is not finite they may be anything: what they are divided by is no number then.
-struct HalfScale {
-    int log2;
-    std::uint32_t least, less;  // of both numbers of a pair: bits that become zero, and what is added to them
-    __device__ __forceinline__ explicit HalfScale(float square) {
-        log2 = min(((__float_as_int(square) >> 23) - 125) >> 1, 63);
-        least = (98 + log2) * 0x00800080u;
-        less = 0u - (least << 3);
-        asm("" : "+r"(less));  // shifting and adding is one instruction
-    }
-    __device__ __forceinline__ std::uint32_t operator()(std::uint32_t pair) const {
-        const std::uint32_t size = (__vmaxu2(pair & 0x7fff7fffu, least) << 3) + less;
-        return size | (pair & 0x80008000u);
-    }
-};
 
 // Between registers and the lane's piece of token g's row, of which so many tokens are left; zeros beyond them.
 template <int D>
@@ -460,6 +447,7 @@ struct DirectSupply {
     __device__ __forceinline__ void refill() {}
     // A group's once more, where v need not have been kept in registers.
     __device__ __forceinline__ void again(Vectors<D>&, int) const {}
+    __device__ __forceinline__ void finish() const {}
 };
 
 // y = M x, two tiles at a time: take(j, y) for j = 0, 2, .. of D / 8, with y[k] the rows 8 (j + k) + 2t, + 1 of M: [0], [1]

@@ -1,7 +1,8 @@
 // kernels/energy_sm90.cu: energy on sm_90a: four warps multiply the vectors of their 64 tokens together. The matrix
 // lies in shared memory as such products want it: what energy_product.cuh calls exchanged chunks is the swizzle of the
 // tensor cores, of as many bytes as a row has. Sums over columns and parts stay in the tensor cores, small parts first.
-// TMA brings the vectors, from the start of the kernel on: the matrix is ready when the first of them are there.
+// TMA brings the vectors, from the start of the kernel on: the matrix is ready when the first of them are there. It
+// takes dx from where the vectors were.
 #include "kernels/energy_sm90.h"
 
 #include "kernels/energy_kernels.cuh"
@@ -70,20 +71,21 @@ __device__ __forceinline__ void multiply_matrix(float (&d)[64], const std::uint3
 #undef FIEDLER_TEN
 
 // Vectors of the tokens of a warpgroup, 64 at a time in steps, by TMA: as many of them ahead as there are stages, of
-// each of the block's kGroups warpgroups. The last kFree stages are left free until the matrix is there, which comes by
-// way of them. (With more than three stages what comes first came later, and the whole took longer.)
+// each of the block's kGroups warpgroups. The first are asked for at once; begin() asks for more. The last kFree stages
+// are left free until the matrix is there, which comes by way of them. (With more than three stages what comes first
+// came later, and the whole took longer.)
 template <int D, int kStages, int kFree, int kGroups>
 struct BoxSupply {
     using S = Shape<D>;
-    static constexpr int kPiece = S::kRun * 2, kBegun = kStages - kFree, kBarrier = int(sizeof(hopper::Barrier));
+    static constexpr int kBegun = kStages - kFree, kBarrier = int(sizeof(hopper::Barrier));
     static constexpr int kStage = int(kStageBytes<D>) * hopper::kWarpgroup / kWarp;
     static constexpr int kBytes = kStages * (kStage + kBarrier) * kGroups;
     static constexpr int kSpare = kFree * kStage * kGroups;
     static_assert(kFree > 0 && kBegun > 0);
     const CUtensorMap* map;
     std::uint32_t all, base, stage;        // the stages, those of the warpgroup, the one taken last: shared addresses
-    std::uint32_t piece;                   // the lane's piece of token g in a stage
-    int column, token, left, step_tokens;  // of what is asked for next; tokens from the block's first one on
+    std::uint32_t piece;                   // in a stage, what the lane names to ldmatrix of the first two chunks
+    int column, token, left, step_tokens;  // of what is asked for next; tokens from that one on
     int turn = -1;                         // how often all stages have been taken
 
     __device__ __forceinline__ BoxSupply(const Mat<const bf16>& x, const CUtensorMap& of_x, unsigned char* stages,
@@ -91,24 +93,25 @@ struct BoxSupply {
         : map(&of_x), column(first_column), step_tokens(step_tiles * kTokens) {
         const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = threadIdx.x / hopper::kWarpgroup;
         all = shared_address(stages), base = all + group * (kStages * kStage);
-        left = int(x.rows) - (tile - warp) * kTokens;
         token = (tile - warp % 4) * kTokens;
+        left = int(x.rows) - token;
         if (threadIdx.x % hopper::kWarpgroup == 0) {
 #pragma unroll
             for (int i = 0; i < kStages; ++i) hopper::barrier_init(barrier_of(base + i * kStage), 1);
             hopper::barrier_init_done();
         }
+        __syncwarp();
+        ask_first(0, 1);
         stage = base + (kStages - 1) * kStage;
-        // As matrix_offset(): that is how TMA exchanges the pieces of a row.
-        piece = matrix_offset<D>(lane / 4, lane % 4 * kPiece / 16) + lane % 4 * kPiece % 16 +
-                warp % 4 * kTokens * kRowBytes<D>;
+        // As matrix_offset(): that is how TMA exchanges the chunks of a row.
+        piece = matrix_offset<D>(lane % kTokens, lane / kTokens) + warp % 4 * kTokens * kRowBytes<D>;
     }
     // Where byte `at` of what comes by way of the free stages is: one warpgroup's after the other's.
     __device__ __forceinline__ std::uint32_t spare(unsigned at) const {
         constexpr unsigned kSize = kFree * kStage;
         return all + kBegun * kStage + at / kSize * (kStages * kStage) + at % kSize;
     }
-    __device__ __forceinline__ void begin() { ask_first(0, kBegun); }
+    __device__ __forceinline__ void begin() { ask_first(1, kBegun); }
     // Uses the free stages, too.
     __device__ __forceinline__ void use_all() { ask_first(kBegun, kStages); }
     // The next tile's vectors.
@@ -128,22 +131,40 @@ struct BoxSupply {
     }
     // A group's once more, where v need not have been kept in registers.
     __device__ __forceinline__ void again(Vectors<D>& v, int group) const {
-        constexpr int kHalfTile = kRowBytes<D> * 8;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const std::uint32_t at = ((stage + piece) ^ group % 2 * 64) + half * kHalfTile + group / 2 * (kStage / 2);
-            std::uint32_t* x = v.x[half] + group * S::kGroupChunks;
-            if constexpr (kPiece == 16)
-                asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];\n"
-                             : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                             : "r"(at)
-                             : "memory");
-            else
-                asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];\n" : "=r"(x[0]), "=r"(x[1]) : "r"(at) : "memory");
+        for (int q = group * S::kGroupChunks; q < (group + 1) * S::kGroupChunks; q += 2)
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                         : "=r"(v.x[0][q]), "=r"(v.x[1][q]), "=r"(v.x[0][q + 1]), "=r"(v.x[1][q + 1])
+                         : "r"(place_of(q))
+                         : "memory");
+    }
+    // A group of dx, in place of the vectors.
+    __device__ __forceinline__ void put(const Vectors<D>& v, int group) const {
+#pragma unroll
+        for (int q = group * S::kGroupChunks; q < (group + 1) * S::kGroupChunks; q += 2)
+            asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};\n" ::"r"(place_of(q)),
+                         "r"(v.x[0][q]), "r"(v.x[1][q]), "r"(v.x[0][q + 1]), "r"(v.x[1][q + 1])
+                         : "memory");
+    }
+    // All groups are there: to the rows from first_token on.
+    __device__ __forceinline__ void send(const CUtensorMap& of_dx, int first_column, int first_token) const {
+        hopper::publish_shared();
+        hopper::named_wait(1 + threadIdx.x / hopper::kWarpgroup, hopper::kWarpgroup);
+        if (threadIdx.x / kWarp % 4 == 0 && hopper::elected()) {
+            hopper::store_box(&of_dx, first_column, first_token, stage);
+            if constexpr (D == 128) hopper::store_box(&of_dx, first_column + D / 2, first_token, stage + kStage / 2);
         }
+    }
+    // Shared memory may be given up: nothing is on its way from there any more.
+    __device__ __forceinline__ void finish() const {
+        if (threadIdx.x / kWarp % 4 == 0 && hopper::elected()) hopper::store_wait();
     }
 
   private:
+    // Of chunks q and q + 1, as `piece`.
+    __device__ __forceinline__ std::uint32_t place_of(int q) const {
+        return ((stage + piece) ^ q % 8 * 16) + q / 8 * (kStage / 2);
+    }
     __device__ __forceinline__ std::uint32_t barrier_of(std::uint32_t of) const {
         return all + kGroups * kStages * kStage + (of - all) / kStage * kBarrier;
     }
@@ -151,10 +172,11 @@ struct BoxSupply {
 #pragma unroll 1
         for (int i = from; i < to; ++i) ask(base + i * kStage);
     }
-    // What no round of the block takes is not asked for.
+    // What no round of the warpgroup takes is not asked for. dx may be on its way from there.
     __device__ __forceinline__ void ask(std::uint32_t to) {
         if (left > 0 && threadIdx.x / kWarp % 4 == 0 && hopper::elected()) {
             const std::uint32_t barrier = barrier_of(to);
+            hopper::store_wait();
             hopper::barrier_arrive_expecting(barrier, kStage);
             hopper::load_box(to, map, column, token, barrier);
             if constexpr (D == 128) hopper::load_box(to + kStage / 2, map, column + D / 2, token, barrier);
@@ -166,31 +188,30 @@ struct BoxSupply {
 struct WarpgroupProducts {
     // One block a multiprocessor, of as many warpgroups as there are registers for: the matrix is loaded once, and while
     // some warpgroups wait for their products others compute.
-    static constexpr int forward_threads(int, int) { return 4 * hopper::kWarpgroup; }
+    static constexpr int forward_threads(int d, int r) { return (d < 128 || r == 1 ? 4 : 3) * hopper::kWarpgroup; }
     static constexpr int backward_threads(int d, int) { return (d < 128 ? 4 : 3) * hopper::kWarpgroup; }
     static constexpr int forward_at_least(int, int) { return 1; }
     static constexpr int backward_at_least(int, int) { return 1; }
     static constexpr int forward_blocks(int, int) { return 1; }
     static constexpr int backward_blocks(int, int) { return 1; }
-    static constexpr bool kHalves = true;
+    static constexpr int kParts = 2, kGroupThreads = hopper::kWarpgroup;
+    static constexpr bool kInOrder = true, kHalves = true;
+    __device__ static void group_sync() {
+        hopper::named_wait(1 + threadIdx.x / hopper::kWarpgroup, hopper::kWarpgroup);
+    }
     static constexpr int kMostShared = 227 * 1024, kMostStages = 3;
     // As many as fit beside the matrix.
-    static constexpr int stages(int d, int r, int warps) {
-        const int parts = r > 1 ? kHalfParts : kParts;
+    static constexpr int stages(int d, int parts, int warps) {
         const int room = kMostShared - 2 * parts * d * d - int(kPartialBytes);
         const int most = room / (warps * kTokens * 2 * d + warps / 4 * int(sizeof(hopper::Barrier)));
         return most < kMostStages ? most : kMostStages;
     }
-    // Those that the matrix needs on its way: all eigenvectors at once, or a part of Lf.
-    static constexpr int free_stages(int d, int r, int threads) {
-        return r == 1 ? 1 : ((d * d / 4 + threads - 1) / threads * 16 + d - 1) / d;
-    }
-    template <int D, int R, int kBlock>
-    using Supply = BoxSupply<D, stages(D, R, kBlock / kWarp), free_stages(D, R, kBlock), kBlock / hopper::kWarpgroup>;
+    template <int D, int kParts, int kBlock>  // one stage is left free for the matrix on its way
+    using Supply = BoxSupply<D, stages(D, kParts, kBlock / kWarp), 1, kBlock / hopper::kWarpgroup>;
     template <int D, int R>
-    using ForwardSupply = Supply<D, R, forward_threads(D, R)>;
+    using ForwardSupply = Supply<D, kMatrixParts<R, WarpgroupProducts, false>, forward_threads(D, R)>;
     template <int D, int R>
-    using BackwardSupply = Supply<D, R, backward_threads(D, R)>;
+    using BackwardSupply = Supply<D, kMatrixParts<R, WarpgroupProducts, true>, backward_threads(D, R)>;
     using Map = CUtensorMap;
     template <int D>
     static Map map_of(const Mat<const bf16>& x) {
@@ -200,7 +221,8 @@ struct WarpgroupProducts {
         return tensor_map<2>(x.data, size, stride, box,
                              D >= 64   ? CU_TENSOR_MAP_SWIZZLE_128B
                              : D == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                       : CU_TENSOR_MAP_SWIZZLE_32B);
+                                       : CU_TENSOR_MAP_SWIZZLE_32B,
+                             CU_TENSOR_MAP_L2_PROMOTION_NONE);  // other columns are other groups'
     }
     template <std::size_t bytes, class Kernel>
     static void allow(Kernel kernel) {
@@ -234,7 +256,7 @@ struct WarpgroupProducts {
         }
     }
     // y = M x, M as the sum of its parts.
-    template <int D, int kUsed, bool kHalf, class Take>
+    template <int D, int kUsed, class Take>
     __device__ static __forceinline__ void multiply_parts(Vectors<D>& v, const nv_bf16* parts, Take&& take) {
         const std::uint64_t matrix = operand<D>(parts);
         run<D>(
@@ -244,7 +266,7 @@ struct WarpgroupProducts {
 #pragma unroll
                     for (int s = 0; s < D / 16; ++s) {
                         const std::uint32_t a[4] = {v.x[0][2 * s], v.x[1][2 * s], v.x[0][2 * s + 1], v.x[1][2 * s + 1]};
-                        multiply_matrix<false, kHalf>(d, a, matrix + (chunk_bits<D>(2 * s) + part * 2 * D * D) / 16,
+                        multiply_matrix<false, false>(d, a, matrix + (chunk_bits<D>(2 * s) + part * 2 * D * D) / 16,
                                                       part < kUsed - 1 || s > 0);
                     }
             },
@@ -254,24 +276,20 @@ struct WarpgroupProducts {
             });
     }
     // Two ways, each as a whole: products with branches between them would wait for one another.
-    template <int D, class Take>
+    template <int D, int R, class Take>
     __device__ static __forceinline__ void multiply(Vectors<D>& v, const nv_bf16* parts, int used, Take&& take) {
-        if (used == 1)
-            multiply_parts<D, 1, false>(v, parts, take);
+        if (R == 1 && used == 1)
+            multiply_parts<D, 1>(v, parts, take);
         else
-            multiply_parts<D, kParts, false>(v, parts, take);
+            multiply_parts<D, kParts>(v, parts, take);
     }
     template <int D, class Take>
-    __device__ static __forceinline__ void multiply_halves(Vectors<D>& v, const nv_bf16* parts, Take&& take) {
-        multiply_parts<D, kHalfParts, true>(v, parts, take);
-    }
-    template <int D, class Take>
-    __device__ static __forceinline__ void turn_halves(const std::uint32_t (&y)[D / 16][4], const nv_bf16* parts,
+    __device__ static __forceinline__ void turn_halves(const std::uint32_t (&y)[D / 16][4], const nv_bf16* part,
                                                        Take&& take) {
         // 64 columns at a time: registers.
         constexpr int kColumns = D < 64 ? D : 64, kHalf = kRowBytes<D> * D / 16;
         constexpr int kSixteenRows = 16 * kRowBytes<D> / 16;
-        const std::uint64_t matrix = operand<D>(parts);
+        const std::uint64_t matrix = operand<D>(part);
 #pragma unroll
         for (int half = 0; half < D / kColumns; ++half) {
             run<kColumns>(

@@ -7,7 +7,7 @@ namespace fiedler {
 // An sm_90 device; heads of 16, 32, 64 or 128.
 bool energy_sm90_takes(const Cuda&, int dim);
 void energy_sm90(const Cuda&, const EnergyForward<bf16>&);
-// Returns the blocks of a head, each of which leaves its sums in scratch.
+// Returns how many groups of threads share a column (a head of a side), each of which leaves its sums in scratch.
 int energy_sm90(const Cuda&, const EnergyBackward<bf16>&);
 
 }  // namespace fiedler

@@ -151,11 +151,14 @@ __device__ inline void load_bytes(void* to, const void* from, int bytes, Barrier
 }
 // The box at the given coordinates <- shared memory, after publish_shared(). The memory must stay as it is until
 // store_wait(); only the thread that stored may wait.
-__device__ inline void store_box(const CUtensorMap* map, int x, int y, const void* from) {
+__device__ inline void store_box(const CUtensorMap* map, int x, int y, std::uint32_t from) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];\n" ::"l"(map),
-                 "r"(shared_address(from)), "r"(x), "r"(y)
+                 "r"(from), "r"(x), "r"(y)
                  : "memory");
     asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
+}
+__device__ inline void store_box(const CUtensorMap* map, int x, int y, const void* from) {
+    store_box(map, x, y, shared_address(from));
 }
 __device__ inline void store_box(const CUtensorMap* map, int x, int y, int z, int w, const void* from) {
     asm volatile(

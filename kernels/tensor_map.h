@@ -29,10 +29,12 @@ inline EncodeTiled encode_tiled() {
     return function;
 }
 
-// size[0] elements lie side by side; stride[d] bytes are between neighbours along dimension d + 1.
+// size[0] elements lie side by side; stride[d] bytes are between neighbours along dimension d + 1. promotion: how much
+// is brought into the L2 cache at least.
 template <int rank, class T>
 CUtensorMap tensor_map(const T* data, const cuuint64_t (&size)[rank], const cuuint64_t (&stride)[rank - 1],
-                       const cuuint32_t (&box)[rank], CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
+                       const cuuint32_t (&box)[rank], CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B,
+                       CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
     cuuint32_t every[rank];
     std::fill_n(every, rank, 1u);
     CUtensorMap map;
@@ -43,9 +45,9 @@ CUtensorMap tensor_map(const T* data, const cuuint64_t (&size)[rank], const cuui
     constexpr CUtensorMapDataType kType = kFloat   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                           : kBytes ? CU_TENSOR_MAP_DATA_TYPE_UINT8
                                                    : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const CUresult status = encode_tiled()(&map, kType, rank, const_cast<U*>(data), size, stride, box, every,
-                                           CU_TENSOR_MAP_INTERLEAVE_NONE, kFloat ? CU_TENSOR_MAP_SWIZZLE_NONE : swizzle,
-                                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult status =
+        encode_tiled()(&map, kType, rank, const_cast<U*>(data), size, stride, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                       kFloat ? CU_TENSOR_MAP_SWIZZLE_NONE : swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (status != CUDA_SUCCESS) throw DeviceError("cuTensorMapEncodeTiled: error " + std::to_string(int(status)));
     return map;
 }

@@ -1,4 +1,5 @@
-// Names: direction tokens x heads x D, R; "dense": a Laplacian with every entry and values that bf16 does not hold.
+// Names: direction tokens x sides x heads x D, R; "dense": a Laplacian with every entry and values that bf16 does not
+// hold.
 #include "kernels/energy.h"
 
 #include "tests/bench/harness.h"
@@ -39,27 +40,35 @@ FeatureLaplacian<Accum> laplacian(Suite& s, int dim, bool dense) {
 void add_energy(Suite& s, std::int64_t n, int heads, int dim, int scalars, bool dense = false) {
     EnergyForward<Storage> f;
     f.lap = laplacian(s, dim, dense);
-    f.x = Mat<const Storage>(s.random<Storage>(n * heads * dim), n, heads * dim);
+    f.x = Mat<const Storage>(s.random<Storage>(2 * n * heads * dim), n, 2 * heads * dim);
     f.a = {s.zeros<Accum>(n * heads * scalars), n, heads * scalars};
+    f.b = {s.zeros<Accum>(n * heads * scalars), n, heads * scalars};
     f.log_tau = Vec<const Accum>(s.zeros<Accum>(scalars), scalars);
     f.log_temp = Vec<const Accum>(s.zeros<Accum>(heads), heads);
     f.heads = heads, f.scalars = scalars;
-    const std::string name = std::to_string(n) + "x" + std::to_string(heads) + "x" + std::to_string(dim) + " R" +
+    const std::string name = std::to_string(n) + "x2x" + std::to_string(heads) + "x" + std::to_string(dim) + " R" +
                              std::to_string(scalars) + (dense ? " dense" : "");
     s.add("forward " + name, traffic(f), [f, &s] { energy_forward(s.device, f); });
     s.cases.back().only_reads = scalars == 1;
 
     EnergyBackward<Storage> b;
-    b.dx = {s.zeros<Storage>(n * heads * dim), n, heads * dim};
+    b.dx = {s.zeros<Storage>(2 * n * heads * dim), n, 2 * heads * dim};
     b.dlog_tau = {s.zeros<Accum>(scalars), scalars};
     b.dlog_temp = {s.zeros<Accum>(heads), heads};
     b.da = Mat<const Accum>(s.random<Accum>(n * heads * scalars), n, heads * scalars);
+    b.db = Mat<const Accum>(s.random<Accum>(n * heads * scalars), n, heads * scalars);
     b.x = f.x, b.lap = f.lap, b.log_tau = f.log_tau, b.log_temp = f.log_temp, b.heads = heads, b.scalars = scalars;
+    Vec<Accum> memory;
 #if FIEDLER_BENCH_CUDA
-    const std::int64_t scratch = energy_scratch_elements(n, heads, scalars);
-    b.scratch = {s.zeros<Accum>(scratch), scratch};
+    const std::int64_t elements = energy_pending_elements(n, heads, scalars);
+    memory = {s.zeros<Accum>(elements), elements};
 #endif
-    s.add("backward " + name, traffic(b), [b, &s] { energy_backward(s.device, b); });
+    s.add("backward " + name, traffic(b), [b, memory, &s] {  // finish_sums() is not part of it
+        PendingSums<Accum> pending(memory);
+        EnergyBackward<Storage> p = b;
+        p.pending = &pending;
+        energy_backward(s.device, p);
+    });
 }
 
 }  // namespace

@@ -50,12 +50,13 @@ struct Graph {
 struct Problem {
     Graph graph;
     std::int64_t tokens;
-    int heads, scalars;
+    int heads, scalars, sides;
     double eps = float(1e-6);
-    Values x, da, log_tau, log_temp, dtau0, dtemp0;
+    Values x, da, log_tau, log_temp, dtau0, dtemp0;  // da: of a token, the first side's heads, then the second one's
 
-    Problem(Graph g, std::int64_t n, int h, int r) : graph(std::move(g)), tokens(n), heads(h), scalars(r) {
-        const auto vectors = static_cast<std::size_t>(n * h);
+    Problem(Graph g, std::int64_t n, int h, int r, int both = 1)
+        : graph(std::move(g)), tokens(n), heads(h), scalars(r), sides(both) {
+        const auto vectors = static_cast<std::size_t>(n * h * sides);
         x = round_to<bf16>(random_values(vectors * std::size_t(graph.dim), 1, 2.0));
         da = round_to<float>(random_values(vectors * std::size_t(r), 2));
         log_tau = round_to<float>(random_uniform(std::size_t(r), 3, -2, 1));
@@ -67,23 +68,40 @@ struct Problem {
 
 struct Result {
     Values energy, a, dx, dtau, dtemp;
+    double tau_terms = 0,
+           temp_terms = 0;  // of a reference: the largest sum of squares of what one of dtau, dtemp adds up
     void append(const Result& r) {
         const auto join = [](Values& to, const Values& from) { to.insert(to.end(), from.begin(), from.end()); };
         join(energy, r.energy), join(a, r.a), join(dx, r.dx), join(dtau, r.dtau), join(dtemp, r.dtemp);
+        tau_terms = std::max(tau_terms, r.tau_terms), temp_terms = std::max(temp_terms, r.temp_terms);
     }
 };
 
-// The contract's formulas for one head vector, in precision A. matrix: Lf (R = 1) or the eigenvectors.
+// The sum of so many bf16 numbers that comes closest to x, as float holds it.
+double sum_of_parts(double x, int parts) {
+    double sum = 0;
+    for (int part = 0; part < parts; ++part) sum += widen(narrow<bf16>(float(x) - sum));
+    return sum;
+}
+// The contract's formulas for one head vector, in precision A. matrix: Lf (R = 1) or the eigenvectors. parts > 0: where
+// the kernels multiply by a matrix of so many bf16 parts: of Lf, or of the eigenvectors times the roots of mu.
 template <class A>
 struct Naive {
     const Problem& p;
     std::vector<A> matrix, mu;
-    explicit Naive(const Problem& q)
-        : p(q),
-          matrix(to<A>(q.scalars == 1 ? q.graph.matrix() : q.graph.eigenvectors)),
-          mu(to<A>(q.graph.eigenvalues)) {}
+    explicit Naive(const Problem& q, int parts = 0) : p(q), mu(to<A>(q.graph.eigenvalues)) {
+        Values m = q.scalars == 1 ? q.graph.matrix() : q.graph.eigenvectors;
+        const std::size_t dim = std::size_t(q.graph.dim);
+        for (std::size_t i = 0; parts > 0 && i < m.size(); ++i) {
+            const double root = q.scalars == 1 ? 1.0 : std::sqrt(std::max(q.graph.eigenvalues[i / dim], 0.0));
+            m[i] = sum_of_parts(m[i] * root, parts);
+        }
+        matrix = to<A>(m);
+        if (parts > 0) std::fill(mu.begin(), mu.end(), A(1));
+    }
 
-    void vector(std::size_t n, Result& r, std::vector<A>& dtau, std::vector<A>& dtemp) const {
+    using Sums = std::vector<A>;
+    void vector(std::size_t n, Result& r, Sums& dtau, Sums& dtemp, Sums& tau_terms, Sums& temp_terms) const {
         const int dim = p.graph.dim, scalars = p.scalars, width = dim / scalars;
         const std::size_t head = n % std::size_t(p.heads);
         const auto x = [&](int d) { return A(p.x[n * std::size_t(dim) + std::size_t(d)]); };
@@ -107,6 +125,7 @@ struct Naive {
             r.energy[out] = double(energy), r.a[out] = double(a);
             dtau[std::size_t(b)] -= g * energy;
             dtemp[head] -= da * a;
+            tau_terms[std::size_t(b)] += g * energy * g * energy, temp_terms[head] += da * a * da * a;
             pull += g * energy;
             for (int m = b * width; m < (b + 1) * width; ++m) {
                 const A c = scalars == 1 ? g * y[std::size_t(m)] : g * mu[std::size_t(m)] * y[std::size_t(m)];
@@ -119,10 +138,13 @@ struct Naive {
     }
     Result run() const {
         Result r{Values(p.da.size()), Values(p.da.size()), Values(p.x.size()), p.dtau0, p.dtemp0};
-        std::vector<A> dtau(p.dtau0.size(), A(0)), dtemp(p.dtemp0.size(), A(0));
-        for (std::size_t n = 0; n < std::size_t(p.tokens) * std::size_t(p.heads); ++n) vector(n, r, dtau, dtemp);
+        Sums dtau(p.dtau0.size(), A(0)), dtemp(p.dtemp0.size(), A(0)), tau_terms = dtau, temp_terms = dtemp;
+        const std::size_t vectors = std::size_t(p.tokens) * std::size_t(p.sides * p.heads);
+        for (std::size_t n = 0; n < vectors; ++n) vector(n, r, dtau, dtemp, tau_terms, temp_terms);
         for (std::size_t i = 0; i < dtau.size(); ++i) r.dtau[i] = double(A(A(r.dtau[i]) + dtau[i]));
         for (std::size_t i = 0; i < dtemp.size(); ++i) r.dtemp[i] = double(A(A(r.dtemp[i]) + dtemp[i]));
+        r.tau_terms = double(*std::max_element(tau_terms.begin(), tau_terms.end()));
+        r.temp_terms = double(*std::max_element(temp_terms.begin(), temp_terms.end()));
         return r;
     }
 };
@@ -149,19 +171,23 @@ Values gather(const Values& v, std::int64_t cols, std::int64_t ld) {
 }
 
 std::int64_t scratch_elements(const Cpu&, const Problem&) { return 1; }
+int matrix_parts(const Cpu&) { return 0; }
 #if FIEDLER_CUDA
+int matrix_parts(const Cuda& d) { return d.arch == 90 ? 2 : 3; }
 std::int64_t scratch_elements(const Cuda&, const Problem& p) {
-    return energy_scratch_elements(p.tokens, p.heads, p.scalars);
+    return energy_pending_elements(p.tokens, p.heads, p.scalars);
 }
 #endif
+
+enum class Gradients { none, with_scratch, pending };  // how the parameters' are added up
 
 // Everything the family computes, in memory of `Dev`. gap: x and dx are columns of a matrix wider by that much, and a and da
 // of one wider by one column, so that rows of several scalars lie anywhere.
 template <class T, class Dev>
-Result run(const Dev& d, const Problem& p, std::int64_t gap = 0, bool parameters = true) {
+Result run(const Dev& d, const Problem& p, std::int64_t gap = 0, Gradients parameters = Gradients::with_scratch) {
     using A = acc_t<T>;
-    const std::int64_t dim = p.graph.dim, cols = p.heads * dim, ld = cols + gap, out = p.heads * p.scalars,
-                       out_ld = out + (gap > 0 ? 1 : 0);
+    const std::int64_t dim = p.graph.dim, cols = p.sides * p.heads * dim, ld = cols + gap, side = p.heads * p.scalars,
+                       out = p.sides * side, out_ld = out + (gap > 0 ? 1 : 0);
     const Buffer<std::int32_t, Dev> offsets(d, p.graph.offsets), columns(d, p.graph.columns);
     const Buffer<A, Dev> values(d, to<A>(p.graph.values)), vectors(d, to<A>(p.graph.eigenvectors));
     const Buffer<A, Dev> eigenvalues(d, to<A>(p.graph.eigenvalues));
@@ -172,22 +198,30 @@ Result run(const Dev& d, const Problem& p, std::int64_t gap = 0, bool parameters
     const Buffer<A, Dev> log_tau(d, to<A>(p.log_tau)), log_temp(d, to<A>(p.log_temp));
     const Buffer<A, Dev> dtau(d, to<A>(p.dtau0)), dtemp(d, to<A>(p.dtemp0));
     const Buffer<A, Dev> scratch(d, std::size_t(scratch_elements(d, p)));
+    const auto first = [&](const Buffer<A, Dev>& m) { return Mat<A>{m.data(), p.tokens, side, out_ld}; };
+    const auto second = [&](const Buffer<A, Dev>& m) {
+        return p.sides == 2 ? Mat<A>{m.data() + side, p.tokens, side, out_ld} : Mat<A>{};
+    };
     EnergyForward<T> f;
     f.lap.dim = p.graph.dim;
     if (p.scalars == 1)
         f.lap.offsets = offsets.vec(), f.lap.columns = columns.vec(), f.lap.values = values.vec();
     else
         f.lap.eigenvectors = vectors.mat(dim, dim), f.lap.eigenvalues = eigenvalues.vec();
-    f.a = {energy.data(), p.tokens, out, out_ld}, f.x = Mat<T>(x.data(), p.tokens, cols, ld);
+    f.a = first(energy), f.b = second(energy), f.x = Mat<T>(x.data(), p.tokens, cols, ld);
     f.heads = p.heads, f.scalars = p.scalars, f.eps = A(p.eps), f.raw = true;
     energy_forward(d, f);  // raw: needs neither tau nor temperature
-    f.a = {a.data(), p.tokens, out, out_ld}, f.log_tau = log_tau.vec(), f.log_temp = log_temp.vec(), f.raw = false;
+    f.a = first(a), f.b = second(a), f.log_tau = log_tau.vec(), f.log_temp = log_temp.vec(), f.raw = false;
     energy_forward(d, f);
     EnergyBackward<T> b;
-    b.dx = {dx.data(), p.tokens, cols, ld}, b.da = Mat<A>(da.data(), p.tokens, out, out_ld), b.x = f.x, b.lap = f.lap;
+    b.dx = {dx.data(), p.tokens, cols, ld}, b.da = first(da), b.db = second(da), b.x = f.x, b.lap = f.lap;
     b.log_tau = f.log_tau, b.log_temp = f.log_temp, b.heads = f.heads, b.scalars = f.scalars, b.eps = f.eps;
-    if (parameters) b.dlog_tau = dtau.vec(), b.dlog_temp = dtemp.vec(), b.scratch = scratch.vec();
+    if (parameters != Gradients::none) b.dlog_tau = dtau.vec(), b.dlog_temp = dtemp.vec();
+    if (parameters == Gradients::with_scratch) b.scratch = scratch.vec();
+    PendingSums<A> pending(scratch.vec());
+    if (parameters == Gradients::pending) b.pending = &pending;
     energy_backward(d, b);
+    finish_sums(d, pending);
     return {gather(energy.values(), out, out_ld), gather(a.values(), out, out_ld), gather(dx.values(), cols, ld),
             dtau.values(), dtemp.values()};
 }
@@ -196,8 +230,15 @@ void expect_close(const Result& got, const Result& ref, const Result& low, doubl
     EXPECT_TRUE(close(got.energy, ref.energy, low.energy, ulp));
     EXPECT_TRUE(close(got.a, ref.a, low.a, ulp));
     EXPECT_TRUE(close(got.dx, ref.dx, low.dx, ulp));
-    EXPECT_TRUE(close(got.dtau, ref.dtau, low.dtau, ulp));
-    EXPECT_TRUE(close(got.dtemp, ref.dtemp, low.dtemp, ulp));
+    // Of a few sums only the largest error is held to the bound: one evaluation may have a small one by luck. Errors of
+    // one unit of rounding in each term, of either sign, add up to one unit of the root of the sum of their squares.
+    const auto expect_sums = [&](const Values& sums, const Values& of_ref, const Values& of_low, double terms) {
+        const Error e = measure(sums, of_ref), l = measure(of_low, of_ref);
+        EXPECT_TRUE(sums.size() == of_ref.size() && !sums.empty() && e.nonfinite == 0 && l.nonfinite == 0);
+        EXPECT_LE(e.max, 2 * l.max + 8 * ulp * std::max(e.scale, std::sqrt(terms))) << "scale " << e.scale;
+    };
+    expect_sums(got.dtau, ref.dtau, low.dtau, ref.tau_terms);
+    expect_sums(got.dtemp, ref.dtemp, low.dtemp, ref.temp_terms);
 }
 void expect_identical(const Result& x, const Result& y) {
     const auto same = [](const Values& u, const Values& v) {
@@ -218,14 +259,15 @@ void check_sizes(const Dev& d, Graph graph, int heads, int scalars, const std::v
                                     << graph.values.size());
     graph.round();
     Result got, ref, low;
-    for (const std::int64_t tokens : sizes) {
-        const Problem p(graph, tokens, heads, scalars);
-        got.append(run<T>(d, p, tokens % 2 * 8));
-        ref.append(Naive<double>(p).run());
-        Result naive = Naive<acc_t<T>>(p).run();
-        naive.dx = round_to<T>(naive.dx);
-        low.append(naive);
-    }
+    for (const std::int64_t tokens : sizes)
+        for (const int sides : {1, 2}) {
+            const Problem p(graph, tokens, heads, scalars, sides);
+            got.append(run<T>(d, p, tokens % 2 * 8));
+            ref.append(Naive<double>(p).run());
+            Result naive = Naive<acc_t<T>>(p, matrix_parts(d)).run();
+            naive.dx = round_to<T>(naive.dx);
+            low.append(naive);
+        }
     expect_close(got, ref, low, ulp);
 }
 
@@ -310,7 +352,20 @@ TEST(Energy, ThreadsDoNotMatter) {
     const Problem p(Graph(32), 300, 3, 4);
     expect_identical(run<float>(Cpu{1}, p), run<float>(Cpu{3}, p));
 }
-TEST(Energy, BrokenContractsAreRefused) { EXPECT_THROW(run<float>(Cpu{}, Problem(Graph(64), 1, 1, 3)), ContractError); }
+TEST(Energy, BrokenContractsAreRefused) {
+    EXPECT_THROW(run<float>(Cpu{}, Problem(Graph(64), 1, 1, 3)), ContractError);
+    std::vector<float> x(2 * 2 * 8, 1), a(2), b(4), numbers(8);
+    const std::vector<std::int32_t> offsets(9, 0);
+    EnergyForward<float> f;  // of an empty graph, both sides
+    f.lap.dim = 8, f.lap.offsets = {offsets.data(), 9}, f.x = Mat<const float>(x.data(), 2, 16);
+    f.log_tau = {numbers.data(), 1}, f.log_temp = {numbers.data(), 1};
+    f.a = {a.data(), 2, 1, 1}, f.b = {b.data(), 2, 1, 1};
+    energy_forward(Cpu{}, f);
+    f.b = {b.data(), 2, 1, 2};  // another leading dimension
+    EXPECT_THROW(energy_forward(Cpu{}, f), ContractError);
+    f.b = {};  // one side, but x has two
+    EXPECT_THROW(energy_forward(Cpu{}, f), ContractError);
+}
 
 #if FIEDLER_CUDA
 // On sm_90 the kernels are its own, except for a device that has forgotten what it is.
@@ -347,10 +402,11 @@ TEST(Energy, GpuManyTokensAndBitEqual) {  // several rounds of the token loop
     FIEDLER_GPU_OR_SKIP();
     for (const int scalars : {1, 8}) {
         check_sizes<bf16>(gpu(), Graph(16), 2, scalars, {70001}, 1.2e-7);
-        const Problem p(Graph(64), 5000, 6, scalars);
+        const Problem p(Graph(64), 5000, 6, scalars, 2);
         const Result once = run<bf16>(gpu(), p);
         expect_identical(once, run<bf16>(gpu(), p));
-        const Result alone = run<bf16>(gpu(), p, 0, false);  // without dlog_tau and dlog_temp
+        expect_identical(once, run<bf16>(gpu(), p, 0, Gradients::pending));
+        const Result alone = run<bf16>(gpu(), p, 0, Gradients::none);
         EXPECT_EQ(alone.dx, once.dx);
         EXPECT_EQ(alone.dtau, from(to<float>(p.dtau0)));
     }
@@ -362,7 +418,7 @@ void check_changed(const Cuda& d, int dim, int heads, int scalars, Change&& chan
     graph.round();
     Problem p(graph, 70, heads, scalars);
     change(p);
-    Result low = Naive<float>(p).run();
+    Result low = Naive<float>(p, matrix_parts(d)).run();
     low.dx = round_to<bf16>(low.dx);
     expect_close(run<bf16>(d, p), Naive<double>(p).run(), low, 1.2e-7);
 }
@@ -404,11 +460,11 @@ TEST(Energy, GpuManyRoundsAreAlike) {  // more than there are stages: tokens of 
         for (const int scalars : {1, 8}) {
             Graph graph(dim, scalars == 1 && dim == 64);
             graph.round();
-            Problem p(graph, 24000, 384 / dim, scalars);
+            Problem p(graph, 24000, 384 / dim, scalars, 2);
             const auto repeat = [](Values& v, std::size_t period) {
                 for (std::size_t i = period; i < v.size(); ++i) v[i] = v[i - period];
             };
-            const std::size_t row = kPeriod * std::size_t(p.heads);
+            const std::size_t row = kPeriod * std::size_t(p.sides * p.heads);
             repeat(p.x, row * std::size_t(dim)), repeat(p.da, row * std::size_t(scalars));
             const Result r = run<bf16>(gpu(), p);
             Values energy = r.energy, a = r.a, dx = r.dx;
