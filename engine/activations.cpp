@@ -304,8 +304,8 @@ std::int64_t Activations<T>::partial_elements(const ActivationPlan& plan) const 
                 elements, graph_conv_scratch_elements(n, spec_.samples->edge_types,
                                                       std::max(spec_.projected_columns(l), spec_.scalar_columns(l))));
         if (spec_.causal_conv())
-            elements = std::max(elements, spec_.turns(l) ? conv_rotary_scratch_elements(n, spec_.projected_columns(l))
-                                                         : conv_scratch_elements(n, spec_.projected_columns(l)));
+            elements = std::max(elements, spec_.turns(l) ? conv_rotary_pending_elements(n, spec_.projected_columns(l))
+                                                         : conv_pending_elements(n, spec_.projected_columns(l)));
         if (l.kind == LayerKind::energy)
             elements = std::max(elements, energy_scratch_elements(n, spec_.heads, l.scalars));
         if (l.kind != LayerKind::dot && !plan.attends_by_tree(spec_, l))
