@@ -303,9 +303,6 @@ std::int64_t Activations<T>::partial_elements(const ActivationPlan& plan) const 
             elements = std::max(
                 elements, graph_conv_scratch_elements(n, spec_.samples->edge_types,
                                                       std::max(spec_.projected_columns(l), spec_.scalar_columns(l))));
-        if (spec_.causal_conv())
-            elements = std::max(elements, spec_.turns(l) ? conv_rotary_scratch_elements(n, spec_.projected_columns(l))
-                                                         : conv_scratch_elements(n, spec_.projected_columns(l)));
         if (l.kind != LayerKind::dot && !plan.attends_by_tree(spec_, l))
             elements = std::max(
                 elements, attention_partial_elements(seq, spec_.context, spec_.heads, spec_.channels / spec_.heads,
@@ -319,6 +316,9 @@ template <class T>
 std::int64_t Activations<T>::pending_elements(const ActivationPlan& plan) const {
     std::int64_t elements = 0;
     for (const LayerSpec& l : spec_.layer) {
+        if (spec_.causal_conv())
+            elements += spec_.turns(l) ? conv_rotary_pending_elements(plan.tokens, spec_.projected_columns(l))
+                                       : conv_pending_elements(plan.tokens, spec_.projected_columns(l));
         if (l.kind == LayerKind::coordinate)
             elements += coordinate_pending_elements(plan.tokens, spec_.scalar_columns(l), spec_.heads);
         if (l.kind == LayerKind::energy) elements += energy_pending_elements(plan.tokens, spec_.heads, l.scalars);

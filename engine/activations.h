@@ -78,7 +78,7 @@ struct ScratchActivations {  // shared by all layers
     Mat<A> da, db, dF, delta;
     Vec<A> head;                  // scratch of the head
     Vec<unsigned char> head_fp8;  // and of its way in fp8
-    Vec<A> partials;              // scratch of conv, attention
+    Vec<A> partials;              // scratch of attention, graph_conv, bag, pool
     Vec<A> pending;               // what the layers' gates and scalars leave to PendingSums
     Vec<std::byte> sort;          // scratch of the embedding's gradient
     Vec<unsigned char> tree;      // scratch of attention_tree

@@ -85,7 +85,8 @@ void Model<Dev, T>::backward_attention(int l, const DeviceBatch& batch) {
                                                          .x = act.projected,
                                                          .w = w.conv,
                                                          .seq = batch.seq,
-                                                         .scratch = s.partials,
+                                                         .scratch = {},
+                                                         .pending = &pending_,
                                                          .heads = 3 * spec_.heads,
                                                          .turned = 2 * spec_.heads,
                                                          .normalise = spec_.normalises(spec),
@@ -100,7 +101,8 @@ void Model<Dev, T>::backward_attention(int l, const DeviceBatch& batch) {
                                             .x = act.projected,
                                             .w = w.conv,
                                             .seq = batch.seq,
-                                            .scratch = s.partials});
+                                            .scratch = {},
+                                            .pending = &pending_});
     }
     Range range("matmul");
     matmul_dw(dev_, MatmulDw<T>{.dw = g.projected, .dy = dprojected, .x = act.n1});

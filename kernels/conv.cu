@@ -219,7 +219,8 @@ __global__ __launch_bounds__(kThreads, kBackwardBlocks) void backward_kernel(con
     if (any) backward_run(dw, w, a, stream, after, channel, start, stop);
     stream.template wait<0>();
     __syncthreads();  // the rows have been read
-    store_partial(shared.sums, dw, a.partial, a.channels, Place(a.channels), own_channels());
+    put_sums(shared.sums, dw, own_channels());
+    store_sums(shared.sums, a.partial, a.channels, Place(a.channels));
 }
 
 }  // namespace
@@ -238,15 +239,20 @@ void conv_backward(const Cuda& dev, const ConvBackward<bf16>& p) {
     check(p);
     FIEDLER_REQUIRE("conv", p.x.cols % kPackSize == 0 && is_aligned16(p.x) && is_aligned16(p.dy) && is_aligned16(p.dx));
     if (p.x.rows == 0 || p.x.cols == 0) return;
-    FIEDLER_REQUIRE("conv", p.scratch && p.scratch.size >= conv_scratch_elements(p.x.rows, p.x.cols));
+    FIEDLER_REQUIRE("conv", p.pending || p.scratch.size >= conv_pending_elements(p.x.rows, p.x.cols));
+    PendingSums<float> own(p.scratch);
+    PendingSums<float>& sums = p.pending ? *p.pending : own;
+    const std::int64_t blocks = token_blocks(p.x.rows, kBackwardRun), columns = p.x.cols * kTaps;
+    float* const partial = sums.take(blocks * columns).data;
     // dx is read next: where it fits, dy and x, which are not, should not drive it out of the L2 cache.
     const bool stays = 2 * p.x.rows * p.x.cols * std::int64_t(sizeof(bf16)) <= std::int64_t(dev.l2_bytes);
-    const Args args{nv(p.dx.data), nv(p.dy.data), nv(p.x.data), p.w.data,      p.scratch.data, p.dx.ld,
+    const Args args{nv(p.dx.data), nv(p.dy.data), nv(p.x.data), p.w.data,      partial, p.dx.ld,
                     p.dy.ld,       p.x.ld,        p.seq.tokens, int(p.x.cols), p.seq};
     const auto kernel = stays ? backward_kernel<true> : backward_kernel<false>;
     kernel<<<grid_for(p.x.rows, p.x.cols, kBackwardRun), dim3(kLanes, kRuns), 0, stream_of(dev)>>>(args);
     LAUNCH_CHECK("conv_backward");
-    add_partials(dev, p.dw.data, p.scratch.data, token_blocks(p.x.rows, kBackwardRun), p.x.cols);
+    sums.add({p.dw.data, partial, columns, 1, std::int32_t(blocks), std::int32_t(columns)});
+    if (!p.pending) finish_sums(dev, own);
 }
 
 }  // namespace fiedler

@@ -8,13 +8,15 @@
 //
 // Shapes     x, y, dx, dy: [tokens, channels] T, row-major; on Cuda rows 16-byte aligned and channels % 8 == 0
 //            w, dw: [channels, 4] acc_t<T>, ld == 4 (the f32 master weights: small and sensitive)
-// Scratch    backward on Cuda: conv_scratch_elements(tokens, channels) acc_t<T> for partial sums of dw
+// Scratch    backward on Cuda: conv_pending_elements(tokens, channels) acc_t<T>, of `pending` if given, else of
+//            scratch, for partial sums of dw
 // Writes     y, dx overwritten; dw accumulated (+=). No output may alias an input.
 // Numerics   acc_t<T>, fixed order, no atomics: bit-equal from run to run.
 #pragma once
 #include "kernels/contract.h"
 #include "kernels/device.h"
 #include "kernels/dtype.h"
+#include "kernels/pending_sums.h"
 #include "kernels/traffic.h"
 
 namespace fiedler {
@@ -35,6 +37,8 @@ struct ConvBackward {
     Mat<const acc_t<T>> w;
     Packed seq;
     Vec<acc_t<T>> scratch;  // Cuda only
+    // Cuda only: if given, sums over blocks lie there until finish_sums(), and scratch is not used
+    PendingSums<acc_t<T>>* pending = nullptr;
 };
 
 template <class T>
@@ -61,8 +65,8 @@ Traffic traffic(const ConvBackward<T>& p) {
 }
 
 inline constexpr std::int64_t kConvBlockTokens = 256;  // tokens whose part of dw one block sums, on Cuda
-inline std::int64_t conv_scratch_elements(std::int64_t tokens, std::int64_t channels) {
-    return (tokens + kConvBlockTokens - 1) / kConvBlockTokens * channels * 4;
+inline std::int64_t conv_pending_elements(std::int64_t tokens, std::int64_t channels) {
+    return PendingSums<float>::elements((tokens + kConvBlockTokens - 1) / kConvBlockTokens * channels * 4);
 }
 
 template <class T>  // float, double

@@ -32,10 +32,9 @@ constexpr int kBackwardPart = kConvRotaryBlockTokens / kRuns, kMaxParts = 2;
 constexpr int kAfter = kTaps - 1;  // tokens after a run, whose dm its dx needs
 constexpr int kStep = 4;           // tokens after which the windows are as before
 constexpr int kPair = 2;  // rows that are turned together, forward: their sums over heads do not wait for each other
-// Rows on their way, and the one at hand. Backward as many as leave room for two blocks in 99 KiB of shared memory.
-constexpr int kForwardDepth = 8;
-template <int D>
-constexpr int kBackwardDepth = D < 128 ? 8 : 4;
+// Rows on their way, and the one at hand. Backward fewer: what is on its way has lines of the L1 cache too, of which
+// shared memory leaves little.
+constexpr int kForwardDepth = 8, kBackwardDepth = 4;
 // Blocks that fit on a multiprocessor: the bound on registers. Where it is two, with three of them some would spill; how
 // close it is depends on the architecture.
 constexpr int kForwardBlocks = 4;
@@ -243,7 +242,7 @@ __device__ void turn_gradient(Row& g, Row (&x)[kTaps], unsigned from, int distan
 
 template <int D>
 struct BackwardMemory {
-    Ring<kBackwardDepth<D>> dy, x;
+    Ring<kBackwardDepth> dy, x;
     // Of each thread: where its run begins and the part at hand does, where the sequence of the token at hand does, and where
     // that of the run's last token ends.
     volatile int start[kThreads], part[kThreads], first[kThreads], end[kThreads];
@@ -258,7 +257,7 @@ struct BackwardMemory {
 // them as they are needed. The ring begins with the run: its last places are those of the tokens after it.
 template <int D, int kBefore>
 struct BackwardStream {
-    static constexpr int kDepth = kBackwardDepth<D>, kAhead = kDepth - 1;
+    static constexpr int kDepth = kBackwardDepth, kAhead = kDepth - 1;
     static constexpr unsigned kPlace = kThreads * sizeof(uint4),
                               kX = kDepth * kPlace;  // from a row to the next; to x's
     Rows<D> dy, x;
@@ -433,7 +432,7 @@ __device__ void backward_job(const Args& a, BackwardMemory<D>& shared) {
         newest[o] = turned && row < a.tokens ? rows_of_turned.x.load(row) : uint4{0, 0, 0, 0};
     }
     if (turned) shared.table.fill(a, at.token_block, kBackwardPart);
-    wait_for_rows<kBackwardDepth<D> - 2>();  // for the first ones, and with them the weights
+    wait_for_rows<kBackwardDepth - 2>();  // for the first ones, and with them the weights
     __syncthreads();
     Row w[kTaps], dw[kTaps] = {};
     shared.weights.read(w, columns.own);
@@ -443,13 +442,13 @@ __device__ void backward_job(const Args& a, BackwardMemory<D>& shared) {
         BackwardWalk<D, false, false>(dw, w, newest, a, columns, stream).all();
     wait_for_rows<0>();
     __syncthreads();  // table and rows have been read
-    // Partial sums are those of kBackwardPart tokens of each run: the first of a block with two parts has both.
     const Place place = place_of(a, kJob);
-    const int parts = kJob == 0 ? a.parts : 1, row = place.token_block * parts;
-    store_partial(*reinterpret_cast<Sums*>(&shared), dw, a.partial, a.channels, Place(row, place.first_channel),
-                  columns.own);
-    if (parts == 2 && (row + 1) * kRuns * kBackwardPart < a.tokens)
-        clear_partial(a.partial, a.channels, Place(row + 1, place.first_channel));
+    // With two jobs, turned channels and others have sums of their own.
+    const int first_of_job = kJob == 1 ? a.turned : 0, end_of_job = a.parts == 2 && kJob == 0 ? a.turned : a.channels;
+    Sums& sums = *reinterpret_cast<Sums*>(&shared);
+    put_sums(sums, dw, columns.own);
+    store_sums(sums, a.partial[kJob], end_of_job - first_of_job,
+               Place(place.token_block, place.first_channel - first_of_job));
 }
 
 // Whether a block of two jobs has this one: the last ones may not.
@@ -530,19 +529,33 @@ void conv_rotary_backward(const Cuda& dev, const ConvRotaryBackward<bf16>& p) {
     for_width("conv_rotary", p.x.cols / p.heads, [&](auto d) {
         constexpr int D = decltype(d)::value;
         if (p.x.rows == 0) return;
-        FIEDLER_REQUIRE("conv_rotary", p.scratch && p.scratch.size >= conv_rotary_scratch_elements(p.x.rows, p.x.cols));
+        FIEDLER_REQUIRE("conv_rotary", p.pending || p.scratch.size >= conv_rotary_pending_elements(p.x.rows, p.x.cols));
+        PendingSums<float> own(p.scratch);
+        PendingSums<float>& sums = p.pending ? *p.pending : own;
         Args args = common_args(p);
         args.out = nv(p.dx.data), args.ld_out = row_bytes(p.dx);
         args.in = nv(p.dy.data), args.ld_in = row_bytes(p.dy);
-        args.partial = p.scratch.data;
         const Cut cut = cut_for(dev, p.x.rows, p.x.cols, args.turned);
         args.parts = cut.parts;
+        // Sums of channels [first, first + count), of runs of `run` tokens.
+        const auto add_sums = [&](std::int64_t first, std::int64_t count, int run) {
+            const std::int64_t rows = token_blocks(p.x.rows, run), columns = count * kTaps;
+            float* const partial = sums.take(rows * columns).data;
+            sums.add({p.dw.data + first * kTaps, partial, columns, 1, std::int32_t(rows), std::int32_t(columns)});
+            return partial;
+        };
+        if (cut.parts == 1) {
+            args.partial[0] = args.partial[1] = add_sums(0, p.x.cols, kBackwardPart);
+        } else {
+            args.partial[0] = add_sums(0, args.turned, 2 * kBackwardPart);
+            args.partial[1] = add_sums(args.turned, p.x.cols - args.turned, kBackwardPart);
+        }
         using Memory = BackwardMemory<D>;
         const auto kernel = p.normalise ? backward_kernel<D, true> : backward_kernel<D, false>;
         allow_shared<Memory::bytes(kMaxParts)>(kernel);
         kernel<<<cut.blocks, dim3(kLanes, kRuns), Memory::bytes(args.parts), stream_of(dev)>>>(args);
         LAUNCH_CHECK("conv_rotary_backward");
-        add_partials(dev, p.dw.data, p.scratch.data, token_blocks(p.x.rows, kBackwardPart), p.x.cols);
+        if (!p.pending) finish_sums(dev, own);
     });
 }
 

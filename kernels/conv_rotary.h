@@ -9,15 +9,17 @@
 //
 // Shapes     x, y, dx, dy: [tokens, heads D] T, row-major; on Cuda rows 16-byte aligned and D in {16, 32, 64, 128}
 //            w, dw: [heads D, 4] acc_t<T>, ld == 4; 0 <= turned <= heads
-// Scratch    backward on Cuda: conv_rotary_scratch_elements(tokens, heads D) acc_t<T> for partial sums of dw
+// Scratch    backward on Cuda: conv_rotary_pending_elements(tokens, heads D) acc_t<T> at most, of `pending` if given,
+//            else of scratch, for partial sums of dw
 // Writes     y, dx overwritten; dw accumulated (+=). No output may alias an input.
 // Numerics   acc_t<T>, m and dm too: they are never rounded to T. Fixed order, no atomics: bit-equal from run to run.
-//            On Cuda sincosf of f32 angles gives cos and sin at some tokens, and those of the tokens after them follow by
-//            the addition theorem from sincosf of the distance, less than 64.
+//            On Cuda cos and sin of f32 angles, to 1e-6, are found at some tokens, and those of the tokens after them
+//            follow by the addition theorem from cos and sin of the distance, less than 64.
 #pragma once
 #include "kernels/contract.h"
 #include "kernels/device.h"
 #include "kernels/dtype.h"
+#include "kernels/pending_sums.h"
 #include "kernels/traffic.h"
 
 namespace fiedler {
@@ -40,6 +42,8 @@ struct ConvRotaryBackward {
     Mat<const acc_t<T>> w;
     Packed seq;
     Vec<acc_t<T>> scratch;  // Cuda only
+    // Cuda only: if given, sums over blocks lie there until finish_sums(), and scratch is not used
+    PendingSums<acc_t<T>>* pending = nullptr;
     std::int32_t heads = 1, turned = 1;
     bool normalise = true, rotate = true;
     acc_t<T> theta = acc_t<T>(10000), eps = acc_t<T>(1e-6);
@@ -75,9 +79,11 @@ Traffic traffic(const ConvRotaryBackward<T>& p) {
     return {3 * n * sizeof(T) + 12.0 * double(p.x.cols) * sizeof(acc_t<T>), 16 * n + (8 + 9) * turned};
 }
 
-inline constexpr std::int64_t kConvRotaryBlockTokens = 256;  // tokens of a partial sum of dw, on Cuda
-inline std::int64_t conv_rotary_scratch_elements(std::int64_t tokens, std::int64_t channels) {
-    return (tokens + kConvRotaryBlockTokens - 1) / kConvRotaryBlockTokens * channels * 4;
+// Tokens of a partial sum of dw at least, on Cuda. Turned channels and others have sums of their own.
+inline constexpr std::int64_t kConvRotaryBlockTokens = 256;
+inline std::int64_t conv_rotary_pending_elements(std::int64_t tokens, std::int64_t channels) {
+    const std::int64_t blocks = (tokens + kConvRotaryBlockTokens - 1) / kConvRotaryBlockTokens;
+    return PendingSums<float>::elements(blocks * channels * 4) + PendingSums<float>::elements(1);
 }
 
 template <class T>  // float, double

@@ -15,7 +15,7 @@ struct Args {
     nv_bf16* out;           // y or dx
     const nv_bf16 *in, *x;  // x or dy; x again (backward)
     const float* w;
-    float* partial;                // [blocks of tokens][channels][4] (backward)
+    float* partial[2];             // of each job: [blocks of tokens][its channels][4] (backward)
     int ld_out, ld_in, ld_x;       // in bytes: an address is then one product and a sum
     int tokens, channels, turned;  // tokens below 2^30, so that a block may count beyond them; turned: channels
     int parts;                     // of a run of turned channels, 1 or 2; as many jobs has a block (backward)
@@ -25,8 +25,8 @@ struct Args {
     Frequencies frequencies;
 };
 
-// What a block works on. With two jobs, which need twice as many turned channels as others: number 0 is runs of two parts
-// of turned channels, number 1 runs of one part of others, so that all blocks have the same work.
+// What a block works on, backward: job number 0 is runs of turned channels, number 1 runs of others. With two jobs,
+// which need twice as many turned channels as others, runs of the first have two parts: all blocks have the same work.
 __device__ inline Place place_of(const Args& a, int job) {
     if (a.parts == 1) return Place(a.channels);
     int block;  // read anew each time, as in Place
@@ -36,6 +36,12 @@ __device__ inline Place place_of(const Args& a, int job) {
                     : Place(block / others, a.turned + block % others * kBlockChannels);
 }
 __device__ inline int parts_of(const Args& a, bool turned) { return turned ? a.parts : 1; }
+
+// cos and sin to 1e-6 of angles that are no more than 2^22 turns, which are taken off in two parts.
+__device__ inline void cos_sin(float angle, float& c, float& s) {
+    const float turns = rintf(angle * 0.15915494f), rest = fmaf(turns, 1.7484556e-7f, fmaf(turns, -6.2831855f, angle));
+    c = __cosf(rest), s = __sinf(rest);
+}
 
 // A thread's columns, and whether they exist and are turned.
 template <int D>
@@ -143,7 +149,7 @@ struct Table {
     struct Row {
         float4 cosine[kFours], sine[kFours];
     };
-    static constexpr std::size_t bytes(int parts) { return (kSteps + kRuns * parts) * sizeof(Row); }
+    FIEDLER_HD static constexpr std::size_t bytes(int parts) { return (kSteps + kRuns * parts) * sizeof(Row); }
     Row row[1];
 
     // All threads of the block take part, without a barrier. length: tokens of a part.
@@ -157,7 +163,7 @@ struct Table {
                 const int start = min((token_block * all + k - kSteps) * length, a.tokens - 1);
                 position = start - a.seq.first(start);
             }
-            sincosf(float(position) * frequency, &row[k].sine[d / 4].x + d % 4, &row[k].cosine[d / 4].x + d % 4);
+            cos_sin(float(position) * frequency, (&row[k].cosine[d / 4].x)[d % 4], (&row[k].sine[d / 4].x)[d % 4]);
         }
     }
 };

@@ -104,13 +104,15 @@ struct Weights {
     }
 };
 
-// partial[block of tokens][channels][4] = the sum of dw over the block's runs; all threads of the block take part.
-__device__ inline void store_partial(Sums& sums, const Row (&dw)[kTaps], float* partial, int channels, Place at,
-                                     Channels own) {
+// partial[block of tokens][channels][4] = the sum of dw over the block's runs: all threads of the block put theirs,
+// then store.
+__device__ inline void put_sums(Sums& sums, const Row (&dw)[kTaps], Channels own) {
 #pragma unroll
     for (int k = 0; k < kTaps; ++k)
 #pragma unroll
         for (int e = 0; e < kPackSize; ++e) sums[threadIdx.y][k][own.at(e)] = dw[k][e];
+}
+__device__ inline void store_sums(const Sums& sums, float* partial, int channels, Place at) {
     __syncthreads();
     const int count = min(kBlockChannels, channels - at.first_channel) * kTaps;
     partial += (std::int64_t(at.token_block) * channels + at.first_channel) * kTaps;
@@ -120,41 +122,6 @@ __device__ inline void store_partial(Sums& sums, const Row (&dw)[kTaps], float* 
         for (int run = 0; run < kRuns; ++run) sum += sums[run][t % kTaps][t / kTaps];
         partial[t] = sum;
     }
-}
-
-// The same of a block without a share.
-__device__ inline void clear_partial(float* partial, int channels, Place at) {
-    const int count = min(kBlockChannels, channels - at.first_channel) * kTaps;
-    partial += (std::int64_t(at.token_block) * channels + at.first_channel) * kTaps;
-    for (int t = threadIdx.y * kLanes + threadIdx.x; t < count; t += kThreads) partial[t] = 0.f;
-}
-
-// dw += sum over blocks of partial[block], each element by kFinishRows threads in fixed order.
-constexpr int kFinishColumns = 32, kFinishRows = 16;
-static __global__ __launch_bounds__(kFinishColumns* kFinishRows) void finish_kernel(float* dw, const float* partial,
-                                                                                    std::int64_t blocks,
-                                                                                    std::int64_t n) {
-    __shared__ float sums[kFinishRows][kFinishColumns];
-    const std::int64_t column = std::int64_t(blockIdx.x) * kFinishColumns + threadIdx.x;
-    const float before = threadIdx.y == 0 && column < n ? dw[column] : 0.f;
-    wait_for_previous();  // where it starts before the partial sums are there
-    float sum = 0;
-    if (column < n) {
-#pragma unroll 8
-        for (std::int64_t b = threadIdx.y; b < blocks; b += kFinishRows) sum += partial[b * n + column];
-    }
-    sums[threadIdx.y][threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.y != 0 || column >= n) return;
-    for (int row = 1; row < kFinishRows; ++row) sum += sums[row][threadIdx.x];
-    dw[column] = before + sum;
-}
-// After the kernel that made them, which calls dependents_may_start().
-inline void add_partials(const Cuda& dev, float* dw, const float* partial, std::int64_t blocks, std::int64_t channels) {
-    const std::int64_t n = channels * kTaps;
-    const dim3 grid(unsigned(ceil_div(n, std::int64_t(kFinishColumns)))), block(kFinishColumns, kFinishRows);
-    launch_dependent(dev, finish_kernel, grid, block, 0, dw, partial, blocks, n);
-    LAUNCH_CHECK("conv_finish");
 }
 
 // Blocks of kRuns runs of `run` tokens.

@@ -10,19 +10,25 @@ void add_conv_rotary(Suite& suite, std::int32_t count, std::int32_t length, std:
                      bool normalise) {
     const std::int64_t tokens = std::int64_t(count) * length, c = std::int64_t(heads) * width;
     const auto input = [&] { return Mat<const Storage>(suite.random<Storage>(tokens * c), tokens, c); };
-    const std::int64_t scratch = conv_rotary_scratch_elements(tokens, c);
+    const std::int64_t size = conv_rotary_pending_elements(tokens, c);
+    const Vec<Accum> memory(suite.zeros<Accum>(size), size);
     ConvRotaryForward<Storage> f;
     f.y = Mat<Storage>(suite.zeros<Storage>(tokens * c), tokens, c);
     f.x = input(), f.w = Mat<const Accum>(suite.random<Accum>(4 * c), c, 4), f.seq = Packed::uniform(count, length);
     f.heads = heads, f.turned = heads / 3 * 2, f.normalise = normalise;
     ConvRotaryBackward<Storage> b;
     b.dx = f.y, b.dw = Mat<Accum>(suite.zeros<Accum>(4 * c), c, 4);
-    b.dy = input(), b.x = f.x, b.w = f.w, b.seq = f.seq, b.scratch = {suite.zeros<Accum>(scratch), scratch};
+    b.dy = input(), b.x = f.x, b.w = f.w, b.seq = f.seq;
     b.heads = heads, b.turned = f.turned, b.normalise = normalise;
     const std::string name = std::to_string(tokens) + "x(" + std::to_string(heads) + "x" + std::to_string(width) + ")" +
                              (normalise ? " norm, rotation" : " rotation");
     suite.add("forward " + name, traffic(f), [f, &suite] { conv_rotary_forward(suite.device, f); });
-    suite.add("backward " + name, traffic(b), [b, &suite] { conv_rotary_backward(suite.device, b); });
+    suite.add("backward " + name, traffic(b), [b, memory, &suite] {
+        PendingSums<Accum> pending(memory);  // as in a model, which adds up all layers' sums at once
+        ConvRotaryBackward<Storage> p = b;
+        p.pending = &pending;
+        conv_rotary_backward(suite.device, p);
+    });
 }
 
 }  // namespace

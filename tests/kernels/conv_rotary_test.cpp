@@ -60,18 +60,22 @@ Values forward(const Dev& dev, const Problem& q, bool uniform, std::int64_t gap 
 struct Gradients {
     Values dx, dw;
 };
+// pending: instead of scratch.
 template <class T, class Dev>
-Gradients backward(const Dev& dev, const Problem& q, bool uniform, std::int64_t gap = 0) {
+Gradients backward(const Dev& dev, const Problem& q, bool uniform, std::int64_t gap = 0,
+                   PendingSums<acc_t<T>>* pending = nullptr) {
     const Packing<Dev> packing(dev, q.lengths, uniform);
     const Padded<T, Dev> x(dev, q.tokens, q.channels, q.channels + gap, q.x),
         dy(dev, q.tokens, q.channels, q.channels + 2 * gap, q.dy), dx(dev, q.tokens, q.channels, q.channels + 3 * gap);
     const Buffer<acc_t<T>, Dev> w(dev, to<acc_t<T>>(q.w)), dw(dev, to<acc_t<T>>(q.dw0)),
-        scratch(dev, std::size_t(conv_rotary_scratch_elements(q.tokens, q.channels)));
+        scratch(dev, std::size_t(conv_rotary_pending_elements(q.tokens, q.channels)));
     ConvRotaryBackward<T> p;
     q.fill_turned(p);
     p.dx = dx.mat(), p.dw = dw.mat(q.channels, 4), p.dy = dy.mat(), p.x = x.mat(), p.w = w.mat(q.channels, 4);
-    p.seq = packing.seq, p.scratch = scratch.vec();
+    p.seq = packing.seq, p.pending = pending;
+    if (!pending) p.scratch = scratch.vec();
     conv_rotary_backward(dev, p);
+    if (pending) finish_sums(dev, *pending);
     return {dx.values(), dw.values()};
 }
 
@@ -268,6 +272,20 @@ TEST(ConvRotary, GpuSharesOfHeads) {
         for (const std::int64_t heads : {1, 2, 3, 5, 8, 9})
             for (const std::int64_t turned : {std::int64_t(0), std::int64_t(1), heads - 1, heads})
                 expect_gpu_matches(Problem({50, 1, 20}, width, heads, turned), false);
+}
+
+TEST(ConvRotary, GpuPendingSumsAreTheSame) {  // one list's memory serves one pass after the other
+    FIEDLER_GPU_OR_SKIP();
+    const Buffer<float, Cuda> memory(gpu(), std::size_t(conv_rotary_pending_elements(1024, 384)));
+    PendingSums<float> pending(memory.vec());
+    for (const Lengths& lengths : {Lengths{1}, {33}, {257}, {512, 512}, {300, 1, 700}})
+        for (const std::int64_t turned : {0, 3, 4, 6}) {
+            SCOPED_TRACE(testing::Message() << testing::PrintToString(lengths) << ", turned " << turned);
+            const Problem q(lengths, 64, 6, turned);
+            const Gradients own = backward<bf16>(gpu(), q, false), given = backward<bf16>(gpu(), q, false, 0, &pending);
+            EXPECT_EQ(given.dx, own.dx);
+            EXPECT_EQ(given.dw, own.dw);
+        }
 }
 
 TEST(ConvRotary, GpuManyBlocksAndFarPositions) {  // dw from more blocks than the finishing kernel has rows

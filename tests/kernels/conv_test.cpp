@@ -69,15 +69,18 @@ Values forward(const Dev& dev, const Problem& q, bool uniform, std::int64_t gap 
 struct Gradients {
     Values dx, dw;
 };
+// pending: instead of scratch.
 template <class T, class Dev>
-Gradients backward(const Dev& dev, const Problem& q, bool uniform, std::int64_t gap = 0) {
+Gradients backward(const Dev& dev, const Problem& q, bool uniform, std::int64_t gap = 0,
+                   PendingSums<acc_t<T>>* pending = nullptr) {
     const Packing<Dev> packing(dev, q.lengths, uniform);
     const Padded<T, Dev> x(dev, q.tokens, q.channels, q.channels + gap, q.x),
         dy(dev, q.tokens, q.channels, q.channels + 2 * gap, q.dy), dx(dev, q.tokens, q.channels, q.channels + 3 * gap);
     const Buffer<acc_t<T>, Dev> w(dev, to<acc_t<T>>(q.w)), dw(dev, to<acc_t<T>>(q.dw0)),
-        scratch(dev, std::size_t(conv_scratch_elements(q.tokens, q.channels)));
+        scratch(dev, std::size_t(conv_pending_elements(q.tokens, q.channels)));
     conv_backward(dev, ConvBackward<T>{dx.mat(), dw.mat(q.channels, 4), dy.mat(), x.mat(), w.mat(q.channels, 4),
-                                       packing.seq, scratch.vec()});
+                                       packing.seq, pending ? Vec<acc_t<T>>{} : scratch.vec(), pending});
+    if (pending) finish_sums(dev, *pending);
     return {dx.values(), dw.values()};
 }
 
@@ -220,6 +223,42 @@ TEST(Conv, GpuManyBlocks) {  // dw from more blocks than the finishing kernel ha
     EXPECT_TRUE(close(got.dw, ref.dw, low.dw));
     EXPECT_TRUE(
         close(forward<bf16>(gpu(), q, true), q.naive_forward(), round_to<bf16>(forward<float>(Cpu{}, q, true))));
+}
+
+TEST(Conv, GpuPendingSumsAreTheSame) {  // one list's memory serves one pass after the other
+    FIEDLER_GPU_OR_SKIP();
+    const Buffer<float, Cuda> memory(gpu(), std::size_t(conv_pending_elements(2048, 2056)));
+    PendingSums<float> pending(memory.vec());
+    for (const auto& [lengths, channels] : kGpuShapes) {
+        SCOPED_TRACE(testing::Message() << testing::PrintToString(lengths) << " x " << channels);
+        const Problem q = Problem(lengths, channels).round<bf16>();
+        const Gradients own = backward<bf16>(gpu(), q, false), given = backward<bf16>(gpu(), q, false, 0, &pending);
+        EXPECT_EQ(given.dx, own.dx);
+        EXPECT_EQ(given.dw, own.dw);
+    }
+}
+
+TEST(Conv, GpuPendingSumsWait) {
+    FIEDLER_GPU_OR_SKIP();
+    const Buffer<bf16, Cuda> x(gpu(), Values(300 * 8, 1.0)), dx(gpu(), 300 * 8);
+    const Buffer<float, Cuda> w(gpu(), Values(32, 1.0)), dw(gpu(), Values(32, 3.0)),
+        memory(gpu(), std::size_t(conv_pending_elements(300, 8)));
+    PendingSums<float> pending(memory.vec());
+    const ConvBackward<bf16> p{.dx = dx.mat(300, 8),
+                               .dw = dw.mat(8, 4),
+                               .dy = x.mat(300, 8),
+                               .x = x.mat(300, 8),
+                               .w = w.mat(8, 4),
+                               .seq = Packed::uniform(1, 300),
+                               .scratch = {},
+                               .pending = &pending};
+    conv_backward(gpu(), p);
+    EXPECT_EQ(dw.values(), Values(32, 3.0));
+    EXPECT_THROW(conv_backward(gpu(), p), ContractError);  // the memory is full
+    finish_sums(gpu(), pending);
+    Values expected(32);
+    for (std::size_t i = 0; i < expected.size(); ++i) expected[i] = 3.0 + 297.0 + double(i % 4);  // terms of a tap
+    EXPECT_EQ(dw.values(), expected);
 }
 
 TEST(Conv, GpuResultsDoNotDependOnTheCache) {  // whose size decides which rows it keeps

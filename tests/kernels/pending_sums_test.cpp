@@ -21,6 +21,8 @@ std::vector<Shape> shapes() {
         for (const std::int32_t columns : {1, 6, 8, 9, 40})
             for (const bool follow : {false, true}) r.push_back({rows, columns, follow});
     for (int i = 0; i < 40; ++i) r.push_back({7, 5, i % 2 == 0});
+    for (const std::int32_t rows : {1, 7, 64, 65, 200})  // blocks of many columns, and what cannot be read four at once
+        for (const std::int32_t columns : {511, 512, 516, 518, 1536}) r.push_back({rows, columns, false});
     return r;
 }
 
