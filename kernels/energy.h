@@ -28,7 +28,7 @@
 // Numerics   everything in acc_t<T>, recomputed in backward; fixed order, no atomics: bit-equal from run to run.
 //            Cuda: R > 1 multiplies by the eigenvectors times the roots of their eigenvalues, R = 1 by Lf; entries have
 //            24 bits, on sm_90 16 (two bf16; Lf of an unweighted graph is exact). With 16 bits lambda_r is off by 5e-7
-//            (rms; 4e-6 at most) where x are normal numbers, and an E_r near zero by about 2^-16 of the root of E_r mu,
+//            (rms; 5e-6 at most) where x are normal numbers, and an E_r near zero by about 2^-16 of the root of E_r mu,
 //            mu the band's largest eigenvalue. The sum over r in dx is of products of numbers of 11 bits (sm_90) or 16.
 // Source     tauformer's published form; derivative checked by finite differences in tests/kernels/energy_test.cpp.
 #pragma once
