@@ -72,10 +72,16 @@ Operand stored(const Mat<const T>& row_major, cublasOperation_t op) {
 Result result(const Mat<bf16>& m) { return {m.data, m.cols, m.rows, m.ld, CUDA_R_16BF}; }
 Result result(const Mat<float>& m) { return {m.data, m.cols, m.rows, m.ld, CUDA_R_32F}; }
 
+// An algorithm that cuBLASLt proposes. With a workspace some keep a counter there, of the tiles that are taken, and a launch
+// is two nodes of the stream: 3 us for setting it to 0.
+struct Algorithm {
+    cublasLtMatmulAlgo_t algo{};
+    bool with_workspace = true;
+};
 struct Plan {
     Operation operation;
     Layout a, b, c, d;
-    cublasLtMatmulAlgo_t algorithm{};
+    Algorithm algorithm;
 };
 using Key = std::array<std::int64_t, 25>;
 using Plans = std::map<Key, Plan>;
@@ -185,12 +191,11 @@ void prefer(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttri
     CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, which, &value, sizeof(value)));
 }
 
-Preference make_preference(const Cuda& dev, const Product& p) {
+Preference make_preference(const Product& p, std::size_t workspace_bytes) {
     cublasLtMatmulPreference_t preference = nullptr;
     CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
     Preference owned(preference);
-    prefer(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-           static_cast<std::uint64_t>(workspace_of(dev, p).bytes));
+    prefer(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<std::uint64_t>(workspace_bytes));
     // Partial sums of a split inner dimension: in f32, in the workspace, added in a second, ordered step. The other
     // schemes add into the output, rounded to its type.
     prefer(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
@@ -202,28 +207,31 @@ Preference make_preference(const Cuda& dev, const Product& p) {
     return owned;
 }
 
-cublasStatus_t launch(const Cuda& dev, const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Product& p) {
+cublasStatus_t launch(const Cuda& dev, const Plan& plan, const Algorithm& algorithm, const Product& p) {
     const float alpha = 1.f, beta = p.c.data ? 1.f : 0.f;
-    const Workspace workspace = workspace_of(dev, p);
+    const Workspace workspace = algorithm.with_workspace ? workspace_of(dev, p) : Workspace{};
     if (p.scale)  // where it lies is no part of the plan
         CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(plan.operation.get(), CUBLASLT_MATMUL_DESC_A_SCALE_POINTER,
                                                     &p.scale, sizeof(p.scale)));
     return cublasLtMatmul(dev.state->blas, plan.operation.get(), &alpha, p.a.data, plan.a.get(), p.b.data, plan.b.get(),
-                          &beta, p.described_c().data, plan.c.get(), p.d.data, plan.d.get(), &algorithm, workspace.data,
-                          workspace.bytes, stream_of(dev));
+                          &beta, p.described_c().data, plan.c.get(), p.d.data, plan.d.get(), &algorithm.algo,
+                          workspace.data, workspace.bytes, stream_of(dev));
 }
 
-constexpr int kProposals = 32;
-using Proposals = std::array<cublasLtMatmulHeuristicResult_t, kProposals>;
+using Proposals = std::vector<Algorithm>;
 
-int propose(const Cuda& dev, const Product& p, const Plan& plan, Proposals& proposals) {
-    const Preference preference = make_preference(dev, p);
+void propose(const Cuda& dev, const Product& p, const Plan& plan, bool with_workspace, Proposals& proposals) {
+    constexpr int kMost = 32;
+    std::array<cublasLtMatmulHeuristicResult_t, kMost> results{};
+    const Preference preference = make_preference(p, with_workspace ? workspace_of(dev, p).bytes : 0);
     int found = 0;
     const cublasStatus_t status =
         cublasLtMatmulAlgoGetHeuristic(dev.state->blas, plan.operation.get(), plan.a.get(), plan.b.get(), plan.c.get(),
-                                       plan.d.get(), preference.get(), kProposals, proposals.data(), &found);
+                                       plan.d.get(), preference.get(), kMost, results.data(), &found);
     if (status != CUBLAS_STATUS_SUCCESS && status != CUBLAS_STATUS_NOT_SUPPORTED) CUBLAS_CHECK(status);
-    return found;
+    for (int i = 0; i < found; ++i)
+        if (results[std::size_t(i)].state == CUBLAS_STATUS_SUCCESS)
+            proposals.push_back({results[std::size_t(i)].algo, with_workspace});
 }
 
 std::int32_t setting_of(const cublasLtMatmulAlgo_t& algorithm, cublasLtMatmulAlgoConfigAttributes_t which) {
@@ -246,7 +254,8 @@ bool splits(const cublasLtMatmulAlgo_t& algorithm) {
 // workspace holds, made there from what the output is now.
 
 constexpr double kSearchFlops = 1e9;  // smaller products are not worth it
-constexpr int kMostTried = 12, kTimedRuns = 3, kRounds = 4;
+constexpr std::size_t kMostTried = 12;
+constexpr int kTimedRuns = 3, kRounds = 4;
 
 bool in_place(const Product& p) { return p.c.data != nullptr && p.c.data == p.d.data; }
 constexpr std::size_t kFingerprintBytes = 256;  // at the begin of the workspace; alignment of what follows
@@ -301,7 +310,7 @@ unsigned long long fingerprint(const Cuda& dev, const Product& p) {
     copy_to_host(dev, &host, sum, sizeof host);
     return host;
 }
-double seconds_of(const Cuda& dev, const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Product& p) {
+double seconds_of(const Cuda& dev, const Plan& plan, const Algorithm& algorithm, const Product& p) {
     timer_start(dev);
     for (int i = 0; i < kTimedRuns; ++i) CUBLAS_CHECK(launch(dev, plan, algorithm, p));
     return timer_stop_seconds(dev) / kTimedRuns;
@@ -309,35 +318,32 @@ double seconds_of(const Cuda& dev, const Plan& plan, const cublasLtMatmulAlgo_t&
 // first: the proposal whose result is in d now. What is there in the end has the same bits.
 //
 // In rounds, of which the best counts: a GPU that has been waiting takes a while to reach its clock, and leaves it again.
-int fastest(const Cuda& dev, const Product& whole, const Proposals& proposals, int first, int found) {
-    const auto algorithm = [&](int i) -> const cublasLtMatmulAlgo_t& {
-        return proposals[static_cast<std::size_t>(i)].algo;
-    };
-    if (splits(algorithm(first))) return first;
+std::size_t fastest(const Cuda& dev, const Product& whole, const Proposals& proposals, std::size_t first) {
+    if (splits(proposals[first].algo)) return first;
     const Product p = searched(dev, whole);
     if (p.d.cols == 0) return first;
     const Plan plan = describe(p);
     constexpr double kWorthIt = 0.98;
-    if (in_place(whole) && launch(dev, plan, algorithm(first), p) != CUBLAS_STATUS_SUCCESS) {
+    if (in_place(whole) && launch(dev, plan, proposals[first], p) != CUBLAS_STATUS_SUCCESS) {
         (void)cudaGetLastError();
         return first;
     }
     const unsigned long long bits = fingerprint(dev, p);
     struct Timed {
-        int proposal;
+        std::size_t proposal;
         double seconds;
     };
-    std::vector<Timed> timed{{first, seconds_of(dev, plan, algorithm(first), p)}};
-    for (int i = first + 1; i < std::min(found, first + kMostTried); ++i) {
-        if (proposals[static_cast<std::size_t>(i)].state != CUBLAS_STATUS_SUCCESS || splits(algorithm(i))) continue;
-        if (launch(dev, plan, algorithm(i), p) != CUBLAS_STATUS_SUCCESS) {
+    std::vector<Timed> timed{{first, seconds_of(dev, plan, proposals[first], p)}};
+    for (std::size_t i = first + 1; i < std::min(proposals.size(), first + kMostTried); ++i) {
+        if (splits(proposals[i].algo)) continue;
+        if (launch(dev, plan, proposals[i], p) != CUBLAS_STATUS_SUCCESS) {
             (void)cudaGetLastError();
             continue;
         }
-        if (fingerprint(dev, p) == bits) timed.push_back({i, seconds_of(dev, plan, algorithm(i), p)});
+        if (fingerprint(dev, p) == bits) timed.push_back({i, seconds_of(dev, plan, proposals[i], p)});
     }
     for (int round = 1; round < kRounds; ++round)
-        for (Timed& t : timed) t.seconds = std::min(t.seconds, seconds_of(dev, plan, algorithm(t.proposal), p));
+        for (Timed& t : timed) t.seconds = std::min(t.seconds, seconds_of(dev, plan, proposals[t.proposal], p));
     Timed best = timed.front();
     for (const Timed& t : timed)
         if (t.seconds < kWorthIt * best.seconds) best = t;
@@ -386,45 +392,53 @@ bool loads_in_bulk(const Operand& o, std::uint32_t aligned) {
 // multiprocessor, of those that have, too, the one whose blocks read least (one of 64 x 96: less than three of 64 x 32).
 // None where the first of all does not split and has a block for nearly every multiprocessor. Operands that cannot be loaded
 // in bulk take kernels of another kind, of whose blocks a multiprocessor may have several: there it is the first.
-void put_splitting_first(const Cuda& dev, const Product& p, Proposals& proposals, int found) {
-    const auto begin = proposals.begin(), end = begin + found;
-    if (found > 0 && !splits(begin->algo) && reads_of(dev, p, begin->algo) < INFINITY) return;
-    auto best = std::find_if(begin, end, [](const cublasLtMatmulHeuristicResult_t& x) {
-        return x.state == CUBLAS_STATUS_SUCCESS && splits(x.algo);
-    });
+void put_splitting_first(const Cuda& dev, const Product& p, Proposals& proposals) {
+    if (!proposals.empty() && !splits(proposals.front().algo) && reads_of(dev, p, proposals.front().algo) < INFINITY)
+        return;
+    const auto end = proposals.end();
+    auto best = std::find_if(proposals.begin(), end, [](const Algorithm& x) { return splits(x.algo); });
     const bool in_bulk = loads_in_bulk(p.a, alignment_a(p)) && loads_in_bulk(p.b, alignment_b(p));
     double least = best != end && in_bulk ? reads_of(dev, p, best->algo) : INFINITY;
     for (auto x = best; x != end && least < INFINITY; ++x) {
-        if (x->state != CUBLAS_STATUS_SUCCESS || !splits(x->algo)) continue;
+        if (!splits(x->algo)) continue;
         if (const double reads = reads_of(dev, p, x->algo); reads < least) best = x, least = reads;
     }
-    if (best != end) std::rotate(begin, best, best + 1);
+    if (best != end) std::rotate(proposals.begin(), best, best + 1);
 }
 
-// The first use of a shape: of the heuristic's proposals, in its order (one that splits first where wants_split), the first
-// that can be launched, or one that is faster and gives the same, is kept, or the chosen one.
+// In the heuristic's order, one that splits first where wants_split; if the first does not, those that need no workspace
+// come before all: the same algorithms, without a counter.
+Proposals all_proposals(const Cuda& dev, const Product& p, const Plan& plan) {
+    Proposals with, all;
+    propose(dev, p, plan, true, with);
+    if (wants_split(dev, p)) put_splitting_first(dev, p, with);
+    if (with.empty() || !splits(with.front().algo)) propose(dev, p, plan, false, all);
+    all.insert(all.end(), with.begin(), with.end());
+    return all;
+}
+
+// The first use of a shape: of the proposals, in their order, the first that can be launched, or one that is faster and
+// gives the same, is kept, or the chosen one.
 struct Planned {
     bool done = false;
-    int proposals = 0;
+    std::size_t proposals = 0;
 };
 Planned plan_and_run(const Cuda& dev, const Product& p, int choice) {
     Plan plan = describe(p);
-    Proposals proposals{};
-    const int found = propose(dev, p, plan, proposals);
-    if (choice == kByHeuristic && wants_split(dev, p)) put_splitting_first(dev, p, proposals, found);
-    const int first = choice == kByHeuristic ? 0 : choice, end = choice == kByHeuristic ? found : choice + 1;
-    for (int i = first; i < std::min(end, found); ++i) {
-        if (proposals[i].state != CUBLAS_STATUS_SUCCESS) continue;
-        if (launch(dev, plan, proposals[i].algo, p) != CUBLAS_STATUS_SUCCESS) {
+    const Proposals proposals = all_proposals(dev, p, plan);
+    const auto chosen = static_cast<std::size_t>(choice);
+    const std::size_t first = choice == kByHeuristic ? 0 : chosen,
+                      end = choice == kByHeuristic ? proposals.size() : chosen + 1;
+    for (std::size_t i = first; i < std::min(end, proposals.size()); ++i) {
+        if (launch(dev, plan, proposals[i], p) != CUBLAS_STATUS_SUCCESS) {
             (void)cudaGetLastError();  // the refusal is answered by the next proposal and must not surface elsewhere
             continue;
         }
-        const int taken = choice == kByHeuristic && can_search(dev, p) ? fastest(dev, p, proposals, i, found) : i;
-        plan.algorithm = proposals[static_cast<std::size_t>(taken)].algo;
+        plan.algorithm = proposals[choice == kByHeuristic && can_search(dev, p) ? fastest(dev, p, proposals, i) : i];
         plans_of(dev).emplace(key_of(dev, p, choice), std::move(plan));
-        return {true, found};
+        return {true, proposals.size()};
     }
-    return {false, found};
+    return {false, proposals.size()};
 }
 
 // False, for a chosen algorithm only: there is no such proposal, or it cannot run.

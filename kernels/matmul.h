@@ -15,7 +15,7 @@
 //            (Cuda: a product of one row may be rounded to it once more before the addend comes in).
 //            Cuda: cuBLASLt, algorithm chosen once per shape and kept: by its heuristic or, of those that give the same
 //            bits as the heuristic's choice, by time (at the first call, outside a recording). Bit-equal from run to run.
-//            Cuda's workspace is used; without one (0 bytes) only algorithms that need none.
+//            Cuda's workspace is used where a sum is split, or it is faster so; without one (0 bytes) it is not.
 //            Cuda: a thin dW (fewer than 16 rows), and one whose rows or columns are no multiple of 8, is summed in up to 64 equal
 //            pieces of the rows, in f32 in the workspace, which are then added in the order of the rows; how many depends on
 //            shape, strides and device alone. Of dy and x, columns up to the next multiple of 8 may be read, within the
