@@ -26,7 +26,7 @@ __device__ inline void wait_for_previous() {
 }
 
 // kernel<<<grid, block, bytes, stream>>>(args...), dependent on the kernel that was launched last. One after the other before
-// sm_90, and in a graph that is being recorded: there a convolution and its finish kernel were no faster so.
+// sm_90, and in a graph that is being recorded: kernels follow each other at once there.
 template <class... Parameters, class... Args>
 void launch_dependent(const Cuda& device, void (*kernel)(Parameters...), dim3 grid, dim3 block, int bytes,
                       const Args&... args) {

@@ -43,14 +43,14 @@ struct WarpProducts {
     }
     struct Map {};
     template <int D>
-    static Map map_of(const Mat<const bf16>&) {
+    static Map map_of(const Mat<const bf16>&, int) {
         return {};
     }
     template <int D, int R>
     using ForwardSupply = DirectSupply<D>;
     template <int D, int R>
     using BackwardSupply = DirectSupply<D>;
-    static constexpr int kParts = 3, kGroupThreads = 0;
+    static constexpr int kParts = 3, kGroupThreads = 0, kManyHeads = 1;
     static constexpr bool kInOrder = false, kHalves = false;
     __device__ static void group_sync() { __syncthreads(); }
     template <std::size_t bytes, class Kernel>
@@ -59,8 +59,10 @@ struct WarpProducts {
     }
     __device__ static float quotient(float x, float y) { return x / y; }
     __device__ static void publish_matrix() {}
-    template <int D, int R, class Take>
-    __device__ static __forceinline__ void multiply(const Vectors<D>& v, const nv_bf16* parts, int used, Take&& take) {
+    template <int D, int R, class Meanwhile, class Take>
+    __device__ static __forceinline__ void multiply(Vectors<D>& v, const nv_bf16* parts, int used,
+                                                    Meanwhile&& meanwhile, Take&& take) {
+        meanwhile();
         if (used == 1)
             product<D, 1>(v, parts, take);
         else
@@ -120,7 +122,7 @@ void energy_backward(const Cuda& d, const EnergyBackward<bf16>& given) {
         launch_best(d, p);
         return;
     }
-    const std::int64_t elements = energy_scratch_elements(p.x.rows, p.heads, p.scalars);
+    const std::int64_t elements = energy_pending_elements(p.x.rows, p.heads, p.scalars);
     FIEDLER_REQUIRE("energy", p.pending || p.scratch.size >= elements);
     PendingSums<float> own(p.scratch);
     PendingSums<float>& pending = p.pending ? *p.pending : own;

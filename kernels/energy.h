@@ -21,15 +21,16 @@
 //            FeatureLaplacian (device memory): CSR offsets [D + 1] int32, columns [nnz] int32, values [nnz];
 //            eigenvectors [D, D], row m = u_m; eigenvalues [D]. R = 1 uses only the CSR (no entry twice), R > 1 only
 //            the eigenpairs. Lf symmetric, positive semi-definite (not checked).
-// Scratch    backward on Cuda: energy_scratch_elements(tokens, heads, R) floats; with `pending` it takes
-//            energy_pending_elements(tokens, heads, R) of that instead
+// Scratch    backward on Cuda: energy_pending_elements(tokens, heads, R) floats at most, of `pending` if given, else of
+//            `scratch`
 // Writes     a, dx overwritten; dlog_tau, dlog_temp accumulated (+=), absent: not computed. raw = true writes E_r
 //            itself to a (no tau, no temperature): used once, to set tau to the median energy of the data.
 // Numerics   everything in acc_t<T>, recomputed in backward; fixed order, no atomics: bit-equal from run to run.
 //            Cuda: R > 1 multiplies by the eigenvectors times the roots of their eigenvalues, R = 1 by Lf; entries have
 //            24 bits, on sm_90 16 (two bf16; Lf of an unweighted graph is exact). With 16 bits lambda_r is off by 5e-7
 //            (rms; 5e-6 at most) where x are normal numbers, and an E_r near zero by about 2^-16 of the root of E_r mu,
-//            mu the band's largest eigenvalue. The sum over r in dx is of products of numbers of 11 bits (sm_90) or 16.
+//            mu the band's largest eigenvalue. sm_90's tensor cores cut off what they add: all E_r are too small, by
+//            some 2e-6 where D = 128. The sum over r in dx is of products of numbers of 11 bits (sm_90) or 16.
 // Source     tauformer's published form; derivative checked by finite differences in tests/kernels/energy_test.cpp.
 #pragma once
 #include "kernels/contract.h"
@@ -129,16 +130,11 @@ Traffic traffic(const EnergyBackward<T>& p) {
             2 * n * energy_flops_per_vector(p.lap, p.scalars)};
 }
 
-// Blocks of one launch at most, on Cuda: four a multiprocessor of an H200. Fixed, so that the order of the sums is fixed
-// too.
-inline constexpr std::int64_t kEnergyBlocks = 528;
-inline std::int64_t energy_scratch_elements(std::int64_t, std::int64_t heads, std::int64_t scalars) {
-    const std::int64_t sums = (scalars + 1) * (2 * heads < kEnergyBlocks ? kEnergyBlocks : 2 * heads);
-    return PendingSums<float>::elements(sums);
-}
-// Of the memory of a PendingSums.
-inline std::int64_t energy_pending_elements(std::int64_t tokens, std::int64_t heads, std::int64_t scalars) {
-    return energy_scratch_elements(tokens, heads, scalars);
+// At most so many partial sums of a number, where there are fewer heads: sixteen for each multiprocessor of an H200.
+// Fixed, so that the order of the sums is fixed too.
+inline constexpr std::int64_t kEnergySums = 2112;
+inline std::int64_t energy_pending_elements(std::int64_t, std::int64_t heads, std::int64_t scalars) {
+    return PendingSums<float>::elements((scalars + 1) * (2 * heads < kEnergySums ? kEnergySums : 2 * heads));
 }
 
 template <class T>  // float, double

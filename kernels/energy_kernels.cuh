@@ -9,13 +9,16 @@
 //               memory, kSpare of them left free for the matrix on its way. With these, the gradients of the scalars
 //               are asked for a step ahead, too
 //   kInOrder    the chunks of a vector are in order (see position()), and the supply takes dx, too: put(), send()
-//   Map, map_of<D>(x)                                    what the supply has to know of x, and then of dx
+//   kManyHeads  the vectors of a group may be of so many heads: 1 or 4
+//   Map, map_of<D>(x, log2)                              what the supply has to know of x, and then of dx; log2 of how
+//               many heads are side by side
 //   kParts      of the matrix
 //   kHalves     backward, R > 1: the second product is of f16, by one more part of the matrix, see matrix_scale()
 //   allow<bytes>(kernel)                   host: the kernel may have so much dynamic shared memory
 //   publish_matrix()                       before the barrier after which the matrix in shared memory is multiplied with
 //   quotient(x, y)                         x / y, where y is neither denormal nor infinite
-//   multiply<D, R>(v, parts, used, take)   y = M x of the vectors of a warp, as product() gives it; all parts if R > 1
+//   multiply<D, R>(v, parts, used, meanwhile, take)   y = M x of the vectors of a warp, as product() gives it; all parts if
+//               R > 1. meanwhile(): once, before take
 //   turn<D>(hi, mid, parts, take)          z = M' y; y as the sum of two bf16 parts, in the layout of A (kernels/mma.cuh):
 //                                          take(q, z) for q = 0, 2, .. of D / 8 with z[k] of chunk q + k
 //   turn_halves<D>(y, part, take)          the same of f16; y as one part
@@ -25,6 +28,7 @@
 
 #include "kernels/dependent_launch.cuh"
 #include "kernels/dynamic_shared.cuh"
+#include "kernels/energy_place.cuh"
 #include "kernels/energy_product.cuh"
 
 namespace fiedler::energy_kernels {
@@ -45,7 +49,7 @@ struct Bands {
     // Of tile j's rows 2t + e: which of the lane's bands they belong to.
     __device__ static constexpr int of(int j, int e) { return (2 * j + e) / kRows; }
 };
-// One number for each of a lane's bands, of token g (0) and of token g + 8 (1).
+// One number for each of a lane's bands, of vector g (0) and of vector g + 8 (1).
 template <int D, int R>
 using Scalars = float[2][Bands<D, R>::kBands];
 
@@ -110,6 +114,10 @@ __device__ __forceinline__ std::int64_t kept(std::int64_t x) {
     asm volatile("" : "+l"(x));
     return x;
 }
+__device__ __forceinline__ std::uint32_t kept(std::uint32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 __device__ __forceinline__ int kept(int x) {
     asm volatile("" : "+r"(x));
     return x;
@@ -126,36 +134,38 @@ __device__ __forceinline__ bool are_aligned(const Mat<T>& m) {
 
 // ---- energies ----
 
-// As mma_bf16 of mma.cuh, of eight columns.
-__device__ __forceinline__ void mma_bf16_eight(float (&c)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t b) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};\n"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a0), "r"(a1), "r"(b));
-}
-// x'x of tokens g and g + 8. The squares are the diagonal of the product of the vectors with themselves: of the lanes
-// of token g, number g / 2 % 4 has it.
+// x'x of the vectors g and g + 8. With kInOrder by f32: mma.sync would wait for the products of warpgroups, which take
+// the same units. Otherwise the squares are the diagonal of the product of the vectors with themselves: of the lanes of
+// vector g, number g / 2 % 4 has it.
 template <int D, bool kInOrder>
-__device__ __forceinline__ void squares(float (&square)[2], const Vectors<D>& v) {
-    float low[4] = {}, high[4] = {};
+__device__ __forceinline__ void squares(float (&square)[2], Vectors<D>& v) {
+    if constexpr (kInOrder) {
 #pragma unroll
-    for (int s = 0; s < D / 16; ++s) {
-        const std::uint32_t a[4] = {v.x[0][2 * s], v.x[1][2 * s], v.x[0][2 * s + 1], v.x[1][2 * s + 1]};
-        if constexpr (kInOrder) {  // ldmatrix leaves them as A: by eight columns no register has to be moved
-            mma_bf16_eight(low, a[0], a[1], a[0]);
-            mma_bf16_eight(high, a[0], a[1], a[1]);
-            mma_bf16_eight(low, a[2], a[3], a[2]);
-            mma_bf16_eight(high, a[2], a[3], a[3]);
-        } else {
+        for (int half = 0; half < 2; ++half) {
+            float even = 0.f, odd = 0.f;
+#pragma unroll
+            for (int q = 0; q < D / 8; ++q) {
+                const float x = low_half(v.x[half][q]), y = high_half(v.x[half][q]);
+                even = fmaf(x, x, even), odd = fmaf(y, y, odd);
+            }
+            square[half] = sum_of_lanes(even + odd, 4);
+        }
+        forget_unpacked(v);
+    } else {
+        float low[4] = {}, high[4] = {};
+#pragma unroll
+        for (int s = 0; s < D / 16; ++s) {
+            const std::uint32_t a[4] = {v.x[0][2 * s], v.x[1][2 * s], v.x[0][2 * s + 1], v.x[1][2 * s + 1]};
             mma_bf16(low, a, a[0], a[2]);
             mma_bf16(high, a, a[1], a[3]);
         }
-    }
-    const int g = threadIdx.x % kWarp / 4, from = 4 * g + g / 2;
-    const float mine[2] = {g % 2 == 0 ? low[0] : low[1], g % 2 == 0 ? high[2] : high[3]};
+        const int g = threadIdx.x % kWarp / 4, from = 4 * g + g / 2;
+        const float mine[2] = {g % 2 == 0 ? low[0] : low[1], g % 2 == 0 ? high[2] : high[3]};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) square[half] = __shfl_sync(0xffffffffu, mine[half], from);
+        for (int half = 0; half < 2; ++half) square[half] = __shfl_sync(0xffffffffu, mine[half], from);
+    }
 }
-// x'x + eps of tokens g and g + 8, and 1 / that.
+// x'x + eps of the vectors g and g + 8, and 1 / that.
 struct Sizes {
     float square[2], inverse[2];
 };
@@ -178,21 +188,23 @@ template <int R, class P, bool kBackward>
 constexpr int kMatrixParts = P::kParts + (kBackward && kHalves<R, P> ? 1 : 0);
 template <int D, int R, class P, bool kBackward>
 constexpr std::size_t kSharedBytes = sizeof(nv_bf16) * kMatrixParts<R, P, kBackward>* D* D
-                                     + kPartialBytes;  // no stages
+                                     + P::kManyHeads* kPartialBytes;  // no stages
 
 // y = M x as the tiles come: tile(j, y) with the rows of each; returns the energies of the lane's bands.
 template <int D, int R, class P, class Tile>
 __device__ __forceinline__ void energies(Scalars<D, R>& energy, Sizes& sizes, Vectors<D>& v, const Shared& shared,
                                          int matrix, float eps, Tile&& tile) {
     using B = Bands<D, R>;
-    squares<D, P::kInOrder>(sizes.square, v);
+    const auto size = [&] {
+        squares<D, P::kInOrder>(sizes.square, v);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        sizes.square[half] += eps;
-        sizes.inverse[half] = P::quotient(1.f, sizes.square[half]);
+        for (int half = 0; half < 2; ++half) {
+            sizes.square[half] += eps;
+            sizes.inverse[half] = P::quotient(1.f, sizes.square[half]);
 #pragma unroll
-        for (int b = 0; b < B::kBands; ++b) energy[half][b] = 0.f;
-    }
+            for (int b = 0; b < B::kBands; ++b) energy[half][b] = 0.f;
+        }
+    };
     const auto take = [&](int j, const float(&pair)[2][4]) {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
@@ -207,7 +219,14 @@ __device__ __forceinline__ void energies(Scalars<D, R>& energy, Sizes& sizes, Ve
             tile(j + k, pair[k]);
         }
     };
-    P::template multiply<D, R>(v, shared.parts, R > 1 ? P::kParts : matrix, take);
+    constexpr bool kBefore = D == 128 && R == 1;  // registers
+    if constexpr (kBefore) size();
+    P::template multiply<D, R>(
+        v, shared.parts, R > 1 ? P::kParts : matrix,
+        [&] {
+            if constexpr (!kBefore) size();
+        },
+        take);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -218,27 +237,6 @@ __device__ __forceinline__ void energies(Scalars<D, R>& energy, Sizes& sizes, Ve
         }
 }
 
-// What a thread's group works on: tiles of one head of one side, columns [column D, (column + 1) D) of x. Groups with
-// neighbouring columns are of neighbouring blocks: what is read at one time lies together. Those of one block have
-// different places among the `per_column` groups of a column: so blocks have about as many tiles to do.
-template <int kGroup>  // threads of a group
-struct Place {
-    static constexpr int kWarps = kGroup / kWarp, kStep = kWarps * kTokens;  // of a group; tokens that it takes at once
-    int column, index;  // which group of the column; per_column and more: there is nothing to do
-    int head;
-    bool second;  // side
-    __device__ __forceinline__ Place(int heads, int columns) {
-        const int all = blockIdx.x + threadIdx.x / kGroup * gridDim.x;
-        index = all / columns, column = all - index * columns;
-        second = column >= heads, head = second ? column - heads : column;
-    }
-    __device__ static __forceinline__ int warp() { return threadIdx.x % kGroup / kWarp; }
-    // Of a group's tokens, the thread's token g.
-    __device__ static __forceinline__ int token() { return warp() * kTokens + threadIdx.x % kWarp / 4; }
-    __device__ __forceinline__ int first_token(int per_column, int tokens) const {
-        return index < per_column ? index * kStep : ceil_div(tokens, kTokens) * kTokens;
-    }
-};
 template <int D, int R, class P>
 using ForwardPlace = Place<P::kGroupThreads ? P::kGroupThreads : P::forward_threads(D, R)>;
 template <int D, int R, class P>
@@ -248,28 +246,29 @@ using BackwardPlace = Place<P::kGroupThreads ? P::kGroupThreads : P::backward_th
 
 template <int D, int R, class P>
 __global__ void __launch_bounds__(P::forward_threads(D, R), P::forward_at_least(D, R))
-    energy_forward_kernel(const EnergyForward<bf16> p, int per_column, const __grid_constant__ typename P::Map map) {
+    energy_forward_kernel(const EnergyForward<bf16> p, int per_column, int heads_log2,
+                          const __grid_constant__ typename P::Map map) {
     using B = Bands<D, R>;
     extern __shared__ __align__(1024) unsigned char memory[];
     using Supply = typename P::template ForwardSupply<D, R>;
     const Shared shared = carve<D>(memory, kMatrixParts<R, P, false>, Supply::kBytes);
     const int tokens = int(p.x.rows);  // ints hold them, and some steps more: see energy.cu
     using Place = ForwardPlace<D, R, P>;
-    const Place place(p.heads, p.b.data ? 2 * p.heads : p.heads);
-    const int head = place.head, lane = threadIdx.x % kWarp;
-    const int step = per_column * Place::kStep, start = place.first_token(per_column, tokens);
-    const int tile = start / kTokens + Place::warp();
-    Supply supply(p.x, map, shared.stages, place.column * D, tile, step / kTokens);
+    const Place place(p.heads, p.b.data ? 2 * p.heads : p.heads, P::kManyHeads > 1 ? heads_log2 : 0);
+    const int step = per_column * place.tokens_at_once(), start = place.first_token(per_column, tokens);
+    Supply supply(p.x, map, shared.stages, place.first, start, step);
     const bool aligned = kept(are_aligned<B::kBands>(place.second ? p.b : p.a));
-    // Token g of the warp's tile, and what is left from it on.
-    float* a = (place.second ? p.b : p.a).data + (tile * kTokens + lane / 4) * p.a.ld + head * R + B::first();
-    int left = tokens - tile * kTokens - lane / 4;
+    // The token of the thread's vector g, and what is left from it on; the other's is `further` on.
+    const int token = start + place.token(), further = place.further();
+    float* a = (place.second ? p.b : p.a).data + token * p.a.ld + place.head * R + B::first();
+    const std::int64_t other = P::kManyHeads > 1 ? kept(further * p.a.ld) : further * p.a.ld;
+    int left = tokens - token;
     Parameters<D, R> parameters;
     const int matrix = load_matrix<D, R, P, false>(p.lap, shared, supply, [&] {
-        if (!p.raw) parameters.load(p.log_tau.data, p.log_temp.data + head);
+        if (!p.raw) parameters.load(p.log_tau.data, p.log_temp.data + place.head);
     });  // ends with a barrier
     parameters.finish();
-    while (P::kGroupThreads ? left + Place::token() > 0
+    while (P::kGroupThreads ? left + place.token() > 0
                             : __any_sync(0xffffffffu, left > 0)) {  // one for all that take part
         Vectors<D> v;
         supply.next(v);
@@ -288,7 +287,7 @@ __global__ void __launch_bounds__(P::forward_threads(D, R), P::forward_at_least(
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-            if (B::counts() && 8 * half < left) store_row(a + 8 * half * p.a.ld, energy[half], aligned);
+            if (B::counts() && half * further < left) store_row(a + half * other, energy[half], aligned);
         a += step * p.a.ld, left -= step;
     }
 }
@@ -366,14 +365,15 @@ struct Sums {
     float log_temp = 0.f;
 };
 
-// da of a lane's bands, of token g in `row` and of token g + 8; zeros beyond the last token.
+// da of a lane's bands, of the token of vector g in `row` and of the other's, so much further on; zeros beyond the last
+// token.
 template <int D, int R>
-__device__ __forceinline__ void load_gradients(Scalars<D, R>& da, const float* row, std::int64_t ld, int left,
-                                               bool aligned) {
+__device__ __forceinline__ void load_gradients(Scalars<D, R>& da, const float* row, int further, std::int64_t ld,
+                                               int left, bool aligned) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        if (8 * half < left) {
-            load_row(da[half], row + 8 * half * ld, aligned);
+        if (half * further < left) {
+            load_row(da[half], row + half * further * ld, aligned);
         } else {
 #pragma unroll
             for (float& x : da[half]) x = 0.f;
@@ -381,14 +381,14 @@ __device__ __forceinline__ void load_gradients(Scalars<D, R>& da, const float* r
     }
 }
 // g_r exp(log_temp) of one token's bands, in place of da_r; returns the sum over r of that times E_r. Adds to the sums.
-template <int D, int R>
+template <int D, int R, class P>
 __device__ __forceinline__ float weigh(float (&da)[Bands<D, R>::kBands], const float (&energy)[Bands<D, R>::kBands],
                                        const Parameters<D, R>& parameters, bool inside, Sums<D, R>& sums) {
     using B = Bands<D, R>;
     float share = 0.f;
 #pragma unroll
     for (int b = 0; b < B::kBands; ++b) {
-        const float inverse_sum = inside ? reciprocal(energy[b] + parameters.tau[b]) : 0.f;
+        const float inverse_sum = inside ? P::quotient(1.f, energy[b] + parameters.tau[b]) : 0.f;
         const float rest = parameters.tau[b] * inverse_sum, d = da[b] * inverse_sum;  // rest = 1 - lambda
         da[b] = d * rest;
         const float part = da[b] * energy[b];
@@ -412,35 +412,44 @@ __device__ __forceinline__ float largest(const float (&g)[n]) {
 // what is added up lies side by side: of a tau everything, of a head's temperature both sides (see note_sums()).
 template <int D, int R, class P>
 __device__ __forceinline__ void store_sums(const EnergyBackward<bf16>& p, const Shared& shared, const Sums<D, R>& sums,
-                                           float inverse_temp, int per_column) {
+                                           float inverse_temp, int per_column, int heads_log2) {
     using Place = BackwardPlace<D, R, P>;
     using B = Bands<D, R>;
+    constexpr int kNumbers = kMaxScalars + 1, kOfWarp = P::kManyHeads * kNumbers;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    float* mine = shared.partials + warp * (kMaxScalars + 1);
+    const int lanes = 4 << heads_log2;  // of one vector of each head
+    const auto sum_of_vectors = [&](float sum) {
+#pragma unroll
+        for (int offset = 4; offset < kWarp; offset *= 2)
+            if (offset >= lanes) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+        return sum;
+    };
+    float* mine = shared.partials + warp * kOfWarp + lane / 4 * kNumbers;
 #pragma unroll
     for (int b = 0; b < B::kBands; ++b) {
-        float sum = sums.log_tau[b];
-#pragma unroll
-        for (int offset = 4; offset < kWarp; offset *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-        if (lane < 4 && B::counts()) mine[B::first() + b] = sum * inverse_temp;
+        const float sum = sum_of_vectors(sums.log_tau[b]);
+        if (lane < lanes && B::counts()) mine[B::first() + b] = sum * inverse_temp;
     }
-    const float log_temp = warp_sum(B::counts() ? sums.log_temp : 0.f);
-    if (lane == 0) mine[R] = log_temp * inverse_temp;
+    const float log_temp = sum_of_vectors(sum_of_lanes(B::counts() ? sums.log_temp : 0.f, 4));
+    if (lane < lanes && lane % 4 == 0) mine[R] = log_temp * inverse_temp;
     P::group_sync();
-    const int sides = p.db.data ? 2 : 1, k = Place::warp() * kWarp + lane;
-    const Place place(p.heads, kept(sides * p.heads));  // once more: registers
+    const int sides = p.db.data ? 2 : 1, item = Place::warp() * kWarp + lane, k = item >> heads_log2;
+    const int offset = item - (k << heads_log2);
+    const Place place(p.heads, kept(sides * p.heads), heads_log2);  // once more: registers
     if (k > R || place.index >= per_column) return;
-    mine = shared.partials + (warp - Place::warp()) * (kMaxScalars + 1) + k;  // of the group's first warp
+    mine = shared.partials + (warp - Place::warp()) * kOfWarp + offset * kNumbers + k;  // of the group's first warp
     float sum = 0.f;
 #pragma unroll 1
-    for (int w = 0; w < Place::kWarps; ++w) sum += mine[w * (kMaxScalars + 1)];
-    const int row = (k * p.heads + place.head) * sides + place.second;
+    for (int w = 0; w < Place::kWarps; ++w) sum += mine[w * kOfWarp];
+    const int column = place.first + offset, second = column >= p.heads;
+    const int row = (k * p.heads + column - second * p.heads) * sides + second;
     p.scratch.data[std::int64_t(row) * per_column + place.index] = sum;
 }
 
 template <int D, int R, class P>
 __global__ void __launch_bounds__(P::backward_threads(D, R), P::backward_at_least(D, R))
-    energy_backward_kernel(const EnergyBackward<bf16> p, int per_column, const __grid_constant__ typename P::Map map,
+    energy_backward_kernel(const EnergyBackward<bf16> p, int per_column, int heads_log2,
+                           const __grid_constant__ typename P::Map map,
                            const __grid_constant__ typename P::Map dx_map) {
     dependents_may_start();
     using B = Bands<D, R>;
@@ -449,27 +458,26 @@ __global__ void __launch_bounds__(P::backward_threads(D, R), P::backward_at_leas
     const Shared shared = carve<D>(memory, kMatrixParts<R, P, true>, Supply::kBytes);
     const int tokens = int(p.x.rows);  // ints hold them, and some steps more: see energy.cu
     using Place = BackwardPlace<D, R, P>;
-    const Place place(p.heads, p.db.data ? 2 * p.heads : p.heads);
-    const int head = place.head, lane = threadIdx.x % kWarp;
-    const int step = per_column * Place::kStep, start = place.first_token(per_column, tokens);
-    const int tile = start / kTokens + Place::warp();
+    const Place place(p.heads, p.db.data ? 2 * p.heads : p.heads, P::kManyHeads > 1 ? heads_log2 : 0);
+    const int lane = threadIdx.x % kWarp;
+    const int step = per_column * place.tokens_at_once(), start = place.first_token(per_column, tokens);
     constexpr bool kAhead = Supply::kSpare > 0;
-    Supply supply(p.x, map, shared.stages, place.column * D, tile, step / kTokens);
+    Supply supply(p.x, map, shared.stages, place.first, start, step);
     const bool aligned = kept(are_aligned<B::kBands>(place.second ? p.db : p.da));
-    // Token g of the warp's tile, and what is left from it on.
-    const int token = tile * kTokens + lane / 4;
-    auto* dx = reinterpret_cast<nv_bf16*>(p.dx.data) + token * p.dx.ld + place.column * D + lane % 4 * Shape<D>::kRun;
-    const float* da = (place.second ? p.db : p.da).data + token * p.da.ld + head * R + B::first();
+    // The token of the thread's vector g, and what is left from it on; the other's is `further` on.
+    const int token = start + place.token(), further = place.further();
+    auto* dx = reinterpret_cast<nv_bf16*>(p.dx.data) + token * p.dx.ld + place.first * D + lane % 4 * Shape<D>::kRun;
+    const float* da = (place.second ? p.db : p.da).data + token * p.da.ld + place.head * R + B::first();
     int left = tokens - token;
     Scalars<D, R> ahead;
     Parameters<D, R> parameters;
     const int matrix = load_matrix<D, R, P, true>(p.lap, shared, supply, [&] {
-        parameters.load(p.log_tau.data, p.log_temp.data + head);
-        if (kAhead) load_gradients<D, R>(ahead, da, p.da.ld, left, aligned);
+        parameters.load(p.log_tau.data, p.log_temp.data + place.head);
+        if (kAhead) load_gradients<D, R>(ahead, da, further, p.da.ld, left, aligned);
     });  // ends with a barrier
     parameters.finish();
     Sums<D, R> sums;
-    while (P::kGroupThreads ? left + Place::token() > 0
+    while (P::kGroupThreads ? left + place.token() > 0
                             : __any_sync(0xffffffffu, left > 0)) {  // one for all that take part
         Vectors<D> v;
         supply.next(v);
@@ -480,9 +488,9 @@ __global__ void __launch_bounds__(P::backward_threads(D, R), P::backward_at_leas
             for (int i = 0; i < 2 * B::kBands; ++i)
                 g[i / B::kBands][i % B::kBands] = ahead[i / B::kBands][i % B::kBands];
             da += step * p.da.ld, left -= step;
-            load_gradients<D, R>(ahead, da, p.da.ld, left, aligned);
+            load_gradients<D, R>(ahead, da, further, p.da.ld, left, aligned);
         } else {
-            load_gradients<D, R>(g, da, p.da.ld, left, aligned);
+            load_gradients<D, R>(g, da, further, p.da.ld, left, aligned);
             da += step * p.da.ld, left -= step;
         }
         float y[D / 8][4], w[2], f[2];
@@ -496,7 +504,7 @@ __global__ void __launch_bounds__(P::backward_threads(D, R), P::backward_at_leas
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             f[half] = 2.f * parameters.inverse_temp * sizes.inverse[half];
-            w[half] = f[half] * weigh<D, R>(g[half], energy[half], parameters, 8 * half < now, sums);
+            w[half] = f[half] * weigh<D, R, P>(g[half], energy[half], parameters, half * further < now, sums);
             float unit = f[half];
             if constexpr (kHalves<R, P>) {  // |y_m| is at most 2^(8 - matrix) |x|: then |g_m y_m unit| < 2^14
                 const float most = largest(g[half]) * root_of(sizes.square[half]);
@@ -520,32 +528,16 @@ __global__ void __launch_bounds__(P::backward_threads(D, R), P::backward_at_leas
             backward_product<D, R, P>(v, y, g, f, w, shared.parts, supply, store);
         }
         if constexpr (P::kInOrder)
-            supply.send(dx_map, place.column * D, tokens - now - Place::token());
+            supply.send(dx_map, place.first, tokens - now - place.token());
         else
             dx += step * p.dx.ld;
     }
     supply.finish();
-    if (p.scratch.data) store_sums<D, R, P>(p, shared, sums, parameters.inverse_temp, per_column);
+    if (p.scratch.data)
+        store_sums<D, R, P>(p, shared, sums, parameters.inverse_temp, per_column, P::kManyHeads > 1 ? heads_log2 : 0);
 }
 
 // ---- launch ----
-
-// Of an H200. Fixed, so that the order of the sums is fixed too.
-constexpr int kMultiprocessors = kMaxBlocks / 4;
-// How many groups share the tiles of a column, and the blocks that they are in: all groups get the same number of
-// rounds, or one less.
-struct Grid {
-    int per_column;
-    unsigned blocks;
-};
-template <class P>
-Grid grid_of(std::int64_t tokens, std::int64_t columns, int threads, int blocks) {
-    const int group = P::kGroupThreads ? P::kGroupThreads : threads, in_block = threads / group;
-    const std::int64_t work = ceil_div(tokens, std::int64_t(kTokens) * (group / kWarp));
-    const std::int64_t most = std::max<std::int64_t>(1, blocks * kMultiprocessors * in_block / columns);
-    const std::int64_t per_column = ceil_div(work, ceil_div(work, most));
-    return {int(per_column), unsigned(ceil_div(per_column * columns, std::int64_t(in_block)))};
-}
 
 template <int D, int R, class P>
 void launch(const Cuda& d, const EnergyForward<bf16>& p) {
@@ -553,8 +545,9 @@ void launch(const Cuda& d, const EnergyForward<bf16>& p) {
     constexpr std::size_t bytes = kSharedBytes<D, R, P, false> + P::template ForwardSupply<D, R>::kBytes;
     const auto kernel = energy_forward_kernel<D, R, P>;
     P::template allow<bytes>(kernel);
-    const Grid grid = grid_of<P>(p.x.rows, energy_columns(p), threads, P::forward_blocks(D, R));
-    kernel<<<grid.blocks, threads, bytes, stream_of(d)>>>(p, grid.per_column, P::template map_of<D>(p.x));
+    const Share share = share_of<P>(p.x.rows, energy_columns(p), threads, P::forward_blocks(D, R));
+    kernel<<<share.blocks, threads, bytes, stream_of(d)>>>(p, share.per_column, share.heads_log2,
+                                                           P::template map_of<D>(p.x, share.heads_log2));
     LAUNCH_CHECK("energy_forward");
 }
 // Returns how many groups of each column have left their sums.
@@ -564,11 +557,12 @@ int launch(const Cuda& d, const EnergyBackward<bf16>& p) {
     constexpr std::size_t bytes = kSharedBytes<D, R, P, true> + P::template BackwardSupply<D, R>::kBytes;
     const auto kernel = energy_backward_kernel<D, R, P>;
     P::template allow<bytes>(kernel);
-    const Grid grid = grid_of<P>(p.x.rows, energy_columns(p), threads, P::backward_blocks(D, R));
-    kernel<<<grid.blocks, threads, bytes, stream_of(d)>>>(p, grid.per_column, P::template map_of<D>(p.x),
-                                                          P::template map_of<D>(p.dx));
+    const Share share = share_of<P>(p.x.rows, energy_columns(p), threads, P::backward_blocks(D, R));
+    kernel<<<share.blocks, threads, bytes, stream_of(d)>>>(p, share.per_column, share.heads_log2,
+                                                           P::template map_of<D>(p.x, share.heads_log2),
+                                                           P::template map_of<D>(p.dx, share.heads_log2));
     LAUNCH_CHECK("energy_backward");
-    return grid.per_column;
+    return share.per_column;
 }
 
 // f(x) as a constant: x is one of these numbers.

@@ -10,8 +10,7 @@
 namespace fiedler::energy_product {
 
 constexpr int kThreads = 256;
-constexpr int kTokens = 16;  // of one warp at a time
-constexpr int kMaxBlocks = kEnergyBlocks;
+constexpr int kTokens = 16;  // of one warp at a time: vectors, where they are of several heads
 constexpr int kMaxScalars = 16;
 
 // ---- layout ----
@@ -359,7 +358,7 @@ __device__ int load_eigenvectors(const FeatureLaplacian<float>& lap, const Share
 
 // ---- products ----
 
-// 16 head vectors of one warp: two bf16 of chunk q of token g (x[0][q]) and of token g + 8 (x[1][q]).
+// 16 head vectors of one warp: two bf16 of chunk q of vector g (x[0][q]) and of vector g + 8 (x[1][q]).
 template <int D>
 struct Vectors {
     std::uint32_t x[2][D / 8];
@@ -409,17 +408,18 @@ __device__ __forceinline__ void store_group(const Vectors<D>& v, int group, nv_b
     }
 }
 
-// Asks for the vectors of a warp's tokens, from `tile` on in steps: they are on their way while the matrix is loaded.
+// Asks for the vectors of a warp's tokens, from `first` on in steps: they are on their way while the matrix is loaded.
 template <int D>
-__device__ __forceinline__ void prefetch_vectors(const nv_bf16* base, std::int64_t ld, int tile, int step, int tokens) {
+__device__ __forceinline__ void prefetch_vectors(const nv_bf16* base, std::int64_t ld, int first, int step,
+                                                 int tokens) {
     constexpr int kLine = 64;  // values of 128 bytes
     const int lane = threadIdx.x % kWarp, line = lane / kTokens * kLine;
     if (line >= D) return;
-    for (int token = tile * kTokens + lane % kTokens; token < tokens; token += step * kTokens)
+    for (int token = first + lane % kTokens; token < tokens; token += step)
         asm volatile("prefetch.global.L2 [%0];\n" ::"l"(base + token * ld + line));
 }
 
-// Vectors of a warp's tokens, tile by tile in steps, from memory to registers; those to come are asked of the L2 cache.
+// Vectors of a warp's tokens, of one head, tile by tile in steps, from memory to registers; those to come are asked of the L2 cache.
 template <int D>
 struct DirectSupply {
     static constexpr int kBytes = 0, kSpare = 0;
@@ -428,14 +428,15 @@ struct DirectSupply {
     int left, step_tokens;  // tokens from that one on
 
     template <class Map>
-    __device__ __forceinline__ DirectSupply(const Mat<const bf16>& x, const Map&, const void*, int column, int tile,
-                                            int step_tiles)
-        : ld(x.ld), step(step_tiles * kTokens * x.ld), step_tokens(step_tiles * kTokens) {
-        const int token = tile * kTokens + threadIdx.x % kWarp / 4, tokens = int(x.rows);
-        const nv_bf16* base = reinterpret_cast<const nv_bf16*>(x.data) + column;
-        row = base + token * ld + threadIdx.x % 4 * Shape<D>::kRun;
+    __device__ __forceinline__ DirectSupply(const Mat<const bf16>& x, const Map&, const void*, int column,
+                                            int first_token, int step_of_tokens)
+        : ld(x.ld), step(step_of_tokens * x.ld), step_tokens(step_of_tokens) {
+        const int lane = threadIdx.x % kWarp, tokens = int(x.rows);
+        const int first = first_token + (threadIdx.x - lane) / kWarp * kTokens, token = first + lane / 4;
+        const nv_bf16* base = reinterpret_cast<const nv_bf16*>(x.data) + column * D;
+        row = base + token * ld + lane % 4 * Shape<D>::kRun;
         left = tokens - token;
-        prefetch_vectors<D>(base, ld, tile, step_tiles, tokens);
+        prefetch_vectors<D>(base, ld, first, step_tokens, tokens);
     }
     __device__ __forceinline__ void begin() {}
     __device__ __forceinline__ void use_all() {}

@@ -70,7 +70,7 @@ __device__ __forceinline__ void multiply_matrix(float (&d)[64], const std::uint3
 #undef FIEDLER_D8
 #undef FIEDLER_TEN
 
-// Vectors of the tokens of a warpgroup, 64 at a time in steps, by TMA: as many of them ahead as there are stages, of
+// Vectors of a warpgroup, a box of 64 at a time in steps, by TMA: as many of them ahead as there are stages, of
 // each of the block's kGroups warpgroups. The first are asked for at once; begin() asks for more. The last kFree stages
 // are left free until the matrix is there, which comes by way of them. (With more than three stages what comes first
 // came later, and the whole took longer.)
@@ -84,17 +84,16 @@ struct BoxSupply {
     static_assert(kFree > 0 && kBegun > 0);
     const CUtensorMap* map;
     std::uint32_t all, base, stage;        // the stages, those of the warpgroup, the one taken last: shared addresses
+    std::uint32_t barrier;                 // of the one taken last
     std::uint32_t piece;                   // in a stage, what the lane names to ldmatrix of the first two chunks
-    int column, token, left, step_tokens;  // of what is asked for next; tokens from that one on
+    int column, token, left, step_tokens;  // first ones of what is asked for next; tokens from that one on
     int turn = -1;                         // how often all stages have been taken
 
     __device__ __forceinline__ BoxSupply(const Mat<const bf16>& x, const CUtensorMap& of_x, unsigned char* stages,
-                                         int first_column, int tile, int step_tiles)
-        : map(&of_x), column(first_column), step_tokens(step_tiles * kTokens) {
+                                         int first_column, int first_token, int step)
+        : map(&of_x), column(first_column), token(first_token), left(int(x.rows) - first_token), step_tokens(step) {
         const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = threadIdx.x / hopper::kWarpgroup;
-        all = shared_address(stages), base = all + group * (kStages * kStage);
-        token = (tile - warp % 4) * kTokens;
-        left = int(x.rows) - token;
+        all = kept(shared_address(stages)), base = all + group * (kStages * kStage);
         if (threadIdx.x % hopper::kWarpgroup == 0) {
 #pragma unroll
             for (int i = 0; i < kStages; ++i) hopper::barrier_init(barrier_of(base + i * kStage), 1);
@@ -102,7 +101,7 @@ struct BoxSupply {
         }
         __syncwarp();
         ask_first(0, 1);
-        stage = base + (kStages - 1) * kStage;
+        stage = base + (kStages - 1) * kStage, barrier = barrier_of(stage);
         // As matrix_offset(): that is how TMA exchanges the chunks of a row.
         piece = matrix_offset<D>(lane % kTokens, lane / kTokens) + warp % 4 * kTokens * kRowBytes<D>;
     }
@@ -117,9 +116,10 @@ struct BoxSupply {
     // The next tile's vectors.
     __device__ __forceinline__ void next(Vectors<D>& v) {
         const bool last = stage == base + (kStages - 1) * kStage;
-        stage = last ? base : stage + kStage;
+        stage += last ? -(kStages - 1) * kStage : kStage;
+        barrier += last ? -(kStages - 1) * kBarrier : kBarrier;
         turn += last;
-        hopper::barrier_wait(barrier_of(stage), turn & 1);
+        hopper::barrier_wait(barrier, turn & 1);
         __syncwarp();
 #pragma unroll
         for (int group = 0; group < S::kGroups; ++group) again(v, group);
@@ -127,7 +127,9 @@ struct BoxSupply {
     // Asks for more, in place of what was taken before; after a product of the warpgroup: all its warps have read that.
     __device__ __forceinline__ void refill() {
         if (stage == base && turn == 0) return;
-        ask(stage == base ? base + (kStages - 1) * kStage : stage - kStage);
+        const bool first = stage == base;
+        ask(stage + (first ? (kStages - 1) * kStage : -kStage),
+            barrier + (first ? (kStages - 1) * kBarrier : -kBarrier));
     }
     // A group's once more, where v need not have been kept in registers.
     __device__ __forceinline__ void again(Vectors<D>& v, int group) const {
@@ -151,8 +153,8 @@ struct BoxSupply {
         hopper::publish_shared();
         hopper::named_wait(1 + threadIdx.x / hopper::kWarpgroup, hopper::kWarpgroup);
         if (threadIdx.x / kWarp % 4 == 0 && hopper::elected()) {
-            hopper::store_box(&of_dx, first_column, first_token, stage);
-            if constexpr (D == 128) hopper::store_box(&of_dx, first_column + D / 2, first_token, stage + kStage / 2);
+            hopper::store_box(&of_dx, 0, first_column, first_token, stage);
+            if constexpr (D == 128) hopper::store_box(&of_dx, D / 2, first_column, first_token, stage + kStage / 2);
         }
     }
     // Shared memory may be given up: nothing is on its way from there any more.
@@ -170,16 +172,15 @@ struct BoxSupply {
     }
     __device__ __forceinline__ void ask_first(int from, int to) {
 #pragma unroll 1
-        for (int i = from; i < to; ++i) ask(base + i * kStage);
+        for (int i = from; i < to; ++i) ask(base + i * kStage, barrier_of(base + i * kStage));
     }
     // What no round of the warpgroup takes is not asked for. dx may be on its way from there.
-    __device__ __forceinline__ void ask(std::uint32_t to) {
+    __device__ __forceinline__ void ask(std::uint32_t to, std::uint32_t its_barrier) {
         if (left > 0 && threadIdx.x / kWarp % 4 == 0 && hopper::elected()) {
-            const std::uint32_t barrier = barrier_of(to);
             hopper::store_wait();
-            hopper::barrier_arrive_expecting(barrier, kStage);
-            hopper::load_box(to, map, column, token, barrier);
-            if constexpr (D == 128) hopper::load_box(to + kStage / 2, map, column + D / 2, token, barrier);
+            hopper::barrier_arrive_expecting(its_barrier, kStage);
+            hopper::load_box(to, map, 0, column, token, its_barrier);
+            if constexpr (D == 128) hopper::load_box(to + kStage / 2, map, D / 2, column, token, its_barrier);
         }
         token += step_tokens, left -= step_tokens;
     }
@@ -188,13 +189,13 @@ struct BoxSupply {
 struct WarpgroupProducts {
     // One block a multiprocessor, of as many warpgroups as there are registers for: the matrix is loaded once, and while
     // some warpgroups wait for their products others compute.
-    static constexpr int forward_threads(int d, int r) { return (d < 128 || r == 1 ? 4 : 3) * hopper::kWarpgroup; }
+    static constexpr int forward_threads(int d, int) { return (d < 128 ? 4 : 3) * hopper::kWarpgroup; }
     static constexpr int backward_threads(int d, int) { return (d < 128 ? 4 : 3) * hopper::kWarpgroup; }
     static constexpr int forward_at_least(int, int) { return 1; }
     static constexpr int backward_at_least(int, int) { return 1; }
     static constexpr int forward_blocks(int, int) { return 1; }
     static constexpr int backward_blocks(int, int) { return 1; }
-    static constexpr int kParts = 2, kGroupThreads = hopper::kWarpgroup;
+    static constexpr int kParts = 2, kGroupThreads = hopper::kWarpgroup, kManyHeads = 4;
     static constexpr bool kInOrder = true, kHalves = true;
     __device__ static void group_sync() {
         hopper::named_wait(1 + threadIdx.x / hopper::kWarpgroup, hopper::kWarpgroup);
@@ -202,7 +203,7 @@ struct WarpgroupProducts {
     static constexpr int kMostShared = 227 * 1024, kMostStages = 3;
     // As many as fit beside the matrix.
     static constexpr int stages(int d, int parts, int warps) {
-        const int room = kMostShared - 2 * parts * d * d - int(kPartialBytes);
+        const int room = kMostShared - 2 * parts * d * d - kManyHeads * int(kPartialBytes);
         const int most = room / (warps * kTokens * 2 * d + warps / 4 * int(sizeof(hopper::Barrier)));
         return most < kMostStages ? most : kMostStages;
     }
@@ -214,11 +215,12 @@ struct WarpgroupProducts {
     using BackwardSupply = Supply<D, kMatrixParts<R, WarpgroupProducts, true>, backward_threads(D, R)>;
     using Map = CUtensorMap;
     template <int D>
-    static Map map_of(const Mat<const bf16>& x) {
-        const cuuint64_t size[2] = {cuuint64_t(x.cols), cuuint64_t(x.rows)},
-                         stride[1] = {cuuint64_t(x.ld) * sizeof(bf16)};
-        const cuuint32_t box[2] = {kRowBytes<D> / sizeof(bf16), hopper::kWarpgroup / kWarp * kTokens};
-        return tensor_map<2>(x.data, size, stride, box,
+    static Map map_of(const Mat<const bf16>& x, int heads_log2) {
+        const cuuint64_t size[3] = {D, cuuint64_t(x.cols) / D, cuuint64_t(x.rows)},
+                         stride[2] = {D * sizeof(bf16), cuuint64_t(x.ld) * sizeof(bf16)};
+        constexpr cuuint32_t kVectors = hopper::kWarpgroup / kWarp * kTokens;
+        const cuuint32_t box[3] = {kRowBytes<D> / sizeof(bf16), 1u << heads_log2, kVectors >> heads_log2};
+        return tensor_map<3>(x.data, size, stride, box,
                              D >= 64   ? CU_TENSOR_MAP_SWIZZLE_128B
                              : D == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
                                        : CU_TENSOR_MAP_SWIZZLE_32B,
@@ -238,13 +240,14 @@ struct WarpgroupProducts {
         return fmaf(r, fmaf(-q, y, x), q);
     }
     __device__ static void publish_matrix() { hopper::publish_shared(); }
-    // The products that issue(d) asks for, then take(j, pair) for j = 0, 2, .. of D / 8 with their sums.
-    template <int D, class Issue, class Take>
-    __device__ static __forceinline__ void run(Issue&& issue, Take&& take) {
+    // The products that issue(d) asks for, meanwhile(), then take(j, pair) for j = 0, 2, .. of D / 8 with their sums.
+    template <int D, class Issue, class Meanwhile, class Take>
+    __device__ static __forceinline__ void run(Issue&& issue, Meanwhile&& meanwhile, Take&& take) {
         float d[D / 2];
         hopper::product_begin();
         issue(d);
         hopper::product_commit();
+        meanwhile();
         hopper::product_wait<0>();
         hopper::pin(d);
 #pragma unroll
@@ -256,8 +259,9 @@ struct WarpgroupProducts {
         }
     }
     // y = M x, M as the sum of its parts.
-    template <int D, int kUsed, class Take>
-    __device__ static __forceinline__ void multiply_parts(Vectors<D>& v, const nv_bf16* parts, Take&& take) {
+    template <int D, int kUsed, class Meanwhile, class Take>
+    __device__ static __forceinline__ void multiply_parts(Vectors<D>& v, const nv_bf16* parts, Meanwhile&& meanwhile,
+                                                          Take&& take) {
         const std::uint64_t matrix = operand<D>(parts);
         run<D>(
             [&](float(&d)[D / 2]) {
@@ -270,18 +274,20 @@ struct WarpgroupProducts {
                                                       part < kUsed - 1 || s > 0);
                     }
             },
+            meanwhile,
             [&](int j, float(&pair)[2][4]) {
                 if (j == 0) forget_unpacked(v);
                 take(j, pair);
             });
     }
     // Two ways, each as a whole: products with branches between them would wait for one another.
-    template <int D, int R, class Take>
-    __device__ static __forceinline__ void multiply(Vectors<D>& v, const nv_bf16* parts, int used, Take&& take) {
+    template <int D, int R, class Meanwhile, class Take>
+    __device__ static __forceinline__ void multiply(Vectors<D>& v, const nv_bf16* parts, int used,
+                                                    Meanwhile&& meanwhile, Take&& take) {
         if (R == 1 && used == 1)
-            multiply_parts<D, 1>(v, parts, take);
+            multiply_parts<D, 1>(v, parts, meanwhile, take);
         else
-            multiply_parts<D, kParts>(v, parts, take);
+            multiply_parts<D, kParts>(v, parts, meanwhile, take);
     }
     template <int D, class Take>
     __device__ static __forceinline__ void turn_halves(const std::uint32_t (&y)[D / 16][4], const nv_bf16* part,
@@ -298,7 +304,7 @@ struct WarpgroupProducts {
                     for (int s = 0; s < D / 16; ++s)
                         multiply_matrix<true, true>(d, y[s], matrix + half * kHalf + s * kSixteenRows, s > 0);
                 },
-                [&](int q, const float(&pair)[2][4]) { take(half * kColumns / 8 + q, pair); });
+                [] {}, [&](int q, const float(&pair)[2][4]) { take(half * kColumns / 8 + q, pair); });
         }
     }
 };

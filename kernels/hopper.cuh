@@ -133,6 +133,13 @@ __device__ inline void load_box(std::uint32_t to, const CUtensorMap* map, int x,
 __device__ inline void load_box(void* to, const CUtensorMap* map, int x, int y, Barrier* b) {
     load_box(shared_address(to), map, x, y, shared_address(b));
 }
+__device__ inline void load_box(std::uint32_t to, const CUtensorMap* map, int x, int y, int z, std::uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+        "[%2];\n" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+        : "memory");
+}
 __device__ inline void load_box(void* to, const CUtensorMap* map, int x, int y, int z, int w, Barrier* b) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
@@ -154,6 +161,12 @@ __device__ inline void load_bytes(void* to, const void* from, int bytes, Barrier
 __device__ inline void store_box(const CUtensorMap* map, int x, int y, std::uint32_t from) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];\n" ::"l"(map),
                  "r"(from), "r"(x), "r"(y)
+                 : "memory");
+    asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
+}
+__device__ inline void store_box(const CUtensorMap* map, int x, int y, int z, std::uint32_t from) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];\n" ::"l"(map),
+                 "r"(from), "r"(x), "r"(y), "r"(z)
                  : "memory");
     asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
 }

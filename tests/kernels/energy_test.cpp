@@ -68,12 +68,9 @@ struct Problem {
 
 struct Result {
     Values energy, a, dx, dtau, dtemp;
-    double tau_terms = 0,
-           temp_terms = 0;  // of a reference: the largest sum of squares of what one of dtau, dtemp adds up
     void append(const Result& r) {
         const auto join = [](Values& to, const Values& from) { to.insert(to.end(), from.begin(), from.end()); };
         join(energy, r.energy), join(a, r.a), join(dx, r.dx), join(dtau, r.dtau), join(dtemp, r.dtemp);
-        tau_terms = std::max(tau_terms, r.tau_terms), temp_terms = std::max(temp_terms, r.temp_terms);
     }
 };
 
@@ -101,7 +98,7 @@ struct Naive {
     }
 
     using Sums = std::vector<A>;
-    void vector(std::size_t n, Result& r, Sums& dtau, Sums& dtemp, Sums& tau_terms, Sums& temp_terms) const {
+    void vector(std::size_t n, Result& r, Sums& dtau, Sums& dtemp) const {
         const int dim = p.graph.dim, scalars = p.scalars, width = dim / scalars;
         const std::size_t head = n % std::size_t(p.heads);
         const auto x = [&](int d) { return A(p.x[n * std::size_t(dim) + std::size_t(d)]); };
@@ -125,7 +122,6 @@ struct Naive {
             r.energy[out] = double(energy), r.a[out] = double(a);
             dtau[std::size_t(b)] -= g * energy;
             dtemp[head] -= da * a;
-            tau_terms[std::size_t(b)] += g * energy * g * energy, temp_terms[head] += da * a * da * a;
             pull += g * energy;
             for (int m = b * width; m < (b + 1) * width; ++m) {
                 const A c = scalars == 1 ? g * y[std::size_t(m)] : g * mu[std::size_t(m)] * y[std::size_t(m)];
@@ -138,13 +134,11 @@ struct Naive {
     }
     Result run() const {
         Result r{Values(p.da.size()), Values(p.da.size()), Values(p.x.size()), p.dtau0, p.dtemp0};
-        Sums dtau(p.dtau0.size(), A(0)), dtemp(p.dtemp0.size(), A(0)), tau_terms = dtau, temp_terms = dtemp;
+        Sums dtau(p.dtau0.size(), A(0)), dtemp(p.dtemp0.size(), A(0));
         const std::size_t vectors = std::size_t(p.tokens) * std::size_t(p.sides * p.heads);
-        for (std::size_t n = 0; n < vectors; ++n) vector(n, r, dtau, dtemp, tau_terms, temp_terms);
+        for (std::size_t n = 0; n < vectors; ++n) vector(n, r, dtau, dtemp);
         for (std::size_t i = 0; i < dtau.size(); ++i) r.dtau[i] = double(A(A(r.dtau[i]) + dtau[i]));
         for (std::size_t i = 0; i < dtemp.size(); ++i) r.dtemp[i] = double(A(A(r.dtemp[i]) + dtemp[i]));
-        r.tau_terms = double(*std::max_element(tau_terms.begin(), tau_terms.end()));
-        r.temp_terms = double(*std::max_element(temp_terms.begin(), temp_terms.end()));
         return r;
     }
 };
@@ -177,6 +171,13 @@ int matrix_parts(const Cuda& d) { return d.arch == 90 ? 2 : 3; }
 std::int64_t scratch_elements(const Cuda&, const Problem& p) {
     return energy_pending_elements(p.tokens, p.heads, p.scalars);
 }
+#endif
+
+// sm_90's products of warpgroups cut off what they add, D / 8 times for each number, towards zero. So all energies are too
+// small by about the same share (heads of 128: 2e-6), which does not average out in sums over tokens.
+double unit_of_sums(const Cpu&, int, double ulp) { return ulp; }
+#if FIEDLER_CUDA
+double unit_of_sums(const Cuda& d, int dim, double ulp) { return d.arch == 90 ? ulp * (1 + dim / 8 * 0.25) : ulp; }
 #endif
 
 enum class Gradients { none, with_scratch, pending };  // how the parameters' are added up
@@ -226,24 +227,13 @@ Result run(const Dev& d, const Problem& p, std::int64_t gap = 0, Gradients param
             dtau.values(), dtemp.values()};
 }
 
-void expect_close(const Result& got, const Result& ref, const Result& low, double ulp) {
+// sum_ulp: the same of sums over tokens, see unit_of_sums().
+void expect_close(const Result& got, const Result& ref, const Result& low, double ulp, double sum_ulp) {
     EXPECT_TRUE(close(got.energy, ref.energy, low.energy, ulp));
     EXPECT_TRUE(close(got.a, ref.a, low.a, ulp));
     EXPECT_TRUE(close(got.dx, ref.dx, low.dx, ulp));
-    // Errors of one unit of rounding in each term, of either sign, add up to one unit of the root of the sum of their
-    // squares. Of two or three sums only the largest error is held to the bound: their mean is no measure of the
-    // reference's, which may be small by luck.
-    const auto expect_sums = [&](const Values& sums, const Values& of_ref, const Values& of_low, double terms) {
-        const Error e = measure(sums, of_ref), l = measure(of_low, of_ref);
-        ASSERT_TRUE(sums.size() == of_ref.size() && !sums.empty() && e.nonfinite == 0 && l.nonfinite == 0);
-        const double unit = ulp * std::max(e.scale, std::sqrt(terms));
-        EXPECT_LE(e.max, 2 * l.max + 8 * unit) << "scale " << e.scale;
-        if (sums.size() >= 4) {
-            EXPECT_LE(e.rms, 2 * l.rms + 2 * unit) << "scale " << e.scale;
-        }
-    };
-    expect_sums(got.dtau, ref.dtau, low.dtau, ref.tau_terms);
-    expect_sums(got.dtemp, ref.dtemp, low.dtemp, ref.temp_terms);
+    EXPECT_TRUE(close(got.dtau, ref.dtau, low.dtau, sum_ulp));
+    EXPECT_TRUE(close(got.dtemp, ref.dtemp, low.dtemp, sum_ulp));
 }
 void expect_identical(const Result& x, const Result& y) {
     const auto same = [](const Values& u, const Values& v) {
@@ -273,7 +263,7 @@ void check_sizes(const Dev& d, Graph graph, int heads, int scalars, const std::v
             naive.dx = round_to<T>(naive.dx);
             low.append(naive);
         }
-    expect_close(got, ref, low, ulp);
+    expect_close(got, ref, low, ulp, unit_of_sums(d, graph.dim, ulp));
 }
 
 constexpr int kDims[] = {16, 32, 64, 128};
@@ -439,7 +429,7 @@ void check_changed(const Cuda& d, int dim, int heads, int scalars, Change&& chan
     change(p);
     Result low = Naive<float>(p, matrix_parts(d)).run();
     low.dx = round_to<bf16>(low.dx);
-    expect_close(run<bf16>(d, p), Naive<double>(p).run(), low, 1.2e-7);
+    expect_close(run<bf16>(d, p), Naive<double>(p).run(), low, 1.2e-7, unit_of_sums(d, dim, 1.2e-7));
 }
 TEST(Energy, GpuNumbersOfAnySize) {  // f16 holds neither vectors nor gradients of these sizes as they are
     FIEDLER_GPU_OR_SKIP();
