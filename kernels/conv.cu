@@ -244,6 +244,7 @@ void conv_backward(const Cuda& dev, const ConvBackward<bf16>& p) {
     PendingSums<float>& sums = p.pending ? *p.pending : own;
     const std::int64_t blocks = token_blocks(p.x.rows, kBackwardRun), columns = p.x.cols * kTaps;
     float* const partial = sums.take(blocks * columns).data;
+    sums.add({p.dw.data, partial, columns, 1, std::int32_t(blocks), std::int32_t(columns)});
     // dx is read next: where it fits, dy and x, which are not, should not drive it out of the L2 cache.
     const bool stays = 2 * p.x.rows * p.x.cols * std::int64_t(sizeof(bf16)) <= std::int64_t(dev.l2_bytes);
     const Args args{nv(p.dx.data), nv(p.dy.data), nv(p.x.data), p.w.data,      partial, p.dx.ld,
@@ -251,7 +252,6 @@ void conv_backward(const Cuda& dev, const ConvBackward<bf16>& p) {
     const auto kernel = stays ? backward_kernel<true> : backward_kernel<false>;
     kernel<<<grid_for(p.x.rows, p.x.cols, kBackwardRun), dim3(kLanes, kRuns), 0, stream_of(dev)>>>(args);
     LAUNCH_CHECK("conv_backward");
-    sums.add({p.dw.data, partial, columns, 1, std::int32_t(blocks), std::int32_t(columns)});
     if (!p.pending) finish_sums(dev, own);
 }
 

@@ -118,9 +118,9 @@ void branch(const Cuda& d, const std::function<void()>& work) {
 void join(const Cuda& d) {
     CudaState& s = *d.state;
     if (!s.branched) return;
-    s.branched = false;
     CUDA_CHECK(cudaEventRecord(s.joined, s.side));
     CUDA_CHECK(cudaStreamWaitEvent(s.stream, s.joined));
+    s.branched = false;
 }
 
 void* host_alloc(const Cuda&, std::size_t bytes) {

@@ -4,7 +4,7 @@
 //          bit-equal from run to run.
 //   Cuda   one stream of one device; every operation is asynchronous on that stream, in order, but for those of a
 //          branch (see there). Move-only, owns its streams, its cuBLASLt handle and nothing else; `workspace` is memory
-//          lent by the caller (the arena) for cuBLASLt.
+//          lent by the caller (the arena) for cuBLASLt, and for gates of long sequences.
 //
 // Errors: DeviceError (std::runtime_error) with statement, file, line and the library's own words.
 #pragma once
@@ -104,7 +104,8 @@ inline void wait_for_mark(const Cpu&, int) {}
 // Work beside other work. What `work` calls on dev goes to a second stream: it begins when all that was called before
 // is done, and runs beside what is called after branch(), up to join(): what is called after that comes after the
 // branch too. In between nobody else may write what the branch reads, or touch what it writes. `work` must not wait,
-// use the workspace (matrix products do), or branch. A second branch before join() comes after the first. Where nobody
+// use the workspace (matrix products and gates do), branch, join or record. One thread at a time calls these and
+// synchronize(). A second branch before join() comes after the first. Where nobody
 // joins, a recording's end and synchronize() do. On Cpu the work is done when branch() returns.
 void branch(const Cuda&, const std::function<void()>& work);
 void join(const Cuda&);

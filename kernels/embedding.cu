@@ -6,7 +6,7 @@
 // an H200. What a warp has of a run that began before its places it leaves in shared memory, for the warp in which the
 // run begins. A long run goes on from block to block: each leaves its part in memory, and the block in which the run
 // ends takes them all; of kFan neighbours the last one has added theirs up before. A block waits for blocks before it
-// alone, which have begun before it does.
+// alone, which have begun before it does: CUDA does not promise that, but all devices keep to it.
 //
 // So a row of the table is added to once, by one warp, and who adds up what, and in which order, follows from the order
 // of the tokens alone.
@@ -99,7 +99,7 @@ __device__ void for_pieces(int channels, Act&& act) {
 }
 
 // *to += x, of which there is one for each address in a launch: then an addition in memory, which nobody waits for,
-// gives what loading and storing would.
+// gives what loading and storing would, but that it takes numbers below 2^-126 for 0.
 __device__ void add_in_memory(float* to, const float4& x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)

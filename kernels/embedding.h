@@ -12,7 +12,7 @@
 //            the CPU there is nothing to do, and no scratch.
 // Writes     x overwritten; dtable accumulated (+=), rows of absent tokens untouched.
 // Numerics   each row's sum in acc_t<T>, in a fixed order, and one addition to the table: bit-equal from run to run.
-//            From sm_90 on the addition is done by the memory, and gives 0 for results below 2^-126.
+//            From sm_90 on the addition is done by the memory, which takes inputs and results below 2^-126 for 0.
 #pragma once
 #include <algorithm>
 

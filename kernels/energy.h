@@ -27,10 +27,9 @@
 //            itself to a (no tau, no temperature): used once, to set tau to the median energy of the data.
 // Numerics   everything in acc_t<T>, recomputed in backward; fixed order, no atomics: bit-equal from run to run.
 //            Cuda: R > 1 multiplies by the eigenvectors times the roots of their eigenvalues, R = 1 by Lf; entries have
-//            24 bits, on sm_90 16 (two bf16; Lf of an unweighted graph is exact). With 16 bits lambda_r is off by 5e-7
-//            (rms; 5e-6 at most) where x are normal numbers, and an E_r near zero by about 2^-16 of the root of E_r mu,
-//            mu the band's largest eigenvalue. sm_90's tensor cores cut off what they add: all E_r are too small, by
-//            some 2e-6 where D = 128. The sum over r in dx is of products of numbers of 11 bits (sm_90) or 16.
+//            24 bits, on sm_90 16 (two bf16; Lf of an unweighted graph is exact). With 16 bits lambda_r is off by 1e-6
+//            (rms; D = 64: 5e-7; 1e-5 at most) where x are normal numbers, and an E_r near zero by about 2^-16 of the root of E_r mu,
+//            mu the band's largest eigenvalue. The sum over r in dx is of products of numbers of 11 bits (sm_90) or 16.
 // Source     tauformer's published form; derivative checked by finite differences in tests/kernels/energy_test.cpp.
 #pragma once
 #include "kernels/contract.h"

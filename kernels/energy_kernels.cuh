@@ -3,7 +3,7 @@
 //   forward_at_least(D, R), backward_at_least(D, R)      blocks that fit on a multiprocessor at least; 0: left to ptxas
 //   forward_blocks(D, R), backward_blocks(D, R)          blocks of a launch for each multiprocessor: those that run at once,
 //               as registers allow. A second wave would load the matrix again
-//   kGroupThreads, group_sync()                          threads that share a head, and go from tile to tile together;
+//   kGroupThreads, group_sync()                          threads that share heads, and go from tile to tile together;
 //               0: the block
 //   ForwardSupply<D, R>, BackwardSupply<D, R>            what brings the vectors (see DirectSupply): kBytes of shared
 //               memory, kSpare of them left free for the matrix on its way. With these, the gradients of the scalars
@@ -554,6 +554,8 @@ void launch(const Cuda& d, const EnergyForward<bf16>& p) {
 template <int D, int R, class P>
 int launch(const Cuda& d, const EnergyBackward<bf16>& p) {
     constexpr int threads = P::backward_threads(D, R);
+    constexpr int kGroups = P::kGroupThreads ? threads / P::kGroupThreads : 1;  // of a block
+    static_assert(kMultiprocessors * P::backward_blocks(D, R) * kGroups * P::kManyHeads <= kEnergySums);
     constexpr std::size_t bytes = kSharedBytes<D, R, P, true> + P::template BackwardSupply<D, R>::kBytes;
     const auto kernel = energy_backward_kernel<D, R, P>;
     P::template allow<bytes>(kernel);

@@ -51,7 +51,7 @@ struct Shared {
     nv_bf16* parts;         // of the matrix, [D * D] each; halves (f16) may be one more
     unsigned char* stages;  // of all warps, for vectors on their way
     int* offsets;           // [D + 1] while Lf is being loaded (R = 1)
-    float* partials;        // [kMaxWarps][kMaxScalars + 1] later
+    float* partials;        // later: of each warp and each of its heads [kMaxScalars + 1]
 };
 template <int D>
 constexpr std::size_t kStageBytes = sizeof(nv_bf16) * kTokens* D;  // the vectors of a warp

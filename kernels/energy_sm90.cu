@@ -219,6 +219,7 @@ struct WarpgroupProducts {
         const cuuint64_t size[3] = {D, cuuint64_t(x.cols) / D, cuuint64_t(x.rows)},
                          stride[2] = {D * sizeof(bf16), cuuint64_t(x.ld) * sizeof(bf16)};
         constexpr cuuint32_t kVectors = hopper::kWarpgroup / kWarp * kTokens;
+        // A driver takes rows that are no multiple of a head apart, which cuda.h's formula for strides does not have.
         const cuuint32_t box[3] = {kRowBytes<D> / sizeof(bf16), 1u << heads_log2, kVectors >> heads_log2};
         return tensor_map<3>(x.data, size, stride, box,
                              D >= 64   ? CU_TENSOR_MAP_SWIZZLE_128B
@@ -241,6 +242,7 @@ struct WarpgroupProducts {
     }
     __device__ static void publish_matrix() { hopper::publish_shared(); }
     // The products that issue(d) asks for, meanwhile(), then take(j, pair) for j = 0, 2, .. of D / 8 with their sums.
+    // meanwhile() reads A's registers, on which PTX promises nothing while products run; ptxas leaves them alone.
     template <int D, class Issue, class Meanwhile, class Take>
     __device__ static __forceinline__ void run(Issue&& issue, Meanwhile&& meanwhile, Take&& take) {
         float d[D / 2];

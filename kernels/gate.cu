@@ -167,8 +167,8 @@ __global__ void backward_kernel(const __grid_constant__ BackwardArgs a) {
     Place<false>{p.both}.store(a.partial + std::int64_t(p.row) * a.heads + p.h, sum);
 }
 
-// Sequences of one length are cut if that length is enough; packings of several lengths are not. The same on every
-// device, as the order of the sums depends on it.
+// Sequences of one length are cut if that length is enough; packings of several lengths are not. The order of the sums
+// depends on it (forward on whether there is a workspace, too), and on no device.
 int chunks_of(const Packed& seq) {
     const int length = seq.length > 0 ? seq.length : seq.count == 1 ? seq.tokens : 0;
     return length < kGateLong ? 1 : ceil_div(length, int(kGateChunk));
@@ -273,6 +273,7 @@ void gate_backward(const Cuda& dev, const GateBackward<bf16>& p) {
                             .heads = int(heads),
                             .rows = rows,
                             .seq = p.seq};
+    sums.add({p.dbias.data, args.partial, heads, 1, rows, args.heads});
     const bool pairs = are_pairs_aligned(p.dF) && are_pairs_aligned(p.z) && are_pairs_aligned(p.dz);
     if (is_cut) {
         gate_long::launch(dev, pairs ? gate_long::backward_kernel<true> : gate_long::backward_kernel<false>, args,
@@ -281,7 +282,6 @@ void gate_backward(const Cuda& dev, const GateBackward<bf16>& p) {
         launch(dev, pairs ? kBackward<true> : kBackward<false>, args);
         LAUNCH_CHECK("gate_backward");
     }
-    sums.add({p.dbias.data, args.partial, heads, 1, rows, args.heads});
     if (!p.pending) finish_sums(dev, own);
 }
 

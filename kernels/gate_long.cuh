@@ -1,7 +1,7 @@
 // kernels/gate_long.cuh: the forget gate of long sequences, cut into chunks of one block each (see gate.cu). A block
 // keeps its chunk in shared memory, says what it adds up to, and adds up what the blocks before it said: then it knows
-// what is carried into it. So everything is read once. Blocks start in their order: those that one waits for are at work
-// or over.
+// what is carried into it. So everything is read once. Blocks start in their order, which CUDA does not promise but all
+// devices keep to: those that one waits for are at work or over.
 //
 // A block has all heads, or a part of them, so that each 32-byte sector comes to one multiprocessor. In memory's
 // order a thread has one pair of heads at every 64th token. In shared memory each head has a plane: there one warp

@@ -47,28 +47,6 @@ __device__ void warp_inclusive_scan(A (&x)[N]) {  // right in the first kLanes l
     }
 }
 
-// Sums of x[n] over the warps before this one, x being the warp's own; total: over the block. One barrier; shared must not
-// be reused by the next call but one barrier later, hence two of them in turn.
-template <int N, class A, int kWarps>
-__device__ void sums_before_warp(A (&x)[N], A (&shared)[N][kWarps], A (&total)[N]) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-    if (lane == 0) {
-#pragma unroll
-        for (int n = 0; n < N; ++n) shared[n][warp] = x[n];
-    }
-    __syncthreads();
-    A sums[N];
-#pragma unroll
-    for (int n = 0; n < N; ++n) sums[n] = lane < warps ? shared[n][lane] : A(0);
-    warp_inclusive_scan<kWarps>(sums);
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-        total[n] = __shfl_sync(kWholeWarp, sums[n], kWarps - 1);
-        const A before = __shfl_sync(kWholeWarp, sums[n], warp > 0 ? warp - 1 : 0);
-        x[n] = warp > 0 ? before : A(0);
-    }
-}
-
 // One number of each of a block's heads at one token. The second head may not exist; where there are two everywhere, pairs
 // may be aligned to their size.
 template <bool kPairs>

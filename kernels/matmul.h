@@ -119,9 +119,10 @@ void matmul_fp8(const Cuda&, const MatmulFp8<bf16>&);
 void matmul_fp8(const Cuda&, const MatmulFp8<float>&);
 
 // For benchmarks, which ask how good the choice above is: the same product by algorithm k of kMatmulAlgorithms. First
-// come cuBLASLt's proposals in its heuristic's order; the last kMatmulPieceCounts are dW in 2, 4, 8, ... pieces. False:
+// come those among which it is made, in their order: cuBLASLt's proposals without a workspace, then those with one; where
+// a sum is best split, only these. The last kMatmulPieceCounts are dW in 2, 4, 8, ... pieces. False:
 // there is no algorithm k for it, or it cannot run; nothing was computed. P: any problem of the Cuda functions above.
-inline constexpr int kMatmulAlgorithms = 38, kMatmulPieceCounts = 6;
+inline constexpr int kMatmulAlgorithms = 70, kMatmulPieceCounts = 6;
 template <class P>
 bool matmul_by_algorithm(const Cuda&, const P&, int k);
 

@@ -262,7 +262,7 @@ def embedding(case):
         table = bf16(vocab, channels)
         return {"embedding": lambda: torch.nn.functional.embedding(index, table)}
     dx = bf16(tokens, channels)
-    return {"embedding_dense_backward, bf16 output": lambda: torch.ops.aten.embedding_dense_backward(
+    return {"embedding_dense_backward, its sort included, bf16 output": lambda: torch.ops.aten.embedding_dense_backward(
         dx, index, vocab, -1, False)}
 
 

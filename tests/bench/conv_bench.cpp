@@ -12,18 +12,12 @@ FIEDLER_BENCH(conv) {
         const auto input = [&] { return Mat<const Storage>(suite.random<Storage>(n), tokens, channels); };
         const Mat<const Accum> w(suite.random<Accum>(4 * channels), channels, 4);
         const Mat<Accum> dw(suite.zeros<Accum>(4 * channels), channels, 4);
-        const std::int64_t size = conv_pending_elements(tokens, channels);
-        const Vec<Accum> memory(suite.zeros<Accum>(size), size);
         const Mat<Storage> out(suite.zeros<Storage>(n), tokens, channels);
         const ConvForward<Storage> f{out, input(), w, Packed::uniform(count, length)};
         const ConvBackward<Storage> b{out, dw, input(), f.x, w, f.seq, {}};
         suite.add("forward " + shape, traffic(f), [f, &suite] { conv_forward(suite.device, f); });
-        suite.add("backward " + shape, traffic(b), [b, memory, &suite] {
-            PendingSums<Accum> pending(memory);  // as in a model, which adds up all layers' sums at once
-            ConvBackward<Storage> p = b;
-            p.pending = &pending;
-            conv_backward(suite.device, p);
-        });
+        add_with_pending(suite, "backward " + shape, b, conv_pending_elements(tokens, channels),
+                         [](const Device& d, const ConvBackward<Storage>& p) { conv_backward(d, p); });
     }
 }
 

@@ -10,8 +10,6 @@ void add_conv_rotary(Suite& suite, std::int32_t count, std::int32_t length, std:
                      bool normalise) {
     const std::int64_t tokens = std::int64_t(count) * length, c = std::int64_t(heads) * width;
     const auto input = [&] { return Mat<const Storage>(suite.random<Storage>(tokens * c), tokens, c); };
-    const std::int64_t size = conv_rotary_pending_elements(tokens, c);
-    const Vec<Accum> memory(suite.zeros<Accum>(size), size);
     ConvRotaryForward<Storage> f;
     f.y = Mat<Storage>(suite.zeros<Storage>(tokens * c), tokens, c);
     f.x = input(), f.w = Mat<const Accum>(suite.random<Accum>(4 * c), c, 4), f.seq = Packed::uniform(count, length);
@@ -23,12 +21,8 @@ void add_conv_rotary(Suite& suite, std::int32_t count, std::int32_t length, std:
     const std::string name = std::to_string(tokens) + "x(" + std::to_string(heads) + "x" + std::to_string(width) + ")" +
                              (normalise ? " norm, rotation" : " rotation");
     suite.add("forward " + name, traffic(f), [f, &suite] { conv_rotary_forward(suite.device, f); });
-    suite.add("backward " + name, traffic(b), [b, memory, &suite] {
-        PendingSums<Accum> pending(memory);  // as in a model, which adds up all layers' sums at once
-        ConvRotaryBackward<Storage> p = b;
-        p.pending = &pending;
-        conv_rotary_backward(suite.device, p);
-    });
+    add_with_pending(suite, "backward " + name, b, conv_rotary_pending_elements(tokens, c),
+                     [](const Device& d, const ConvRotaryBackward<Storage>& p) { conv_rotary_backward(d, p); });
 }
 
 }  // namespace

@@ -27,14 +27,8 @@ void add_coordinate(Suite& s, std::int32_t sequences, std::int32_t length, std::
     b.da = Mat<const Accum>(s.random<Accum>(n * half), n, half);
     b.db = Mat<const Accum>(s.random<Accum>(n * half), n, half);
     b.a = f.a, b.b = f.b, b.s = f.s, b.w = f.w, b.log_temp = f.log_temp, b.seq = f.seq;
-    const std::int64_t size = coordinate_pending_elements(n, 2 * half, heads);
-    const Vec<Accum> memory(s.zeros<Accum>(size), size);
-    s.add("backward " + name, traffic(b), [b, memory, &s] {
-        PendingSums<Accum> pending(memory);  // as in a model, which adds up all layers' sums at once
-        CoordinateBackward<Storage> p = b;
-        p.pending = &pending;
-        coordinate_backward(s.device, p);
-    });
+    add_with_pending(s, "backward " + name, b, coordinate_pending_elements(n, 2 * half, heads),
+                     [](const Device& d, const CoordinateBackward<Storage>& p) { coordinate_backward(d, p); });
 }
 
 }  // namespace

@@ -58,17 +58,8 @@ void add_energy(Suite& s, std::int64_t n, int heads, int dim, int scalars, bool 
     b.da = Mat<const Accum>(s.random<Accum>(n * heads * scalars), n, heads * scalars);
     b.db = Mat<const Accum>(s.random<Accum>(n * heads * scalars), n, heads * scalars);
     b.x = f.x, b.lap = f.lap, b.log_tau = f.log_tau, b.log_temp = f.log_temp, b.heads = heads, b.scalars = scalars;
-    Vec<Accum> memory;
-#if FIEDLER_BENCH_CUDA
-    const std::int64_t elements = energy_pending_elements(n, heads, scalars);
-    memory = {s.zeros<Accum>(elements), elements};
-#endif
-    s.add("backward " + name, traffic(b), [b, memory, &s] {  // finish_sums() is not part of it
-        PendingSums<Accum> pending(memory);
-        EnergyBackward<Storage> p = b;
-        p.pending = &pending;
-        energy_backward(s.device, p);
-    });
+    add_with_pending(s, "backward " + name, b, energy_pending_elements(n, heads, scalars),
+                     [](const Device& d, const EnergyBackward<Storage>& p) { energy_backward(d, p); });
 }
 
 }  // namespace

@@ -24,14 +24,8 @@ void add_gate(Suite& s, std::int32_t count, std::int32_t length, std::int64_t he
     b.bias = bias;
     b.seq = f.seq;
     s.add("forward " + shape, traffic(f), [f, &s] { gate_forward(s.device, f); });
-    const std::int64_t size = gate_pending_elements(tokens, count, heads);
-    const Vec<Accum> memory(s.zeros<Accum>(size), size);
-    s.add("backward " + shape, traffic(b), [b, memory, &s] {
-        PendingSums<Accum> pending(memory);  // as in a model, which adds up all layers' sums at once
-        GateBackward<Storage> p = b;
-        p.pending = &pending;
-        gate_backward(s.device, p);
-    });
+    add_with_pending(s, "backward " + shape, b, gate_pending_elements(tokens, count, heads),
+                     [](const Device& d, const GateBackward<Storage>& p) { gate_backward(d, p); });
 }
 
 }  // namespace

@@ -211,7 +211,7 @@ std::vector<double> in_turn(const std::vector<std::function<void()>>& runs, int 
 
 // All algorithms with three samples each; then the three best and the row itself in turn, as many samples as the row has.
 Search search_best(const Case& c, int batch, Timer& timer) {
-    constexpr int kMost = 64, kFirst = 3;
+    constexpr int kMost = 128, kFirst = 3;
     constexpr std::size_t kFinalists = 3;
     Search found;
     std::vector<int> known;

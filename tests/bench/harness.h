@@ -19,6 +19,7 @@
 
 #include "kernels/device.h"
 #include "kernels/dtype.h"
+#include "kernels/pending_sums.h"
 #include "kernels/traffic.h"
 #include "kernels/view.h"
 
@@ -86,6 +87,20 @@ class Suite {
     void* allocate(std::size_t bytes);
     std::vector<void*> blocks_;
 };
+
+// A backward pass that leaves sums over blocks in so many elements. As in a model, which adds up all layers' sums at once
+// (family pending_sums), it ends before that.
+template <class Problem, class Backward>
+void add_with_pending(Suite& suite, std::string name, const Problem& problem, std::int64_t elements,
+                      Backward backward) {
+    const Vec<Accum> memory(suite.zeros<Accum>(elements), elements);
+    suite.add(std::move(name), traffic(problem), [problem, memory, backward, &suite] {
+        PendingSums<Accum> pending(memory);
+        Problem p = problem;
+        p.pending = &pending;
+        backward(suite.device, p);
+    });
+}
 
 using FamilyBench = void (*)(Suite&);
 bool register_bench(const char* family, FamilyBench);

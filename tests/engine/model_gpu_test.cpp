@@ -136,9 +136,7 @@ TEST_P(ModelGpu, LossAndGradientsMatchTheCpu) {
 
 // Sums that wait for the end of a backward pass: none gets lost, or into the next pass. The same pass again doubles
 // them, to the bit.
-TEST(ModelGpuPendingSums, EachPassAddsItsOwn) {
-    FIEDLER_GPU_OR_SKIP();
-    const Shape shape{"", "sb", ScalarKind::coordinate, 64, 129, 2};
+void expect_each_pass_adds_its_own(const Shape& shape, const std::vector<int LayerTensors::*>& tensors) {
     const ModelSpec spec = spec_of(shape);
     const ParamTable table(spec);
     const ActivationPlan plan = activation_plan(spec, plan_of(shape), true);
@@ -165,15 +163,25 @@ TEST(ModelGpuPendingSums, EachPassAddsItsOwn) {
         return grads;
     };
     const std::vector<float> once = pass(), twice = pass();
-    for (const LayerTensors& l : table.layer)
-        for (const int tensor : {l.gate_bias, l.log_temp, l.conv_scalars}) {
-            ASSERT_GE(tensor, 0);
-            const ParamTensor& t = table.tensor[static_cast<std::size_t>(tensor)];
-            for (auto i = static_cast<std::size_t>(t.offset); i < static_cast<std::size_t>(t.offset + t.size()); ++i) {
-                EXPECT_NE(once[i], 0.f) << t.name;
-                EXPECT_EQ(twice[i], 2 * once[i]) << t.name;
-            }
+    const auto expect_doubled = [&](int tensor) {
+        ASSERT_GE(tensor, 0);
+        const ParamTensor& t = table.tensor[static_cast<std::size_t>(tensor)];
+        for (auto i = static_cast<std::size_t>(t.offset); i < static_cast<std::size_t>(t.offset + t.size()); ++i) {
+            EXPECT_NE(once[i], 0.f) << t.name;
+            EXPECT_EQ(twice[i], 2 * once[i]) << t.name;
         }
+    };
+    for (const LayerTensors& l : table.layer)
+        for (const int LayerTensors::*tensor : tensors) expect_doubled(l.*tensor);
+}
+TEST(ModelGpuPendingSums, EachPassAddsItsOwn) {
+    FIEDLER_GPU_OR_SKIP();
+    using L = LayerTensors;
+    expect_each_pass_adds_its_own({"", "sb", ScalarKind::coordinate, 64, 129, 2},
+                                  {&L::gate_bias, &L::log_temp, &L::conv_scalars, &L::conv});
+    expect_each_pass_adds_its_own({"", "sb", ScalarKind::energy, 64, 129, 2},
+                                  {&L::gate_bias, &L::log_temp, &L::log_tau, &L::conv});
+    expect_each_pass_adds_its_own({"", "d", ScalarKind::coordinate, 64, 129, 2}, {&L::conv});
 }
 
 std::vector<Shape> shapes() {

@@ -240,9 +240,10 @@ TEST(Conv, GpuPendingSumsAreTheSame) {  // one list's memory serves one pass aft
 
 TEST(Conv, GpuPendingSumsWait) {
     FIEDLER_GPU_OR_SKIP();
-    const Buffer<bf16, Cuda> x(gpu(), Values(300 * 8, 1.0)), dx(gpu(), 300 * 8);
+    const Buffer<bf16, Cuda> x(gpu(), Values(300 * 8, 1.0));
+    Buffer<bf16, Cuda> dx(gpu(), 300 * 8);
     const Buffer<float, Cuda> w(gpu(), Values(32, 1.0)), dw(gpu(), Values(32, 3.0)),
-        memory(gpu(), std::size_t(conv_pending_elements(300, 8)));
+        memory(gpu(), std::size_t(2 * conv_pending_elements(300, 8)));
     PendingSums<float> pending(memory.vec());
     const ConvBackward<bf16> p{.dx = dx.mat(300, 8),
                                .dw = dw.mat(8, 4),
@@ -254,7 +255,10 @@ TEST(Conv, GpuPendingSumsWait) {
                                .pending = &pending};
     conv_backward(gpu(), p);
     EXPECT_EQ(dw.values(), Values(32, 3.0));
-    EXPECT_THROW(conv_backward(gpu(), p), ContractError);  // the memory is full
+    dx.poison();
+    EXPECT_THROW(conv_backward(gpu(), p), ContractError);               // dw is someone's
+    EXPECT_THROW(conv_backward(gpu(), p), ContractError);               // the memory is full
+    for (const double one : dx.values()) EXPECT_TRUE(std::isnan(one));  // nothing was written
     finish_sums(gpu(), pending);
     Values expected(32);
     for (std::size_t i = 0; i < expected.size(); ++i) expected[i] = 3.0 + 297.0 + double(i % 4);  // terms of a tap

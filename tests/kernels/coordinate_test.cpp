@@ -166,8 +166,8 @@ bool equal_lengths(const Lengths& l) {
 
 template <class T, class Dev>
 void check_all(const Dev& d, double ulp) {
-    const std::int64_t shapes[][2] = {{1, 1}, {6, 1},  {1, 2}, {6, 4},
-                                      {6, 8}, {1, 16}, {9, 16}};  // 9 x 16: above one block
+    const std::int64_t shapes[][2] = {{1, 1}, {6, 1}, {7, 1},  {16, 1}, {1, 2},
+                                      {6, 4}, {6, 8}, {1, 16}, {9, 16}};  // 9 x 16: above one block
     for (const auto& [heads, scalars] : shapes) {
         SCOPED_TRACE(testing::Message() << heads << " heads, R " << scalars);
         Comparison<T> all;

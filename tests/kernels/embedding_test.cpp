@@ -57,7 +57,8 @@ Values backward(const Dev& dev, const Problem& q, std::int64_t gap = 0) {
     const Buffer<std::int32_t, Dev> tokens(dev, q.tokens);
     const Padded<T, Dev> dx(dev, q.count, q.channels, q.channels + gap, q.dx);
     const Padded<acc_t<T>, Dev> dtable(dev, q.vocab, q.channels, q.channels + 2 * gap, q.dtable0);
-    const Buffer<std::uint8_t, Dev> scratch(dev, embedding_scratch_bytes(q.count, q.channels));
+    Buffer<std::uint8_t, Dev> scratch(dev, embedding_scratch_bytes(q.count, q.channels));
+    scratch.zero();  // which are sums, too, as those of other memory
     const Vec<std::byte> lent(reinterpret_cast<std::byte*>(scratch.data()), std::int64_t(scratch.size()));
     embedding_order(dev, EmbeddingOrder{tokens.vec(), q.vocab, q.channels, lent});
     embedding_backward(dev, EmbeddingBackward<T>{dtable.mat(), tokens.vec(), dx.mat(), lent});
@@ -179,7 +180,8 @@ TEST(Embedding, GpuPassesOnWhatIsNoNumber) {
     const Buffer<std::int32_t, Cuda> tokens(gpu(), q.tokens);
     const Buffer<bf16, Cuda> dx(gpu(), q.dx.size());  // all bits set
     const Padded<float, Cuda> dtable(gpu(), q.vocab, q.channels, q.channels, q.dtable0);
-    const Buffer<std::uint8_t, Cuda> scratch(gpu(), embedding_scratch_bytes(q.count, q.channels));
+    Buffer<std::uint8_t, Cuda> scratch(gpu(), embedding_scratch_bytes(q.count, q.channels));
+    scratch.zero();
     const Vec<std::byte> lent(reinterpret_cast<std::byte*>(scratch.data()), std::int64_t(scratch.size()));
     embedding_order(gpu(), EmbeddingOrder{tokens.vec(), q.vocab, q.channels, lent});
     embedding_backward(gpu(), EmbeddingBackward<bf16>{dtable.mat(), tokens.vec(), dx.mat(q.count, q.channels), lent});
@@ -190,18 +192,22 @@ TEST(Embedding, GpuPassesOnWhatIsNoNumber) {
     for (std::size_t i = 16; i < 32; ++i) EXPECT_EQ(infinite[i], INFINITY);
 }
 
-// One order, which comes from a branch, and several gradients after it; then all of it recorded and launched twice.
+// One order, which comes from a branch, and several gradients after it; then all of it recorded and launched twice. Each
+// time the tokens come just before, and what the last order left is gone.
 TEST(Embedding, GpuOrderBesideOtherWork) {
     FIEDLER_GPU_OR_SKIP();
     const Problem q = Problem(frequent(8192, 2000), 2000, 136).round<bf16>();
-    const Buffer<std::int32_t, Cuda> tokens(gpu(), q.tokens);
+    const Buffer<std::int32_t, Cuda> source(gpu(), q.tokens);
+    Buffer<std::int32_t, Cuda> tokens(gpu(), q.tokens.size());
     const Padded<bf16, Cuda> dx(gpu(), q.count, q.channels, q.channels, Values(q.dx.size()));
     const Padded<bf16, Cuda> later(gpu(), q.count, q.channels, q.channels, q.dx);
     const Padded<float, Cuda> dtable(gpu(), q.vocab, q.channels, q.channels, Values(q.dtable0.size()));
-    const Buffer<std::uint8_t, Cuda> scratch(gpu(), embedding_scratch_bytes(q.count, q.channels));
+    Buffer<std::uint8_t, Cuda> scratch(gpu(), embedding_scratch_bytes(q.count, q.channels));
     const Vec<std::byte> lent(reinterpret_cast<std::byte*>(scratch.data()), std::int64_t(scratch.size()));
     const EmbeddingBackward<bf16> p{dtable.mat(), tokens.vec(), dx.mat(), lent};
     const auto gradients = [&](int times) {
+        scratch.zero(), tokens.zero();
+        copy_on_device(gpu(), tokens.data(), source.data(), source.bytes());
         branch(gpu(), [&] { embedding_order(gpu(), EmbeddingOrder{tokens.vec(), q.vocab, q.channels, lent}); });
         fill_bytes(gpu(), dtable.mat().data, 0, q.dtable0.size() * sizeof(float));
         copy_on_device(gpu(), dx.mat().data, later.mat().data, q.dx.size() * sizeof(bf16));
@@ -231,7 +237,11 @@ TEST(Embedding, GpuBranchesEnd) {
     FIEDLER_GPU_OR_SKIP();
     struct Failure {};
     const Buffer<std::uint8_t, Cuda> bytes(gpu(), std::size_t(1) << 24);
-    const auto fill = [&](int value) { branch(gpu(), [&] { fill_bytes(gpu(), bytes.data(), value, bytes.size()); }); };
+    const auto fill = [&](int value) {  // takes its time, and is done with the last of many
+        branch(gpu(), [&] {
+            for (int i = 200; i >= 0; --i) fill_bytes(gpu(), bytes.data(), value + i, bytes.size());
+        });
+    };
     const auto last = [&] {
         std::uint8_t byte = 0;
         copy_to_host(gpu(), &byte, bytes.data() + bytes.size() - 1, 1);

@@ -270,8 +270,8 @@ TEST(Gate, GpuPendingSumsAreTheSame) {
 TEST(Gate, GpuPendingSumsWait) {
     FIEDLER_GPU_OR_SKIP();
     const Buffer<float, Cuda> z(gpu(), Values(64, 1.0)), bias(gpu(), Values(2, 0.0)), dbias(gpu(), Values(2, 3.0)),
-        memory(gpu(), std::size_t(gate_pending_elements(32, 4, 2)));
-    const Buffer<bf16, Cuda> dz(gpu(), 64);
+        memory(gpu(), std::size_t(3 * gate_pending_elements(32, 4, 2))), expected(gpu(), Values(2, 3.0));
+    Buffer<bf16, Cuda> dz(gpu(), 64);
     PendingSums<float> pending(memory.vec());
     const GateBackward<bf16> p{.dz = dz.mat(32, 2),
                                .dbias = dbias.vec(),
@@ -283,11 +283,17 @@ TEST(Gate, GpuPendingSumsWait) {
                                .pending = &pending};
     gate_backward(gpu(), p);
     EXPECT_EQ(dbias.values(), Values(2, 3.0));
-    EXPECT_THROW(gate_backward(gpu(), p), ContractError);  // dbias is someone's
+    dz.poison();
+    EXPECT_THROW(gate_backward(gpu(), p), ContractError);           // dbias is someone's
+    for (const double x : dz.values()) EXPECT_TRUE(std::isnan(x));  // nothing was written
     pending.clear();
     gate_backward(gpu(), p);
     finish_sums(gpu(), pending);
-    EXPECT_NE(dbias.values(), Values(2, 3.0));
+    GateBackward<bf16> alone = p;
+    alone.pending = nullptr, alone.scratch = memory.vec(), alone.dbias = expected.vec();
+    gate_backward(gpu(), alone);
+    EXPECT_EQ(dbias.values(), expected.values());
+    EXPECT_GT(dbias.values()[0], 3.5);  // 32 dF sigmoid(-1) and more
 }
 
 // Pairs of heads are read and written at once where they are aligned.
@@ -348,6 +354,8 @@ TEST(Gate, GpuCarryContinuesASequence) {
     for (const std::int64_t step : {5000, 10007})
         EXPECT_TRUE(
             close(decode<float>(gpu(), chunks, step), chunks.naive_forward(), decode<float>(Cpu{}, chunks, step)));
+    const Problem cut({20000}, 3);  // and so is what continues
+    EXPECT_TRUE(close(decode<float>(gpu(), cut, 9000), cut.naive_forward(), decode<float>(Cpu{}, cut, 9000)));
 }
 
 TEST(Gate, GpuNanIsSeen) {
