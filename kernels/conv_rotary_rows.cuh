@@ -37,7 +37,8 @@ __device__ inline Place place_of(const Args& a, int job) {
 }
 __device__ inline int parts_of(const Args& a, bool turned) { return turned ? a.parts : 1; }
 
-// cos and sin to 1e-6 of angles that are no more than 2^22 turns, which are taken off in two parts.
+// cos and sin of angles, whose turns are taken off in two parts, to 3e-7; what is left to 1e-6, up to half a turn: there
+// CUDA's bounds of __cosf and __sinf end. After 2^16 turns it may be more by 0.03, after 2^18 by 0.12.
 __device__ inline void cos_sin(float angle, float& c, float& s) {
     const float turns = rintf(angle * 0.15915494f), rest = fmaf(turns, 1.7484556e-7f, fmaf(turns, -6.2831855f, angle));
     c = __cosf(rest), s = __sinf(rest);
