@@ -76,6 +76,13 @@ RunLayout<T>::RunLayout(Arena& arena, const ModelSpec& spec, const ParamTable& t
     take(lap_values, "laplacian.values", d * d);
     take(lap_vectors, "laplacian.eigenvectors", d * d);
     take(lap_eigenvalues, "laplacian.eigenvalues", d);
+    if constexpr (std::is_same_v<T, bf16>)
+        for (const LayerSpec& l : spec.layer) {
+            Vec<std::byte>& matrix = l.scalars == 1 ? lap_of_one : lap_of_several;
+            if (l.kind == LayerKind::energy && matrix.size == 0)
+                take(matrix, l.scalars == 1 ? "laplacian.of_one" : "laplacian.of_several",
+                     energy_matrix_bytes(d, l.scalars));
+        }
     if (const std::int64_t k = spec.spectral_columns(); k > 0 && !spec.samples)
         spectral = arena.mat<T>("spectral.U", spec.vocab, k, Lifetime::persistent);
     if constexpr (std::is_same_v<T, bf16>) {
@@ -94,6 +101,7 @@ FeatureLaplacian<acc_t<T>> RunLayout<T>::laplacian(std::int32_t dim) const {
     l.values = lap_values.slice(0, lap_entries);
     l.eigenvectors = Mat<const A>(lap_vectors.data, dim, dim);
     l.eigenvalues = lap_eigenvalues;
+    l.of_one = of_one, l.of_several = of_several;
     return l;
 }
 

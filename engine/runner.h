@@ -61,8 +61,10 @@ struct RunLayout {
     // Room for any Lf: a plan is made before the data are seen.
     Vec<std::int32_t> lap_offsets, lap_columns;
     Vec<A> lap_values, lap_vectors, lap_eigenvalues;
-    std::int64_t lap_entries = 0;  // of lap_columns and lap_values, in use
-    Mat<T> spectral;               // U, absent without a spectral embedding
+    std::int64_t lap_entries = 0;               // of lap_columns and lap_values, in use
+    Vec<std::byte> lap_of_one, lap_of_several;  // energy_prepare()'s, for layers with one scalar and with more
+    EnergyMatrix of_one, of_several;
+    Mat<T> spectral;  // U, absent without a spectral embedding
     void* workspace = nullptr;
     std::unique_ptr<Activations<T>> acts;
     FeatureLaplacian<A> laplacian(std::int32_t dim) const;
@@ -86,6 +88,10 @@ void RunLayout<T>::upload(const Dev& dev, const ModelConstants& constants) {
     send(lap_vectors.data, lap.eigenvectors);
     send(lap_eigenvalues.data, lap.eigenvalues);
     if (spectral) send(spectral.data, constants.spectral);
+    FeatureLaplacian<A> prepared = laplacian(lap.dim);
+    if (lap_of_one) energy_prepare(dev, prepared, 1, lap_of_one);
+    if (lap_of_several) energy_prepare(dev, prepared, 2, lap_of_several);
+    of_one = prepared.of_one, of_several = prepared.of_several;
 }
 
 inline constexpr std::size_t kWorkspaceBytes = std::size_t(32) << 20;  // cuBLASLt's recommendation for Hopper

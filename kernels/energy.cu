@@ -51,7 +51,7 @@ struct WarpProducts {
     template <int D, int R>
     using BackwardSupply = DirectSupply<D>;
     static constexpr int kParts = 3, kGroupThreads = 0, kManyHeads = 1;
-    static constexpr bool kInOrder = false, kHalves = false;
+    static constexpr bool kInOrder = false, kHalves = false, kPrepared = false;
     __device__ static void group_sync() { __syncthreads(); }
     template <std::size_t bytes, class Kernel>
     static void allow(Kernel kernel) {
@@ -96,15 +96,28 @@ void note_sums(PendingSums<float>& pending, const EnergyBackward<bf16>& p, int p
 #if FIEDLER_SM90A  // kernels/energy_sm90.cu is in this build
 template <class P>
 auto launch_best(const Cuda& d, const P& p) {
-    return energy_sm90_takes(d, p.lap.dim) ? energy_sm90(d, p) : launch_with<WarpProducts>(d, p);
+    const EnergyMatrix& matrix = p.scalars == 1 ? p.lap.of_one : p.lap.of_several;
+    return matrix.data && energy_sm90_takes(d, p.lap.dim) ? energy_sm90(d, p) : launch_with<WarpProducts>(d, p);
+}
+void prepare_best(const Cuda& d, FeatureLaplacian<float>& lap, int scalars, const Vec<std::byte>& memory) {
+    if (energy_sm90_takes(d, lap.dim)) energy_sm90_prepare(d, lap, scalars, memory);
 }
 #else
+void prepare_best(const Cuda&, FeatureLaplacian<float>&, int, const Vec<std::byte>&) {}
+
 template <class P>
 auto launch_best(const Cuda& d, const P& p) {
     return launch_with<WarpProducts>(d, p);
 }
 #endif
 }  // namespace
+
+void energy_prepare(const Cuda& d, FeatureLaplacian<float>& lap, std::int32_t scalars, Vec<std::byte> memory) {
+    check(lap, scalars);
+    FIEDLER_REQUIRE("energy", memory.size >= energy_matrix_bytes(lap.dim, scalars) &&
+                                  reinterpret_cast<std::uintptr_t>(memory.data) % 128 == 0);
+    prepare_best(d, lap, scalars, memory);
+}
 
 void energy_forward(const Cuda& d, const EnergyForward<bf16>& p) {
     check(p);

@@ -40,6 +40,12 @@
 
 namespace fiedler {
 
+// The matrix in device memory as kernels of sm_90 multiply by it: see energy_prepare().
+struct EnergyMatrix {
+    const void* data = nullptr;
+    std::int32_t parts = 0,
+                 log2 = 0;  // of Lf, that are not all zero; of the power of two that the last part is scaled by
+};
 template <class A>
 struct FeatureLaplacian {
     std::int32_t dim = 0;
@@ -47,6 +53,7 @@ struct FeatureLaplacian {
     Vec<const A> values;
     Mat<const A> eigenvectors;
     Vec<const A> eigenvalues;
+    EnergyMatrix of_one = {}, of_several = {};  // optional, Cuda only: for R = 1, R > 1
 };
 
 template <class T>
@@ -135,6 +142,17 @@ inline constexpr std::int64_t kEnergySums = 2112;
 inline std::int64_t energy_pending_elements(std::int64_t, std::int64_t heads, std::int64_t scalars) {
     return PendingSums<float>::elements((scalars + 1) * (2 * heads < kEnergySums ? kEnergySums : 2 * heads));
 }
+
+// Bytes of an EnergyMatrix for so many scalars: two parts of bf16, with R > 1 one of f16 for the second product of dx.
+inline std::int64_t energy_matrix_bytes(std::int64_t dim, std::int64_t scalars) {
+    return (scalars > 1 ? 3 : 2) * 2 * dim * dim + 128;
+}
+// Makes the matrix for R scalars in `memory` (energy_matrix_bytes(), 128-byte aligned, and kept) and notes it in lap:
+// kernels of sm_90 take a Laplacian that has it, others are multiplied by the general ones. To be made anew when lap's
+// numbers change. Waits for the device. Elsewhere than on sm_90, or where D is none of theirs, it does nothing.
+void energy_prepare(const Cuda&, FeatureLaplacian<float>& lap, std::int32_t scalars, Vec<std::byte> memory);
+template <class A>
+void energy_prepare(const Cpu&, FeatureLaplacian<A>&, std::int32_t, Vec<std::byte>) {}
 
 template <class T>  // float, double
 void energy_forward(const Cpu&, const EnergyForward<T>&);

@@ -6,9 +6,10 @@
 //   kGroupThreads, group_sync()                          threads that share heads, and go from tile to tile together;
 //               0: the block
 //   ForwardSupply<D, R>, BackwardSupply<D, R>            what brings the vectors (see DirectSupply): kBytes of shared
-//               memory, kSpare of them left free for the matrix on its way. With these, the gradients of the scalars
-//               are asked for a step ahead, too
-//   kInOrder    the chunks of a vector are in order (see position()), and the supply takes dx, too: put(), send()
+//               memory
+//   kPrepared   the matrix comes as energy_prepare() left it, by the supply: start(), begin(), wait_for_matrix()
+//   kInOrder    the chunks of a vector are in order (see position()), and the supply takes dx, too: put(), send(). The
+//               gradients of the scalars are asked for a step ahead
 //   kManyHeads  the vectors of a group may be of so many heads: 1 or 4
 //   Map, map_of<D>(x, log2)                              what the supply has to know of x, and then of dx; log2 of how
 //               many heads are side by side
@@ -149,8 +150,8 @@ __device__ __forceinline__ void squares(float (&square)[2], Vectors<D>& v) {
                 even = fmaf(x, x, even), odd = fmaf(y, y, odd);
             }
             square[half] = sum_of_lanes(even + odd, 4);
+            forget_unpacked(v);
         }
-        forget_unpacked(v);
     } else {
         float low[4] = {}, high[4] = {};
 #pragma unroll
@@ -172,20 +173,33 @@ struct Sizes {
 
 template <int R, class P>
 constexpr bool kHalves = R > 1 && P::kHalves;
-// R = 1: how many parts of the matrix are not zero. R > 1, halves: its matrix_scale().
-template <int D, int R, class P, bool kBackward, class Supply, class Meanwhile>
-__device__ __forceinline__ int load_matrix(const FeatureLaplacian<float>& lap, const Shared& s, Supply& supply,
-                                           Meanwhile&& meanwhile) {
-    int matrix;
-    if constexpr (R == 1)
-        matrix = load_sparse<D, P>(lap, s, supply, meanwhile);
-    else
-        matrix = load_eigenvectors < D, P, kBackward && kHalves < R, P >> (lap, s, supply, meanwhile);
-    supply.use_all();
-    return matrix;
-}
 template <int R, class P, bool kBackward>
 constexpr int kMatrixParts = P::kParts + (kBackward && kHalves<R, P> ? 1 : 0);
+// Asks for the matrix where it is prepared, and then for the first vectors.
+template <int D, int R, class P, bool kBackward, class Supply>
+__device__ __forceinline__ void start(const FeatureLaplacian<float>& lap, const Shared& s, Supply& supply) {
+    if constexpr (P::kPrepared) {
+        const EnergyMatrix& matrix = R == 1 ? lap.of_one : lap.of_several;
+        supply.start(s.parts, matrix.data, kMatrixParts<R, P, kBackward> * (2 * D * D));
+    }
+}
+// R = 1: how many parts of the matrix are not zero, if it is not prepared. R > 1, halves: its matrix_scale(). Ends with a
+// barrier, or a wait for the matrix.
+template <int D, int R, class P, class Supply, class Meanwhile>
+__device__ __forceinline__ int load_matrix(const FeatureLaplacian<float>& lap, const Shared& s, Supply& supply,
+                                           Meanwhile&& meanwhile) {
+    if constexpr (P::kPrepared) {
+        meanwhile();
+        supply.begin();
+        __syncthreads();  // its barrier is there
+        supply.wait_for_matrix();
+        return lap.of_several.log2;
+    } else if constexpr (R == 1) {
+        return load_sparse<D, P>(lap, s, meanwhile);
+    } else {
+        return load_eigenvectors<D, P, false>(lap, s, meanwhile);
+    }
+}
 template <int D, int R, class P, bool kBackward>
 constexpr std::size_t kSharedBytes = sizeof(nv_bf16) * kMatrixParts<R, P, kBackward>* D* D
                                      + P::kManyHeads* kPartialBytes;  // no stages
@@ -219,14 +233,7 @@ __device__ __forceinline__ void energies(Scalars<D, R>& energy, Sizes& sizes, Ve
             tile(j + k, pair[k]);
         }
     };
-    constexpr bool kBefore = D == 128 && R == 1;  // registers
-    if constexpr (kBefore) size();
-    P::template multiply<D, R>(
-        v, shared.parts, R > 1 ? P::kParts : matrix,
-        [&] {
-            if constexpr (!kBefore) size();
-        },
-        take);
+    P::template multiply<D, R>(v, shared.parts, R > 1 ? P::kParts : matrix, size, take);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -255,18 +262,19 @@ __global__ void __launch_bounds__(P::forward_threads(D, R), P::forward_at_least(
     const int tokens = int(p.x.rows);  // ints hold them, and some steps more: see energy.cu
     using Place = ForwardPlace<D, R, P>;
     const Place place(p.heads, p.b.data ? 2 * p.heads : p.heads, P::kManyHeads > 1 ? heads_log2 : 0);
-    const int step = per_column * place.tokens_at_once(), start = place.first_token(per_column, tokens);
-    Supply supply(p.x, map, shared.stages, place.first, start, step);
+    const int step = per_column * place.tokens_at_once(), begin = place.first_token(per_column, tokens);
+    Supply supply(p.x, map, shared.stages, place.first, begin, step);
+    start<D, R, P, false>(p.lap, shared, supply);
     const bool aligned = kept(are_aligned<B::kBands>(place.second ? p.b : p.a));
     // The token of the thread's vector g, and what is left from it on; the other's is `further` on.
-    const int token = start + place.token(), further = place.further();
+    const int token = begin + place.token(), further = place.further();
     float* a = (place.second ? p.b : p.a).data + token * p.a.ld + place.head * R + B::first();
     const std::int64_t other = P::kManyHeads > 1 ? kept(further * p.a.ld) : further * p.a.ld;
     int left = tokens - token;
     Parameters<D, R> parameters;
-    const int matrix = load_matrix<D, R, P, false>(p.lap, shared, supply, [&] {
+    const int matrix = load_matrix<D, R, P>(p.lap, shared, supply, [&] {
         if (!p.raw) parameters.load(p.log_tau.data, p.log_temp.data + place.head);
-    });  // ends with a barrier
+    });
     parameters.finish();
     while (P::kGroupThreads ? left + place.token() > 0
                             : __any_sync(0xffffffffu, left > 0)) {  // one for all that take part
@@ -460,21 +468,22 @@ __global__ void __launch_bounds__(P::backward_threads(D, R), P::backward_at_leas
     using Place = BackwardPlace<D, R, P>;
     const Place place(p.heads, p.db.data ? 2 * p.heads : p.heads, P::kManyHeads > 1 ? heads_log2 : 0);
     const int lane = threadIdx.x % kWarp;
-    const int step = per_column * place.tokens_at_once(), start = place.first_token(per_column, tokens);
-    constexpr bool kAhead = Supply::kSpare > 0;
-    Supply supply(p.x, map, shared.stages, place.first, start, step);
+    const int step = per_column * place.tokens_at_once(), begin = place.first_token(per_column, tokens);
+    constexpr bool kAhead = P::kInOrder;
+    Supply supply(p.x, map, shared.stages, place.first, begin, step);
+    start<D, R, P, true>(p.lap, shared, supply);
     const bool aligned = kept(are_aligned<B::kBands>(place.second ? p.db : p.da));
     // The token of the thread's vector g, and what is left from it on; the other's is `further` on.
-    const int token = start + place.token(), further = place.further();
+    const int token = begin + place.token(), further = place.further();
     auto* dx = reinterpret_cast<nv_bf16*>(p.dx.data) + token * p.dx.ld + place.first * D + lane % 4 * Shape<D>::kRun;
     const float* da = (place.second ? p.db : p.da).data + token * p.da.ld + place.head * R + B::first();
     int left = tokens - token;
     Scalars<D, R> ahead;
     Parameters<D, R> parameters;
-    const int matrix = load_matrix<D, R, P, true>(p.lap, shared, supply, [&] {
+    const int matrix = load_matrix<D, R, P>(p.lap, shared, supply, [&] {
         parameters.load(p.log_tau.data, p.log_temp.data + place.head);
         if (kAhead) load_gradients<D, R>(ahead, da, further, p.da.ld, left, aligned);
-    });  // ends with a barrier
+    });
     parameters.finish();
     Sums<D, R> sums;
     while (P::kGroupThreads ? left + place.token() > 0

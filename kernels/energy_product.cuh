@@ -111,30 +111,8 @@ __device__ __forceinline__ float4 load_four_now(const float* p, bool aligned) {
     return x;
 }
 
-// The matrix, of which no line is in the cache yet, is asked for early, after the first tile's vectors: with more of
-// them before it everything would wait for it longer. Both ways to load it call meanwhile() and supply.begin() when
-// that is done, and P::publish_matrix() before the barrier that they end with.
-
-template <int bytes>  // 4, or 16 where both are aligned to as many
-__device__ __forceinline__ void copy_async(std::uint32_t to, const void* from) {
-    if constexpr (bytes == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(to), "l"(from));
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(to), "l"(from));
-}
-__device__ __forceinline__ uint2 load_pair(std::uint32_t from) {
-    uint2 x;
-    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];\n" : "=r"(x.x), "=r"(x.y) : "r"(from) : "memory");
-    return x;
-}
-__device__ __forceinline__ float4 load_four(std::uint32_t from) {
-    float4 x;
-    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];\n"
-                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                 : "r"(from)
-                 : "memory");
-    return x;
-}
+// Both ways to load the matrix call meanwhile() when they have asked for it, and P::publish_matrix() before the barrier that
+// they end with.
 
 template <int D, int kParts>
 __device__ __forceinline__ void clear_parts(const Shared& s) {
@@ -176,52 +154,21 @@ __device__ __forceinline__ bool store_entries(const Shared& s, int first, int en
     return split;
 }
 // Returns, in every thread, the number of parts that are not all zero: 1 or all.
-template <int D, class P, class Supply, class Meanwhile>
-__device__ int load_sparse(const FeatureLaplacian<float>& lap, const Shared& s, Supply& supply, Meanwhile&& meanwhile) {
+template <int D, class P, class Meanwhile>
+__device__ int load_sparse(const FeatureLaplacian<float>& lap, const Shared& s, Meanwhile&& meanwhile) {
     const int entries = int(lap.values.size);
-    bool split = false;
-    if constexpr (Supply::kSpare > 0) {  // a batch at a time, by way of the places left free for it
-        constexpr int kBatch = Supply::kSpare / 8;
-        const auto load = [&](int first) {
-#pragma unroll 1
-            for (int e = first + int(threadIdx.x); e < min(first + kBatch, entries); e += blockDim.x) {
-                const std::uint32_t at = supply.spare((e - first) * 8);
-                copy_async<4>(at, lap.values.data + e);
-                copy_async<4>(at + 4, lap.columns.data + e);
-            }
-            cp_async_commit();
-        };
-        if (threadIdx.x <= D) copy_async<4>(shared_address(s.offsets + threadIdx.x), lap.offsets.data + threadIdx.x);
-        load(0);
-        __syncthreads();  // what comes next is asked for after this
-        meanwhile();
-        supply.begin();
-        clear_parts<D, P::kParts>(s);
-        for (int first = 0;;) {
-            cp_async_wait<0>();
-            __syncthreads();
-            split |= store_entries<D, P::kParts, P::kInOrder>(s, first, min(first + kBatch, entries), [&](int e) {
-                return load_pair(supply.spare((e - first) * 8));
-            });
-            first += kBatch;
-            if (first >= entries) break;
-            __syncthreads();
-            load(first);
-        }
-    } else {
-        const int offset = int(threadIdx.x) <= D ? load_now(lap.offsets.data + threadIdx.x) : 0;  // D < threads
-        constexpr int kLine = 32;                                                                 // values of 128 bytes
-        for (int e = threadIdx.x * kLine; e < entries; e += blockDim.x * kLine)
-            asm volatile("prefetch.global.L2 [%0];\nprefetch.global.L2 [%1];\n" ::"l"(lap.values.data + e),
-                         "l"(lap.columns.data + e));
-        meanwhile();
-        clear_parts<D, P::kParts>(s);
-        if (threadIdx.x <= D) s.offsets[threadIdx.x] = offset;
-        __syncthreads();
-        split = store_entries<D, P::kParts, P::kInOrder>(s, 0, entries, [&](int e) {
-            return make_uint2(__float_as_uint(load_now(lap.values.data + e)), unsigned(load_now(lap.columns.data + e)));
-        });
-    }
+    const int offset = int(threadIdx.x) <= D ? load_now(lap.offsets.data + threadIdx.x) : 0;  // D < threads
+    constexpr int kLine = 32;                                                                 // values of 128 bytes
+    for (int e = threadIdx.x * kLine; e < entries; e += blockDim.x * kLine)
+        asm volatile("prefetch.global.L2 [%0];\nprefetch.global.L2 [%1];\n" ::"l"(lap.values.data + e),
+                     "l"(lap.columns.data + e));
+    meanwhile();
+    clear_parts<D, P::kParts>(s);
+    if (threadIdx.x <= D) s.offsets[threadIdx.x] = offset;
+    __syncthreads();
+    const bool split = store_entries<D, P::kParts, P::kInOrder>(s, 0, entries, [&](int e) {
+        return make_uint2(__float_as_uint(load_now(lap.values.data + e)), unsigned(load_now(lap.columns.data + e)));
+    });
     P::publish_matrix();
     return __syncthreads_or(split) ? P::kParts : 1;
 }
@@ -282,73 +229,31 @@ __device__ __forceinline__ void store_four(const Shared& s, unsigned four, const
     }
 }
 // With kHalf the part after the others is of f16. Returns its matrix_scale().
-template <int D, class P, bool kHalf, class Supply, class Meanwhile>
-__device__ int load_eigenvectors(const FeatureLaplacian<float>& lap, const Shared& s, Supply& supply,
-                                 Meanwhile&& meanwhile) {
-    constexpr int kFours = D * D / 4;
+template <int D, class P, bool kHalf, class Meanwhile>
+__device__ int load_eigenvectors(const FeatureLaplacian<float>& lap, const Shared& s, Meanwhile&& meanwhile) {
+    constexpr int kFours = D * D / 4, kAtOnce = 2;
     const bool aligned = reinterpret_cast<std::uintptr_t>(lap.eigenvectors.data) % 16 == 0;
-    int log2 = 0;
-    if constexpr (Supply::kSpare > 0) {  // a batch at a time, each thread's by way of the place left free for it
-        constexpr int kBatch = Supply::kSpare / 16;
-        float* mu = s.partials;
-        const auto load = [&](int first) {
-#pragma unroll 1
-            for (int i = threadIdx.x; i < min(kBatch, kFours - first); i += blockDim.x) {
-                const float* from = lap.eigenvectors.data + 4 * (first + i);
-                const std::uint32_t at = supply.spare(16 * i);
-                if (aligned)
-                    copy_async<16>(at, from);
-                else
-#pragma unroll 1
-                    for (int k = 0; k < 4; ++k) copy_async<4>(at + 4 * k, from + k);
-            }
-            cp_async_commit();
-        };
-        if (threadIdx.x < D) copy_async<4>(shared_address(mu + threadIdx.x), lap.eigenvalues.data + threadIdx.x);
-        load(0);
-        __syncthreads();  // what comes next is asked for after this
-        meanwhile();
-        supply.begin();
-#pragma unroll 1
-        for (int first = 0; first < kFours; first += kBatch) {
-            if (first > 0) load(first);
-            cp_async_wait<0>();
-            if (first == 0) {  // mu are there
-                __syncthreads();
-                if (kHalf) log2 = matrix_scale<D>(mu);
-            }
-#pragma unroll 1
-            for (int i = threadIdx.x; i < min(kBatch, kFours - first); i += blockDim.x) {
-                const int four = first + i;
-                store_four<D, P::kParts, P::kInOrder, kHalf>(s, four, load_four(supply.spare(16 * i)),
-                                                             mu[four / (D / 4)], power_of_two(log2));
-            }
+    float4 u[kAtOnce];
+    float mu[kAtOnce];
+    int i = threadIdx.x;
+    const auto load = [&] {
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) {
+            const int four = i + n * blockDim.x;
+            if (four >= kFours) continue;
+            u[n] = load_four_now(lap.eigenvectors.data + 4 * four, aligned);
+            mu[n] = load_now(lap.eigenvalues.data + four / (D / 4));
         }
-    } else {
-        static_assert(!kHalf);
-        constexpr int kAtOnce = 2;
-        float4 u[kAtOnce];
-        float mu[kAtOnce];
-        int i = threadIdx.x;
-        const auto load = [&] {
+    };
+    load();
+    __syncthreads();  // what comes next is asked for after this
+    meanwhile();
+    const int log2 = kHalf ? matrix_scale<D>(lap.eigenvalues.data) : 0;
+    for (; i < kFours; i += kAtOnce * blockDim.x, load()) {
 #pragma unroll
-            for (int n = 0; n < kAtOnce; ++n) {
-                const int four = i + n * blockDim.x;
-                if (four >= kFours) continue;
-                u[n] = load_four_now(lap.eigenvectors.data + 4 * four, aligned);
-                mu[n] = load_now(lap.eigenvalues.data + four / (D / 4));
-            }
-        };
-        load();
-        __syncthreads();  // what comes next is asked for after this
-        meanwhile();
-        supply.begin();
-        for (; i < kFours; i += kAtOnce * blockDim.x, load()) {
-#pragma unroll
-            for (int n = 0; n < kAtOnce; ++n) {
-                const int four = i + n * blockDim.x;
-                if (four < kFours) store_four<D, P::kParts, P::kInOrder, false>(s, four, u[n], mu[n], 1.f);
-            }
+        for (int n = 0; n < kAtOnce; ++n) {
+            const int four = i + n * blockDim.x;
+            if (four < kFours) store_four<D, P::kParts, P::kInOrder, kHalf>(s, four, u[n], mu[n], power_of_two(log2));
         }
     }
     P::publish_matrix();
@@ -422,7 +327,7 @@ __device__ __forceinline__ void prefetch_vectors(const nv_bf16* base, std::int64
 // Vectors of a warp's tokens, of one head, tile by tile in steps, from memory to registers; those to come are asked of the L2 cache.
 template <int D>
 struct DirectSupply {
-    static constexpr int kBytes = 0, kSpare = 0;
+    static constexpr int kBytes = 0;
     const nv_bf16* row;  // the lane's piece of token g of the next tile
     std::int64_t ld, step;
     int left, step_tokens;  // tokens from that one on
@@ -438,8 +343,6 @@ struct DirectSupply {
         left = tokens - token;
         prefetch_vectors<D>(base, ld, first, step_tokens, tokens);
     }
-    __device__ __forceinline__ void begin() {}
-    __device__ __forceinline__ void use_all() {}
     // The next tile's vectors.
     __device__ __forceinline__ void next(Vectors<D>& v) {
         load_vectors(v, row, ld, left);

@@ -1,8 +1,8 @@
 // kernels/energy_sm90.cu: energy on sm_90a: four warps multiply the vectors of their 64 tokens together. The matrix
 // lies in shared memory as such products want it: what energy_product.cuh calls exchanged chunks is the swizzle of the
 // tensor cores, of as many bytes as a row has. Sums over columns and parts stay in the tensor cores, small parts first.
-// TMA brings the vectors, from the start of the kernel on: the matrix is ready when the first of them are there. It
-// takes dx from where the vectors were.
+// TMA brings it as energy_prepare() has left it, and the vectors, from the start of the kernel on. It takes dx from
+// where the vectors were.
 #include "kernels/energy_sm90.h"
 
 #include "kernels/energy_kernels.cuh"
@@ -71,17 +71,13 @@ __device__ __forceinline__ void multiply_matrix(float (&d)[64], const std::uint3
 #undef FIEDLER_TEN
 
 // Vectors of a warpgroup, a box of 64 at a time in steps, by TMA: as many of them ahead as there are stages, of
-// each of the block's kGroups warpgroups. The first are asked for at once; begin() asks for more. The last kFree stages
-// are left free until the matrix is there, which comes by way of them. (With more than three stages what comes first
-// came later, and the whole took longer.)
-template <int D, int kStages, int kFree, int kGroups>
+// each of the block's kGroups warpgroups. Before them the matrix, for all.
+template <int D, int kStages, int kGroups>
 struct BoxSupply {
     using S = Shape<D>;
-    static constexpr int kBegun = kStages - kFree, kBarrier = int(sizeof(hopper::Barrier));
+    static constexpr int kBarrier = int(sizeof(hopper::Barrier));
     static constexpr int kStage = int(kStageBytes<D>) * hopper::kWarpgroup / kWarp;
-    static constexpr int kBytes = kStages * (kStage + kBarrier) * kGroups;
-    static constexpr int kSpare = kFree * kStage * kGroups;
-    static_assert(kFree > 0 && kBegun > 0);
+    static constexpr int kBytes = kStages * (kStage + kBarrier) * kGroups + kBarrier;
     const CUtensorMap* map;
     std::uint32_t all, base, stage;        // the stages, those of the warpgroup, the one taken last: shared addresses
     std::uint32_t barrier;                 // of the one taken last
@@ -94,25 +90,28 @@ struct BoxSupply {
         : map(&of_x), column(first_column), token(first_token), left(int(x.rows) - first_token), step_tokens(step) {
         const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = threadIdx.x / hopper::kWarpgroup;
         all = kept(shared_address(stages)), base = all + group * (kStages * kStage);
-        if (threadIdx.x % hopper::kWarpgroup == 0) {
-#pragma unroll
-            for (int i = 0; i < kStages; ++i) hopper::barrier_init(barrier_of(base + i * kStage), 1);
-            hopper::barrier_init_done();
-        }
-        __syncwarp();
-        ask_first(0, 1);
         stage = base + (kStages - 1) * kStage, barrier = barrier_of(stage);
         // As matrix_offset(): that is how TMA exchanges the chunks of a row.
         piece = matrix_offset<D>(lane % kTokens, lane / kTokens) + warp % 4 * kTokens * kRowBytes<D>;
     }
-    // Where byte `at` of what comes by way of the free stages is: one warpgroup's after the other's.
-    __device__ __forceinline__ std::uint32_t spare(unsigned at) const {
-        constexpr unsigned kSize = kFree * kStage;
-        return all + kBegun * kStage + at / kSize * (kStages * kStage) + at % kSize;
+    // Asks for the matrix, and for the first vectors.
+    __device__ __forceinline__ void start(const void* matrix, const void* from, int bytes) {
+        if (threadIdx.x % hopper::kWarpgroup == 0) {
+#pragma unroll
+            for (int i = 0; i < kStages; ++i) hopper::barrier_init(barrier_of(base + i * kStage), 1);
+            if (threadIdx.x == 0) hopper::barrier_init(barrier_of_matrix(), 1);
+            hopper::barrier_init_done();
+            if (threadIdx.x == 0) {
+                hopper::barrier_arrive_expecting(barrier_of_matrix(), bytes);
+                hopper::load_bytes(shared_address(matrix), from, bytes, barrier_of_matrix());
+            }
+        }
+        __syncwarp();
+        ask_first(0, 1);
     }
-    __device__ __forceinline__ void begin() { ask_first(1, kBegun); }
-    // Uses the free stages, too.
-    __device__ __forceinline__ void use_all() { ask_first(kBegun, kStages); }
+    // Asks for more vectors.
+    __device__ __forceinline__ void begin() { ask_first(1, kStages); }
+    __device__ __forceinline__ void wait_for_matrix() const { hopper::barrier_wait(barrier_of_matrix(), 0); }
     // The next tile's vectors.
     __device__ __forceinline__ void next(Vectors<D>& v) {
         const bool last = stage == base + (kStages - 1) * kStage;
@@ -170,6 +169,9 @@ struct BoxSupply {
     __device__ __forceinline__ std::uint32_t barrier_of(std::uint32_t of) const {
         return all + kGroups * kStages * kStage + (of - all) / kStage * kBarrier;
     }
+    __device__ __forceinline__ std::uint32_t barrier_of_matrix() const {
+        return all + kGroups * kStages * (kStage + kBarrier);
+    }
     __device__ __forceinline__ void ask_first(int from, int to) {
 #pragma unroll 1
         for (int i = from; i < to; ++i) ask(base + i * kStage, barrier_of(base + i * kStage));
@@ -186,6 +188,8 @@ struct BoxSupply {
     }
 };
 
+// kUsed: parts of the matrix, that are not all zero.
+template <int kUsed>
 struct WarpgroupProducts {
     // One block a multiprocessor, of as many warpgroups as there are registers for: the matrix is loaded once, and while
     // some warpgroups wait for their products others compute.
@@ -195,20 +199,21 @@ struct WarpgroupProducts {
     static constexpr int backward_at_least(int, int) { return 1; }
     static constexpr int forward_blocks(int, int) { return 1; }
     static constexpr int backward_blocks(int, int) { return 1; }
-    static constexpr int kParts = 2, kGroupThreads = hopper::kWarpgroup, kManyHeads = 4;
-    static constexpr bool kInOrder = true, kHalves = true;
+    static constexpr int kParts = kUsed, kGroupThreads = hopper::kWarpgroup, kManyHeads = 4;
+    static constexpr bool kInOrder = true, kHalves = true, kPrepared = true;
     __device__ static void group_sync() {
         hopper::named_wait(1 + threadIdx.x / hopper::kWarpgroup, hopper::kWarpgroup);
     }
     static constexpr int kMostShared = 227 * 1024, kMostStages = 3;
     // As many as fit beside the matrix.
     static constexpr int stages(int d, int parts, int warps) {
-        const int room = kMostShared - 2 * parts * d * d - kManyHeads * int(kPartialBytes);
+        const int room =
+            kMostShared - 2 * parts * d * d - kManyHeads * int(kPartialBytes) - int(sizeof(hopper::Barrier));
         const int most = room / (warps * kTokens * 2 * d + warps / 4 * int(sizeof(hopper::Barrier)));
         return most < kMostStages ? most : kMostStages;
     }
-    template <int D, int kParts, int kBlock>  // one stage is left free for the matrix on its way
-    using Supply = BoxSupply<D, stages(D, kParts, kBlock / kWarp), 1, kBlock / hopper::kWarpgroup>;
+    template <int D, int kParts, int kBlock>
+    using Supply = BoxSupply<D, stages(D, kParts, kBlock / kWarp), kBlock / hopper::kWarpgroup>;
     template <int D, int R>
     using ForwardSupply = Supply<D, kMatrixParts<R, WarpgroupProducts, false>, forward_threads(D, R)>;
     template <int D, int R>
@@ -261,19 +266,19 @@ struct WarpgroupProducts {
         }
     }
     // y = M x, M as the sum of its parts.
-    template <int D, int kUsed, class Meanwhile, class Take>
-    __device__ static __forceinline__ void multiply_parts(Vectors<D>& v, const nv_bf16* parts, Meanwhile&& meanwhile,
-                                                          Take&& take) {
+    template <int D, int R, class Meanwhile, class Take>
+    __device__ static __forceinline__ void multiply(Vectors<D>& v, const nv_bf16* parts, int, Meanwhile&& meanwhile,
+                                                    Take&& take) {
         const std::uint64_t matrix = operand<D>(parts);
         run<D>(
             [&](float(&d)[D / 2]) {
 #pragma unroll
-                for (int part = kUsed - 1; part >= 0; --part)  // small parts first
+                for (int part = kParts - 1; part >= 0; --part)  // small parts first
 #pragma unroll
                     for (int s = 0; s < D / 16; ++s) {
                         const std::uint32_t a[4] = {v.x[0][2 * s], v.x[1][2 * s], v.x[0][2 * s + 1], v.x[1][2 * s + 1]};
                         multiply_matrix<false, false>(d, a, matrix + (chunk_bits<D>(2 * s) + part * 2 * D * D) / 16,
-                                                      part < kUsed - 1 || s > 0);
+                                                      part < kParts - 1 || s > 0);
                     }
             },
             meanwhile,
@@ -281,15 +286,6 @@ struct WarpgroupProducts {
                 if (j == 0) forget_unpacked(v);
                 take(j, pair);
             });
-    }
-    // Two ways, each as a whole: products with branches between them would wait for one another.
-    template <int D, int R, class Meanwhile, class Take>
-    __device__ static __forceinline__ void multiply(Vectors<D>& v, const nv_bf16* parts, int used,
-                                                    Meanwhile&& meanwhile, Take&& take) {
-        if (R == 1 && used == 1)
-            multiply_parts<D, 1>(v, parts, meanwhile, take);
-        else
-            multiply_parts<D, kParts>(v, parts, meanwhile, take);
     }
     template <int D, class Take>
     __device__ static __forceinline__ void turn_halves(const std::uint32_t (&y)[D / 16][4], const nv_bf16* part,
@@ -311,12 +307,58 @@ struct WarpgroupProducts {
     }
 };
 
+constexpr int kPrepareThreads = 512;
+// The parts of the matrix as they shall lie in shared memory, and what EnergyMatrix has to say of them.
+template <int D, bool kSeveral>
+__global__ void __launch_bounds__(kPrepareThreads)
+    prepare_kernel(const FeatureLaplacian<float> lap, std::uint32_t* to, int* number) {
+    using P = WarpgroupProducts<2>;
+    constexpr int kParts = kMatrixParts < kSeveral ? 2 : 1, P, true > ;
+    extern __shared__ __align__(1024) unsigned char memory[];
+    const Shared shared = carve<D>(memory, kParts, 0);
+    int found;
+    if constexpr (kSeveral)
+        found = load_eigenvectors<D, P, true>(lap, shared, [] {});
+    else
+        found = load_sparse<D, P>(lap, shared, [] {});
+    for (int i = threadIdx.x; i < kParts * D * D / 2; i += kPrepareThreads)
+        to[i] = reinterpret_cast<const std::uint32_t*>(shared.parts)[i];
+    if (threadIdx.x == 0) *number = found;
+}
+template <int D, bool kSeveral>
+void prepare(const Cuda& d, FeatureLaplacian<float>& lap, const Vec<std::byte>& memory) {
+    constexpr std::size_t kMatrix = 2 * (kSeveral ? 3 : 2) * D * D, kBytes = kMatrix + kPartialBytes;
+    auto* const number = reinterpret_cast<int*>(memory.data + kMatrix);
+    const auto kernel = prepare_kernel<D, kSeveral>;
+    WarpgroupProducts<2>::allow<kBytes>(kernel);
+    kernel<<<1, kPrepareThreads, kBytes, stream_of(d)>>>(lap, reinterpret_cast<std::uint32_t*>(memory.data), number);
+    LAUNCH_CHECK("energy_prepare");
+    int found = 0;
+    copy_to_host(d, &found, number, sizeof found);
+    EnergyMatrix& made = kSeveral ? lap.of_several : lap.of_one;
+    made.data = memory.data;
+    (kSeveral ? made.log2 : made.parts) = found;
+}
+
 }  // namespace
 
+void energy_sm90_prepare(const Cuda& d, FeatureLaplacian<float>& lap, int scalars, const Vec<std::byte>& memory) {
+    with_one_of<16, 32, 64, 128>(lap.dim, [&](auto width) {
+        constexpr int D = decltype(width)::value;
+        scalars == 1 ? prepare<D, false>(d, lap, memory) : prepare<D, true>(d, lap, memory);
+    });
+}
 bool energy_sm90_takes(const Cuda& d, int dim) {
     return d.arch == 90 && (dim == 16 || dim == 32 || dim == 64 || dim == 128);
 }
-void energy_sm90(const Cuda& d, const EnergyForward<bf16>& p) { launch_with<WarpgroupProducts>(d, p); }
-int energy_sm90(const Cuda& d, const EnergyBackward<bf16>& p) { return launch_with<WarpgroupProducts>(d, p); }
+// R = 1: by as many parts as are not zero, one for a graph without weights.
+template <class Problem>
+auto launch_prepared(const Cuda& d, const Problem& p) {
+    if (p.scalars > 1 || p.lap.of_one.parts > 1) return launch_with<WarpgroupProducts<2>>(d, p);
+    return with_one_of<16, 32, 64, 128>(
+        p.lap.dim, [&](auto width) { return launch<decltype(width)::value, 1, WarpgroupProducts<1>>(d, p); });
+}
+void energy_sm90(const Cuda& d, const EnergyForward<bf16>& p) { launch_prepared(d, p); }
+int energy_sm90(const Cuda& d, const EnergyBackward<bf16>& p) { return launch_prepared(d, p); }
 
 }  // namespace fiedler

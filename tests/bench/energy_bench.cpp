@@ -17,7 +17,7 @@ Vec<const T> upload(Suite& s, const std::vector<U>& v) {
     return {p, n};
 }
 
-FeatureLaplacian<Accum> laplacian(Suite& s, int dim, bool dense) {
+FeatureLaplacian<Accum> laplacian(Suite& s, int dim, int scalars, bool dense) {
     test::PathGraph path(dim);
     if (dense) {
         path.offsets = {0}, path.columns.clear(), path.values.clear();
@@ -34,12 +34,14 @@ FeatureLaplacian<Accum> laplacian(Suite& s, int dim, bool dense) {
     l.values = upload<Accum>(s, path.values);
     l.eigenvectors = Mat<const Accum>(upload<Accum>(s, path.eigenvectors).data, dim, dim);
     l.eigenvalues = upload<Accum>(s, path.eigenvalues);
+    const std::int64_t bytes = energy_matrix_bytes(dim, scalars);
+    energy_prepare(s.device, l, scalars, {s.zeros<std::byte>(bytes), bytes});
     return l;
 }
 
 void add_energy(Suite& s, std::int64_t n, int heads, int dim, int scalars, bool dense = false) {
     EnergyForward<Storage> f;
-    f.lap = laplacian(s, dim, dense);
+    f.lap = laplacian(s, dim, scalars, dense);
     f.x = Mat<const Storage>(s.random<Storage>(2 * n * heads * dim), n, 2 * heads * dim);
     f.a = {s.zeros<Accum>(n * heads * scalars), n, heads * scalars};
     f.b = {s.zeros<Accum>(n * heads * scalars), n, heads * scalars};

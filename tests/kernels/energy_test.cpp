@@ -164,6 +164,22 @@ Values gather(const Values& v, std::int64_t cols, std::int64_t ld) {
     return r;
 }
 
+// Memory for the matrix as energy_prepare() makes it, and the call.
+template <class Dev>
+class Prepared {
+  public:
+    explicit Prepared(const Dev& d) : d_(d), memory_(d, std::size_t(energy_matrix_bytes(128, 2) / 4)) {}
+    void operator()(FeatureLaplacian<float>& lap, int scalars) const {
+        energy_prepare(d_, lap, scalars,
+                       {reinterpret_cast<std::byte*>(memory_.data()), energy_matrix_bytes(lap.dim, scalars)});
+    }
+    void operator()(const FeatureLaplacian<double>&, int) const {}
+
+  private:
+    const Dev& d_;
+    Buffer<float, Dev> memory_;
+};
+
 std::int64_t scratch_elements(const Cpu&, const Problem&) { return 1; }
 int matrix_parts(const Cpu&) { return 0; }
 #if FIEDLER_CUDA
@@ -202,6 +218,8 @@ Result run(const Dev& d, const Problem& p, std::int64_t gap = 0, Gradients param
         f.lap.offsets = offsets.vec(), f.lap.columns = columns.vec(), f.lap.values = values.vec();
     else
         f.lap.eigenvectors = vectors.mat(dim, dim), f.lap.eigenvalues = eigenvalues.vec();
+    const Prepared<Dev> prepare(d);
+    prepare(f.lap, p.scalars);
     f.a = first(energy), f.b = second(energy), f.x = Mat<T>(x.data(), p.tokens, cols, ld);
     f.heads = p.heads, f.scalars = p.scalars, f.eps = A(p.eps), f.raw = true;
     energy_forward(d, f);  // raw: needs neither tau nor temperature
@@ -513,11 +531,17 @@ TEST(Energy, GpuEigenvectorsAnywhere) {  // at an address that is a multiple of 
             EnergyForward<bf16> f;
             f.lap.dim = dim, f.lap.eigenvalues = mu.vec(), f.x = x.mat(100, cols), f.heads = 2, f.scalars = 4,
             f.raw = true;
+            const Prepared<Cuda> prepare(*d);
             f.a = first.mat(100, 8), f.lap.eigenvectors = there.mat(dim, dim);
+            prepare(f.lap, 4);
             energy_forward(*d, f);
             f.a = second.mat(100, 8), f.lap.eigenvectors = Mat<const float>(further.data() + 1, dim, dim);
+            prepare(f.lap, 4);
             energy_forward(*d, f);
             EXPECT_EQ(first.values(), second.values());
+            f.lap.of_several = {};  // by the general kernels
+            energy_forward(*d, f);
+            EXPECT_TRUE(close_to(second.values(), first.values(), 2e-5));
         }
 }
 TEST(Energy, GpuIsolatedNodesAndNaN) {
