@@ -51,7 +51,7 @@ struct WarpProducts {
     template <int D, int R>
     using BackwardSupply = DirectSupply<D>;
     static constexpr int kParts = 3, kGroupThreads = 0, kManyHeads = 1;
-    static constexpr bool kInOrder = false, kHalves = false, kPrepared = false;
+    static constexpr bool kInOrder = false, kHalves = false, kPrepared = false, kAligned = false;
     __device__ static void group_sync() { __syncthreads(); }
     template <std::size_t bytes, class Kernel>
     static void allow(Kernel kernel) {
@@ -59,6 +59,11 @@ struct WarpProducts {
     }
     __device__ static float quotient(float x, float y) { return x / y; }
     __device__ static void publish_matrix() {}
+    using Matrix = const nv_bf16*;  // its parts in shared memory
+    template <int D>
+    __device__ static Matrix matrix(const nv_bf16* parts) {
+        return parts;
+    }
     template <int D, int R, class Meanwhile, class Take>
     __device__ static __forceinline__ void multiply(Vectors<D>& v, const nv_bf16* parts, int used,
                                                     Meanwhile&& meanwhile, Take&& take) {
@@ -96,11 +101,10 @@ void note_sums(PendingSums<float>& pending, const EnergyBackward<bf16>& p, int p
 #if FIEDLER_SM90A  // kernels/energy_sm90.cu is in this build
 template <class P>
 auto launch_best(const Cuda& d, const P& p) {
-    const EnergyMatrix& matrix = p.scalars == 1 ? p.lap.of_one : p.lap.of_several;
-    return matrix.data && energy_sm90_takes(d, p.lap.dim) ? energy_sm90(d, p) : launch_with<WarpProducts>(d, p);
+    return energy_sm90_takes(d, p) ? energy_sm90(d, p) : launch_with<WarpProducts>(d, p);
 }
 void prepare_best(const Cuda& d, FeatureLaplacian<float>& lap, int scalars, const Vec<std::byte>& memory) {
-    if (energy_sm90_takes(d, lap.dim)) energy_sm90_prepare(d, lap, scalars, memory);
+    if (energy_sm90_prepares(d, lap.dim)) energy_sm90_prepare(d, lap, scalars, memory);
 }
 #else
 void prepare_best(const Cuda&, FeatureLaplacian<float>&, int, const Vec<std::byte>&) {}

@@ -148,8 +148,9 @@ inline std::int64_t energy_matrix_bytes(std::int64_t dim, std::int64_t scalars) 
     return (scalars > 1 ? 3 : 2) * 2 * dim * dim + 128;
 }
 // Makes the matrix for R scalars in `memory` (energy_matrix_bytes(), 128-byte aligned, and kept) and notes it in lap:
-// kernels of sm_90 take a Laplacian that has it, others are multiplied by the general ones. To be made anew when lap's
-// numbers change. Waits for the device. Elsewhere than on sm_90, or where D is none of theirs, it does nothing.
+// kernels of sm_90 take a Laplacian that has it, where rows of a and da are aligned to R / 4 numbers; all else is done by
+// the general ones. To be made anew when lap's numbers change. Waits for the device. Elsewhere than on sm_90, or where D
+// is none of theirs, it does nothing.
 void energy_prepare(const Cuda&, FeatureLaplacian<float>& lap, std::int32_t scalars, Vec<std::byte> memory);
 template <class A>
 void energy_prepare(const Cpu&, FeatureLaplacian<A>&, std::int32_t, Vec<std::byte>) {}

@@ -8,6 +8,7 @@
 //   ForwardSupply<D, R>, BackwardSupply<D, R>            what brings the vectors (see DirectSupply): kBytes of shared
 //               memory
 //   kPrepared   the matrix comes as energy_prepare() left it, by the supply: start(), begin(), wait_for_matrix()
+//   kAligned    rows of scalars are aligned to what one access takes
 //   kInOrder    the chunks of a vector are in order (see position()), and the supply takes dx, too: put(), send(). The
 //               gradients of the scalars are asked for a step ahead
 //   kManyHeads  the vectors of a group may be of so many heads: 1 or 4
@@ -18,120 +19,24 @@
 //   allow<bytes>(kernel)                   host: the kernel may have so much dynamic shared memory
 //   publish_matrix()                       before the barrier after which the matrix in shared memory is multiplied with
 //   quotient(x, y)                         x / y, where y is neither denormal nor infinite
-//   multiply<D, R>(v, parts, used, meanwhile, take)   y = M x of the vectors of a warp, as product() gives it; all parts if
+//   Matrix, matrix<D>(parts)               what the products below take for the parts of the matrix in shared memory
+//   multiply<D, R>(v, matrix, used, meanwhile, take)   y = M x of the vectors of a warp, as product() gives it; all parts if
 //               R > 1. meanwhile(): once, before take
-//   turn<D>(hi, mid, parts, take)          z = M' y; y as the sum of two bf16 parts, in the layout of A (kernels/mma.cuh):
+//   turn<D>(hi, mid, matrix, take)         z = M' y; y as the sum of two bf16 parts, in the layout of A (kernels/mma.cuh):
 //                                          take(q, z) for q = 0, 2, .. of D / 8 with z[k] of chunk q + k
-//   turn_halves<D>(y, part, take)          the same of f16; y as one part
+//   turn_halves<D>(y, matrix, take)        the same of f16; y as one part
 #pragma once
 #include <algorithm>
 #include <type_traits>
 
 #include "kernels/dependent_launch.cuh"
 #include "kernels/dynamic_shared.cuh"
+#include "kernels/energy_lanes.cuh"
 #include "kernels/energy_place.cuh"
-#include "kernels/energy_product.cuh"
 
 namespace fiedler::energy_kernels {
 
 using namespace energy_product;
-
-// ---- scalars of a lane ----
-
-// R > 1: a lane has D / 4 rows of the product, which are neighbouring eigenvectors (see load_eigenvectors()): kBands whole
-// bands, or its part of one that kLanes lanes share. R = 1: one "band", the whole of Lf, is everybody's.
-template <int D, int R>
-struct Bands {
-    static constexpr int kBands = R < 4 ? 1 : R / 4, kLanes = R < 4 ? 4 / R : 1;
-    static constexpr int kRows = D / 4 / kBands;  // of a lane, in a band
-    __device__ static int first() { return R < 4 ? threadIdx.x % 4 / kLanes : threadIdx.x % 4 * kBands; }
-    // Whether the lane speaks for its bands: each is counted once over the four lanes.
-    __device__ static bool counts() { return threadIdx.x % kLanes == 0; }
-    // Of tile j's rows 2t + e: which of the lane's bands they belong to.
-    __device__ static constexpr int of(int j, int e) { return (2 * j + e) / kRows; }
-};
-// One number for each of a lane's bands, of vector g (0) and of vector g + 8 (1).
-template <int D, int R>
-using Scalars = float[2][Bands<D, R>::kBands];
-
-__device__ __forceinline__ float sum_of_lanes(float x, int lanes) {  // over 1, 2 or 4 neighbouring lanes
-    if (lanes >= 2) x += __shfl_xor_sync(0xffffffffu, x, 1);
-    if (lanes >= 4) x += __shfl_xor_sync(0xffffffffu, x, 2);
-    return x;
-}
-// tau of the lane's bands, and the head's inverse temperature: loaded, and only later waited for.
-template <int D, int R>
-struct Parameters {
-    using B = Bands<D, R>;
-    float tau[B::kBands] = {}, inverse_temp = 0.f;
-    __device__ __forceinline__ void load(const float* log_tau, const float* log_temp) {
-#pragma unroll
-        for (int b = 0; b < B::kBands; ++b) tau[b] = load_now(log_tau + B::first() + b);
-        inverse_temp = load_now(log_temp);
-    }
-    __device__ __forceinline__ void finish() {
-#pragma unroll
-        for (float& x : tau) x = expf(x);
-        inverse_temp = expf(-inverse_temp);
-    }
-};
-// A row's numbers from memory or to it, as one access where rows are aligned to as many (are_aligned()).
-template <int n>
-__device__ __forceinline__ void load_row(float (&v)[n], const float* row, bool aligned) {
-    if (n == 2 && aligned) {
-        const float2 r = *reinterpret_cast<const float2*>(row);
-        v[0] = r.x, v[n - 1] = r.y;
-    } else if (n == 4 && aligned) {
-        const float4 r = *reinterpret_cast<const float4*>(row);
-        v[0] = r.x, v[n > 1 ? 1 : 0] = r.y, v[n > 2 ? 2 : 0] = r.z, v[n - 1] = r.w;
-    } else {
-#pragma unroll
-        for (int i = 0; i < n; ++i) v[i] = row[i];
-    }
-}
-template <int n>
-__device__ __forceinline__ void store_row(float* row, const float (&v)[n], bool aligned) {
-    if (n == 2 && aligned) {
-        *reinterpret_cast<float2*>(row) = {v[0], v[n - 1]};
-    } else if (n == 4 && aligned) {
-        *reinterpret_cast<float4*>(row) = {v[0], v[n > 1 ? 1 : 0], v[n > 2 ? 2 : 0], v[n - 1]};
-    } else {
-#pragma unroll
-        for (int i = 0; i < n; ++i) row[i] = v[i];
-    }
-}
-__device__ __forceinline__ float reciprocal(float x) {
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    return r;
-}
-__device__ __forceinline__ float root_of(float x) {
-    float r;
-    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    return r;
-}
-// x, which is not computed anew each time.
-__device__ __forceinline__ std::int64_t kept(std::int64_t x) {
-    asm volatile("" : "+l"(x));
-    return x;
-}
-__device__ __forceinline__ std::uint32_t kept(std::uint32_t x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
-__device__ __forceinline__ int kept(int x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
-__device__ __forceinline__ bool kept(bool x) {
-    int word = x;
-    asm volatile("" : "+r"(word));
-    return word != 0;
-}
-template <int n, class T>
-__device__ __forceinline__ bool are_aligned(const Mat<T>& m) {
-    return m.ld % n == 0 && reinterpret_cast<std::uintptr_t>(m.data) % (n * sizeof(T)) == 0;
-}
 
 // ---- energies ----
 
@@ -166,10 +71,6 @@ __device__ __forceinline__ void squares(float (&square)[2], Vectors<D>& v) {
         for (int half = 0; half < 2; ++half) square[half] = __shfl_sync(0xffffffffu, mine[half], from);
     }
 }
-// x'x + eps of the vectors g and g + 8, and 1 / that.
-struct Sizes {
-    float square[2], inverse[2];
-};
 
 template <int R, class P>
 constexpr bool kHalves = R > 1 && P::kHalves;
@@ -204,21 +105,24 @@ template <int D, int R, class P, bool kBackward>
 constexpr std::size_t kSharedBytes = sizeof(nv_bf16) * kMatrixParts<R, P, kBackward>* D* D
                                      + P::kManyHeads* kPartialBytes;  // no stages
 
-// y = M x as the tiles come: tile(j, y) with the rows of each; returns the energies of the lane's bands.
-template <int D, int R, class P, class Tile>
-__device__ __forceinline__ void energies(Scalars<D, R>& energy, Sizes& sizes, Vectors<D>& v, const Shared& shared,
-                                         int matrix, float eps, Tile&& tile) {
+// x'x + eps of the vectors g and g + 8, and 1 / that.
+struct Sizes {
+    float square[2], inverse[2];  // the latter with kInverse
+};
+// y = M x as the tiles come: tile(j, y) with the rows of each. The vectors' sizes and the energies of the lane's bands;
+// without kInverse, times their sizes. meanwhile(): what may be done while the product is on its way.
+template <int D, int R, class P, bool kInverse, class Meanwhile, class Tile>
+__device__ __forceinline__ void energies(Scalars<D, R>& energy, Sizes& sizes, Vectors<D>& v,
+                                         const typename P::Matrix& matrix, int used, float eps, Meanwhile&& meanwhile,
+                                         Tile&& tile) {
     using B = Bands<D, R>;
-    const auto size = [&] {
-        squares<D, P::kInOrder>(sizes.square, v);
+    constexpr bool kTogether = R == 1 && P::kInOrder;  // x is unpacked once for both sums
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            sizes.square[half] += eps;
-            sizes.inverse[half] = P::quotient(1.f, sizes.square[half]);
+    for (int half = 0; half < 2; ++half) {
+        sizes.square[half] = 0.f;
 #pragma unroll
-            for (int b = 0; b < B::kBands; ++b) energy[half][b] = 0.f;
-        }
-    };
+        for (int b = 0; b < B::kBands; ++b) energy[half][b] = 0.f;
+    }
     const auto take = [&](int j, const float(&pair)[2][4]) {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
@@ -227,21 +131,41 @@ __device__ __forceinline__ void energies(Scalars<D, R>& energy, Sizes& sizes, Ve
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const float y = pair[k][2 * half + e];
-                    const std::uint32_t x = v.x[half][j + k];
-                    energy[half][B::of(j + k, e)] += y * (R > 1 ? y : e == 0 ? low_half(x) : high_half(x));
+                    const std::uint32_t both = v.x[half][j + k];
+                    const float x = e == 0 ? low_half(both) : high_half(both);
+                    energy[half][B::of(j + k, e)] += y * (R > 1 ? y : x);
+                    if constexpr (kTogether) sizes.square[half] = fmaf(x, x, sizes.square[half]);
                 }
             tile(j + k, pair[k]);
         }
     };
-    P::template multiply<D, R>(v, shared.parts, R > 1 ? P::kParts : matrix, size, take);
+    const auto finish_size = [&](int half) {
+        sizes.square[half] += eps;
+        if constexpr (kInverse) sizes.inverse[half] = P::quotient(1.f, sizes.square[half]);
+    };
+    P::template multiply<D, R>(
+        v, matrix, R > 1 ? P::kParts : used,
+        [&] {
+            meanwhile();
+            if constexpr (!kTogether) {
+                squares<D, P::kInOrder>(sizes.square, v);
+                finish_size(0), finish_size(1);
+            }
+        },
+        take);
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int half = 0; half < 2; ++half) {
+        if constexpr (kTogether) {
+            sizes.square[half] = sum_of_lanes(sizes.square[half], 4);
+            finish_size(half);
+        }
 #pragma unroll
         for (int b = 0; b < B::kBands; ++b) {
             float& e = energy[half][b];
-            e = sum_of_lanes(e, B::kLanes) * sizes.inverse[half];
+            e = sum_of_lanes(e, B::kLanes) * (kInverse ? sizes.inverse[half] : 1.f);
             if (R == 1 && e < 0.f) e = 0.f;  // rounding can leave a vanishing energy below zero; a NaN stays a NaN
         }
+    }
 }
 
 template <int D, int R, class P>
@@ -265,34 +189,40 @@ __global__ void __launch_bounds__(P::forward_threads(D, R), P::forward_at_least(
     const int step = per_column * place.tokens_at_once(), begin = place.first_token(per_column, tokens);
     Supply supply(p.x, map, shared.stages, place.first, begin, step);
     start<D, R, P, false>(p.lap, shared, supply);
-    const bool aligned = kept(are_aligned<B::kBands>(place.second ? p.b : p.a));
+    const bool aligned = P::kAligned || kept(are_aligned(place.second ? p.b : p.a, B::kBands));
     // The token of the thread's vector g, and what is left from it on; the other's is `further` on.
     const int token = begin + place.token(), further = place.further();
     float* a = (place.second ? p.b : p.a).data + token * p.a.ld + place.head * R + B::first();
     const std::int64_t other = P::kManyHeads > 1 ? kept(further * p.a.ld) : further * p.a.ld;
     int left = tokens - token;
     Parameters<D, R> parameters;
-    const int matrix = load_matrix<D, R, P>(p.lap, shared, supply, [&] {
+    const auto matrix = P::template matrix<D>(shared.parts);
+    const int used = load_matrix<D, R, P>(p.lap, shared, supply, [&] {
         if (!p.raw) parameters.load(p.log_tau.data, p.log_temp.data + place.head);
     });
-    parameters.finish();
+    parameters.finish();  // raw: 1 each
+    const float bounded = p.raw ? 0.f : 1.f;
+    constexpr bool kMeanwhile = R > 1;  // branches while a product is on its way take registers
     while (P::kGroupThreads ? left + place.token() > 0
                             : __any_sync(0xffffffffu, left > 0)) {  // one for all that take part
         Vectors<D> v;
         supply.next(v);
         Scalars<D, R> energy;
         Sizes sizes;
-        energies<D, R, P>(energy, sizes, v, shared, matrix, p.eps, [](int, const float(&)[4]) {});
-        supply.refill();
-        if (!p.raw) {
+        energies<D, R, P, false>(
+            energy, sizes, v, matrix, used, p.eps,
+            [&] {
+                if constexpr (kMeanwhile) supply.refill();
+            },
+            [](int, const float(&)[4]) {});
+        if constexpr (!kMeanwhile) supply.refill();
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
+        for (int half = 0; half < 2; ++half)
 #pragma unroll
-                for (int b = 0; b < B::kBands; ++b) {
-                    float& e = energy[half][b];
-                    e = P::quotient(e, e + parameters.tau[b]) * parameters.inverse_temp;
-                }
-        }
+            for (int b = 0; b < B::kBands; ++b) {  // E / (E + tau), E = e / size; raw: E = e / (0 e + 1 size)
+                float& e = energy[half][b];
+                e = P::quotient(e, fmaf(parameters.tau[b], sizes.square[half], e * bounded)) * parameters.inverse_temp;
+            }
 #pragma unroll
         for (int half = 0; half < 2; ++half)
             if (B::counts() && half * further < left) store_row(a + half * other, energy[half], aligned);
@@ -307,8 +237,9 @@ __global__ void __launch_bounds__(P::forward_threads(D, R), P::forward_at_least(
 // is behind the others. Otherwise both factors as the sum of two bf16 parts, and no f: the product keeps 16 bits.
 template <int D, int R, class P, class Supply, class Store>
 __device__ __forceinline__ void backward_product(Vectors<D>& v, const float (&y)[D / 8][4], const Scalars<D, R>& g,
-                                                 const float (&f)[2], const float (&w)[2], const nv_bf16* parts,
-                                                 const Supply& supply, Store&& store) {
+                                                 const float (&f)[2], const float (&w)[2],
+                                                 const typename P::Matrix& matrix, const Supply& supply,
+                                                 Store&& store) {
     std::uint32_t hi[D / 16][4], mid[D / 16][4];
 #pragma unroll
     for (int s = 0; s < D / 16; ++s) {
@@ -344,9 +275,9 @@ __device__ __forceinline__ void backward_product(Vectors<D>& v, const float (&y)
         if (q % kChunks == kChunks - 2) store(q / kChunks);
     };
     if constexpr (P::kHalves)
-        P::template turn_halves<D>(hi, parts + P::kParts * D * D, take);
+        P::template turn_halves<D>(hi, matrix, take);
     else
-        P::template turn<D>(hi, mid, parts, take);
+        P::template turn<D>(hi, mid, matrix, take);
 }
 // R = 1: dx = g Lx - w x, likewise.
 template <int D, class Supply, class Store>
@@ -472,7 +403,7 @@ __global__ void __launch_bounds__(P::backward_threads(D, R), P::backward_at_leas
     constexpr bool kAhead = P::kInOrder;
     Supply supply(p.x, map, shared.stages, place.first, begin, step);
     start<D, R, P, true>(p.lap, shared, supply);
-    const bool aligned = kept(are_aligned<B::kBands>(place.second ? p.db : p.da));
+    const bool aligned = P::kAligned || kept(are_aligned(place.second ? p.db : p.da, B::kBands));
     // The token of the thread's vector g, and what is left from it on; the other's is `further` on.
     const int token = begin + place.token(), further = place.further();
     auto* dx = reinterpret_cast<nv_bf16*>(p.dx.data) + token * p.dx.ld + place.first * D + lane % 4 * Shape<D>::kRun;
@@ -480,7 +411,8 @@ __global__ void __launch_bounds__(P::backward_threads(D, R), P::backward_at_leas
     int left = tokens - token;
     Scalars<D, R> ahead;
     Parameters<D, R> parameters;
-    const int matrix = load_matrix<D, R, P>(p.lap, shared, supply, [&] {
+    const auto matrix = P::template matrix<D>(shared.parts);
+    const int used = load_matrix<D, R, P>(p.lap, shared, supply, [&] {
         parameters.load(p.log_tau.data, p.log_temp.data + place.head);
         if (kAhead) load_gradients<D, R>(ahead, da, further, p.da.ld, left, aligned);
     });
@@ -505,20 +437,22 @@ __global__ void __launch_bounds__(P::backward_threads(D, R), P::backward_at_leas
         float y[D / 8][4], w[2], f[2];
         Scalars<D, R> energy;
         Sizes sizes;
-        energies<D, R, P>(energy, sizes, v, shared, matrix, p.eps, [&](int j, const float(&tile)[4]) {
+        energies<D, R, P, true>(
+            energy, sizes, v, matrix, used, p.eps, [] {},
+            [&](int j, const float(&tile)[4]) {
 #pragma unroll
-            for (int k = 0; k < 4; ++k) y[j][k] = tile[k];
-        });
+                for (int k = 0; k < 4; ++k) y[j][k] = tile[k];
+            });
         supply.refill();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             f[half] = 2.f * parameters.inverse_temp * sizes.inverse[half];
             w[half] = f[half] * weigh<D, R, P>(g[half], energy[half], parameters, half * further < now, sums);
             float unit = f[half];
-            if constexpr (kHalves<R, P>) {  // |y_m| is at most 2^(8 - matrix) |x|: then |g_m y_m unit| < 2^14
+            if constexpr (kHalves<R, P>) {  // |y_m| is at most 2^(8 - used) |x|: then |g_m y_m unit| < 2^14
                 const float most = largest(g[half]) * root_of(sizes.square[half]);
-                f[half] *= most * power_of_two(-6 - 2 * matrix);
-                unit = reciprocal(most) * power_of_two(6 + matrix);
+                f[half] *= most * power_of_two(-6 - 2 * used);
+                unit = reciprocal(most) * power_of_two(6 + used);
             }
 #pragma unroll
             for (float& x : g[half]) x *= unit;
@@ -534,7 +468,7 @@ __global__ void __launch_bounds__(P::backward_threads(D, R), P::backward_at_leas
             const float of_y[2] = {g[0][0], g[1][0]};
             backward_sparse<D>(v, y, of_y, w, supply, store);
         } else {
-            backward_product<D, R, P>(v, y, g, f, w, shared.parts, supply, store);
+            backward_product<D, R, P>(v, y, g, f, w, matrix, supply, store);
         }
         if constexpr (P::kInOrder)
             supply.send(dx_map, place.first, tokens - now - place.token());

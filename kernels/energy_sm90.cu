@@ -14,12 +14,17 @@ namespace {
 using namespace energy_kernels;
 
 // Operand in shared memory (see hopper::operand), with the swizzle of a row's bytes. As it lies ("turned") and 128 columns
-// wide, columns 64 and on are 64 rows of 128 bytes further.
+// wide, columns 64 and on are 64 rows of 128 bytes further. By its lower half, which is kept.
 template <int D>
-__device__ __forceinline__ std::uint64_t operand(const void* matrix) {
-    constexpr std::uint64_t swizzle = kRowBytes<D> == 128 ? 1 : kRowBytes<D> == 64 ? 2 : 3;
-    constexpr std::uint64_t eight_rows = 8 * kRowBytes<D> / 16, halves = D == 128 ? kRowBytes<D> * D / 16 : 1;
-    return std::uint64_t((shared_address(matrix) & 0x3ffff) >> 4) | halves << 16 | eight_rows << 32 | swizzle << 62;
+__device__ __forceinline__ std::uint32_t operand_low(const void* matrix) {
+    constexpr std::uint32_t halves = D == 128 ? kRowBytes<D> * D / 16 : 1;
+    return (shared_address(matrix) & 0x3ffff) >> 4 | halves << 16;
+}
+template <int D>
+__device__ __forceinline__ std::uint64_t operand(std::uint32_t low) {
+    constexpr std::uint32_t swizzle = kRowBytes<D> == 128 ? 1 : kRowBytes<D> == 64 ? 2 : 3;
+    constexpr std::uint64_t high = 8 * kRowBytes<D> / 16 | swizzle << 30;
+    return high << 32 | low;
 }
 
 #define FIEDLER_TEN(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
@@ -79,11 +84,12 @@ struct BoxSupply {
     static constexpr int kStage = int(kStageBytes<D>) * hopper::kWarpgroup / kWarp;
     static constexpr int kBytes = kStages * (kStage + kBarrier) * kGroups + kBarrier;
     const CUtensorMap* map;
-    std::uint32_t all, base, stage;        // the stages, those of the warpgroup, the one taken last: shared addresses
-    std::uint32_t barrier;                 // of the one taken last
+    std::uint32_t all, base;               // the stages, those of the warpgroup: shared addresses
+    std::uint32_t stage, barrier;          // the one taken last
+    std::uint32_t free, free_barrier;      // the one taken before
     std::uint32_t piece;                   // in a stage, what the lane names to ldmatrix of the first two chunks
     int column, token, left, step_tokens;  // first ones of what is asked for next; tokens from that one on
-    int turn = -1;                         // how often all stages have been taken
+    std::uint32_t parity = 1;              // of how often all stages have been taken
 
     __device__ __forceinline__ BoxSupply(const Mat<const bf16>& x, const CUtensorMap& of_x, unsigned char* stages,
                                          int first_column, int first_token, int step)
@@ -110,26 +116,24 @@ struct BoxSupply {
         ask_first(0, 1);
     }
     // Asks for more vectors.
-    __device__ __forceinline__ void begin() { ask_first(1, kStages); }
+    __device__ __forceinline__ void begin() { ask_first(1, kStages - 1); }
     __device__ __forceinline__ void wait_for_matrix() const { hopper::barrier_wait(barrier_of_matrix(), 0); }
     // The next tile's vectors.
     __device__ __forceinline__ void next(Vectors<D>& v) {
+        free = stage, free_barrier = barrier;
         const bool last = stage == base + (kStages - 1) * kStage;
         stage += last ? -(kStages - 1) * kStage : kStage;
         barrier += last ? -(kStages - 1) * kBarrier : kBarrier;
-        turn += last;
-        hopper::barrier_wait(barrier, turn & 1);
+        parity ^= last;
+        hopper::barrier_wait(barrier, parity);
         __syncwarp();
 #pragma unroll
         for (int group = 0; group < S::kGroups; ++group) again(v, group);
     }
-    // Asks for more, in place of what was taken before; after a product of the warpgroup: all its warps have read that.
-    __device__ __forceinline__ void refill() {
-        if (stage == base && turn == 0) return;
-        const bool first = stage == base;
-        ask(stage + (first ? (kStages - 1) * kStage : -kStage),
-            barrier + (first ? (kStages - 1) * kBarrier : -kBarrier));
-    }
+    // Asks for more, in place of what was taken before. When a product of the warpgroup is over, all its warps have read
+    // what next() had given them for it, and forward nothing else: the one before may be replaced while the next is on its
+    // way. Backward they use the place again: it is free after that.
+    __device__ __forceinline__ void refill() { ask(free, free_barrier); }
     // A group's once more, where v need not have been kept in registers.
     __device__ __forceinline__ void again(Vectors<D>& v, int group) const {
 #pragma unroll
@@ -200,7 +204,7 @@ struct WarpgroupProducts {
     static constexpr int forward_blocks(int, int) { return 1; }
     static constexpr int backward_blocks(int, int) { return 1; }
     static constexpr int kParts = kUsed, kGroupThreads = hopper::kWarpgroup, kManyHeads = 4;
-    static constexpr bool kInOrder = true, kHalves = true, kPrepared = true;
+    static constexpr bool kInOrder = true, kHalves = true, kPrepared = true, kAligned = true;
     __device__ static void group_sync() {
         hopper::named_wait(1 + threadIdx.x / hopper::kWarpgroup, hopper::kWarpgroup);
     }
@@ -265,11 +269,16 @@ struct WarpgroupProducts {
             take(j, pair);
         }
     }
+    using Matrix = std::uint32_t;  // operand_low()
+    template <int D>
+    __device__ static Matrix matrix(const nv_bf16* parts) {
+        return kept(operand_low<D>(parts));
+    }
     // y = M x, M as the sum of its parts.
     template <int D, int R, class Meanwhile, class Take>
-    __device__ static __forceinline__ void multiply(Vectors<D>& v, const nv_bf16* parts, int, Meanwhile&& meanwhile,
+    __device__ static __forceinline__ void multiply(Vectors<D>& v, Matrix low, int, Meanwhile&& meanwhile,
                                                     Take&& take) {
-        const std::uint64_t matrix = operand<D>(parts);
+        const std::uint64_t matrix = operand<D>(kept(low));  // once more: operands need no registers then
         run<D>(
             [&](float(&d)[D / 2]) {
 #pragma unroll
@@ -288,12 +297,11 @@ struct WarpgroupProducts {
             });
     }
     template <int D, class Take>
-    __device__ static __forceinline__ void turn_halves(const std::uint32_t (&y)[D / 16][4], const nv_bf16* part,
-                                                       Take&& take) {
+    __device__ static __forceinline__ void turn_halves(const std::uint32_t (&y)[D / 16][4], Matrix low, Take&& take) {
         // 64 columns at a time: registers.
         constexpr int kColumns = D < 64 ? D : 64, kHalf = kRowBytes<D> * D / 16;
         constexpr int kSixteenRows = 16 * kRowBytes<D> / 16;
-        const std::uint64_t matrix = operand<D>(part);
+        const std::uint64_t matrix = operand<D>(kept(low)) + kParts * 2 * D * D / 16;  // behind the other parts
 #pragma unroll
         for (int half = 0; half < D / kColumns; ++half) {
             run<kColumns>(
@@ -348,8 +356,20 @@ void energy_sm90_prepare(const Cuda& d, FeatureLaplacian<float>& lap, int scalar
         scalars == 1 ? prepare<D, false>(d, lap, memory) : prepare<D, true>(d, lap, memory);
     });
 }
-bool energy_sm90_takes(const Cuda& d, int dim) {
+bool energy_sm90_prepares(const Cuda& d, int dim) {
     return d.arch == 90 && (dim == 16 || dim == 32 || dim == 64 || dim == 128);
+}
+template <class T>
+bool is_prepared(const FeatureLaplacian<float>& lap, int scalars, const Mat<T>& first, const Mat<T>& second) {
+    const int together = scalars < 4 ? 1 : scalars / 4;  // numbers that one access takes
+    return (scalars == 1 ? lap.of_one : lap.of_several).data && are_aligned(first, together) &&
+           (!second || are_aligned(second, together));
+}
+bool energy_sm90_takes(const Cuda& d, const EnergyForward<bf16>& p) {
+    return energy_sm90_prepares(d, p.lap.dim) && is_prepared(p.lap, p.scalars, p.a, p.b);
+}
+bool energy_sm90_takes(const Cuda& d, const EnergyBackward<bf16>& p) {
+    return energy_sm90_prepares(d, p.lap.dim) && is_prepared(p.lap, p.scalars, p.da, p.db);
 }
 // R = 1: by as many parts as are not zero, one for a graph without weights.
 template <class Problem>
