@@ -27,9 +27,10 @@
 //            itself to a (no tau, no temperature): used once, to set tau to the median energy of the data.
 // Numerics   everything in acc_t<T>, recomputed in backward; fixed order, no atomics: bit-equal from run to run.
 //            Cuda: R > 1 multiplies by the eigenvectors times the roots of their eigenvalues, R = 1 by Lf; entries have
-//            24 bits, on sm_90 16 (two bf16; Lf of an unweighted graph is exact). With 16 bits lambda_r is off by 1e-6
+//            24 bits, by sm_90's own kernels (energy_prepare()) 16 (two bf16; Lf of an unweighted graph is exact). With 16 bits lambda_r is off by 1e-6
 //            (rms; D = 64: 5e-7; 1e-5 at most) where x are normal numbers, and an E_r near zero by about 2^-16 of the root of E_r mu,
-//            mu the band's largest eigenvalue. The sum over r in dx is of products of numbers of 11 bits (sm_90) or 16.
+//            mu the band's largest eigenvalue. The sum over r in dx is of products of numbers of 11 bits (these) or 16.
+//            Forward a tau_r below 2^-124 / eps counts as that.
 // Source     tauformer's published form; derivative checked by finite differences in tests/kernels/energy_test.cpp.
 #pragma once
 #include "kernels/contract.h"
@@ -43,8 +44,8 @@ namespace fiedler {
 // The matrix in device memory as kernels of sm_90 multiply by it: see energy_prepare().
 struct EnergyMatrix {
     const void* data = nullptr;
-    std::int32_t parts = 0,
-                 log2 = 0;  // of Lf, that are not all zero; of the power of two that the last part is scaled by
+    std::int32_t parts = 0;  // R = 1: of Lf, that are not all zero
+    std::int32_t log2 = 0;   // R > 1: of the power of two that the last part is scaled by
 };
 template <class A>
 struct FeatureLaplacian {
@@ -148,9 +149,9 @@ inline std::int64_t energy_matrix_bytes(std::int64_t dim, std::int64_t scalars) 
     return (scalars > 1 ? 3 : 2) * 2 * dim * dim + 128;
 }
 // Makes the matrix for R scalars in `memory` (energy_matrix_bytes(), 128-byte aligned, and kept) and notes it in lap:
-// kernels of sm_90 take a Laplacian that has it, where rows of a and da are aligned to R / 4 numbers; all else is done by
-// the general ones. To be made anew when lap's numbers change. Waits for the device. Elsewhere than on sm_90, or where D
-// is none of theirs, it does nothing.
+// kernels of sm_90 take a Laplacian that has it, where rows of a, b, da and db are aligned to R / 4 numbers; all else is
+// done by the general ones. To be made anew when lap's numbers change. Waits for the device. Elsewhere than on sm_90, or
+// where D is none of theirs, nothing is made.
 void energy_prepare(const Cuda&, FeatureLaplacian<float>& lap, std::int32_t scalars, Vec<std::byte> memory);
 template <class A>
 void energy_prepare(const Cpu&, FeatureLaplacian<A>&, std::int32_t, Vec<std::byte>) {}

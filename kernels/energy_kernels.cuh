@@ -200,8 +200,8 @@ __global__ void __launch_bounds__(P::forward_threads(D, R), P::forward_at_least(
     const int used = load_matrix<D, R, P>(p.lap, shared, supply, [&] {
         if (!p.raw) parameters.load(p.log_tau.data, p.log_temp.data + place.head);
     });
-    parameters.finish();  // raw: 1 each
-    const float bounded = p.raw ? 0.f : 1.f;
+    parameters.finish();
+    const Bounds<D, R> bounds(parameters, p.eps, p.raw);
     constexpr bool kMeanwhile = R > 1;  // branches while a product is on its way take registers
     while (P::kGroupThreads ? left + place.token() > 0
                             : __any_sync(0xffffffffu, left > 0)) {  // one for all that take part
@@ -219,9 +219,10 @@ __global__ void __launch_bounds__(P::forward_threads(D, R), P::forward_at_least(
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
-            for (int b = 0; b < B::kBands; ++b) {  // E / (E + tau), E = e / size; raw: E = e / (0 e + 1 size)
+            for (int b = 0; b < B::kBands; ++b) {
                 float& e = energy[half][b];
-                e = P::quotient(e, fmaf(parameters.tau[b], sizes.square[half], e * bounded)) * parameters.inverse_temp;
+                const float whole = fmaf(bounds.of_size[b], sizes.square[half], e * bounds.of_e[b]);
+                e = P::quotient(e, whole) * bounds.factor[b];
             }
 #pragma unroll
         for (int half = 0; half < 2; ++half)

@@ -50,6 +50,24 @@ struct Parameters {
         inverse_temp = expf(-inverse_temp);
     }
 };
+// lambda over the temperature from e = E size: factor e / (of_e e + of_size size), for tau > 1 the fraction reduced by
+// it: so nothing leaves float's range that e and size are in. raw: E.
+template <int D, int R>
+struct Bounds {
+    using B = Bands<D, R>;
+    float factor[B::kBands], of_e[B::kBands], of_size[B::kBands];
+    __device__ __forceinline__ Bounds(const Parameters<D, R>& p, float eps, bool raw) {
+        const float least = eps > 0.f ? 4 * FLT_MIN / eps : 0.f;  // times a size a normal number: see P::quotient()
+#pragma unroll
+        for (int b = 0; b < B::kBands; ++b) {
+            const bool reduced = p.tau[b] > 1.f;
+            const float by = reduced ? 1.f / p.tau[b] : 1.f;
+            factor[b] = raw ? 1.f : p.inverse_temp * by;
+            of_e[b] = raw ? 0.f : by;
+            of_size[b] = raw || reduced ? 1.f : p.tau[b] < least ? least : p.tau[b];  // a NaN stays one
+        }
+    }
+};
 // A row's numbers from memory or to it, as one access where rows are aligned to as many (are_aligned()).
 template <int n>
 __device__ __forceinline__ void load_row(float (&v)[n], const float* row, bool aligned) {

@@ -75,8 +75,8 @@ __device__ __forceinline__ void multiply_matrix(float (&d)[64], const std::uint3
 #undef FIEDLER_D8
 #undef FIEDLER_TEN
 
-// Vectors of a warpgroup, a box of 64 at a time in steps, by TMA: as many of them ahead as there are stages, of
-// each of the block's kGroups warpgroups. Before them the matrix, for all.
+// Vectors of a warpgroup, a box of 64 at a time in steps, by TMA: as many of them ahead as there are stages, less the one
+// taken before, for each of the block's kGroups warpgroups. Before them the matrix, for all.
 template <int D, int kStages, int kGroups>
 struct BoxSupply {
     using S = Shape<D>;
@@ -130,9 +130,10 @@ struct BoxSupply {
 #pragma unroll
         for (int group = 0; group < S::kGroups; ++group) again(v, group);
     }
-    // Asks for more, in place of what was taken before. When a product of the warpgroup is over, all its warps have read
-    // what next() had given them for it, and forward nothing else: the one before may be replaced while the next is on its
-    // way. Backward they use the place again: it is free after that.
+    // Asks for more, in place of what was taken before. A product of the warpgroup is not issued before all its warps have
+    // come to it (measured on an H200, with each of them late in turn): they have read all that next() had given them
+    // before, and forward nothing else: that place is free while the product is on its way. Backward they use the place
+    // until send(), which they wait for together.
     __device__ __forceinline__ void refill() { ask(free, free_barrier); }
     // A group's once more, where v need not have been kept in registers.
     __device__ __forceinline__ void again(Vectors<D>& v, int group) const {

@@ -168,15 +168,19 @@ Values gather(const Values& v, std::int64_t cols, std::int64_t ld) {
 template <class Dev>
 class Prepared {
   public:
-    explicit Prepared(const Dev& d) : d_(d), memory_(d, std::size_t(energy_matrix_bytes(128, 2) / 4)) {}
-    void operator()(FeatureLaplacian<float>& lap, int scalars) const {
-        energy_prepare(d_, lap, scalars,
-                       {reinterpret_cast<std::byte*>(memory_.data()), energy_matrix_bytes(lap.dim, scalars)});
+    Prepared(const Dev& d, int dim, int scalars)
+        : d_(d), scalars_(scalars), memory_(d, std::size_t(energy_matrix_bytes(dim, scalars) / 4)) {
+        memory_.poison();
     }
-    void operator()(const FeatureLaplacian<double>&, int) const {}
+    void operator()(FeatureLaplacian<float>& lap) const {
+        const auto bytes = std::int64_t(memory_.size() * sizeof(float));
+        energy_prepare(d_, lap, scalars_, {reinterpret_cast<std::byte*>(memory_.data()), bytes});
+    }
+    void operator()(const FeatureLaplacian<double>&) const {}
 
   private:
     const Dev& d_;
+    int scalars_;
     Buffer<float, Dev> memory_;
 };
 
@@ -195,7 +199,8 @@ enum class Gradients { none, with_scratch, pending };  // how the parameters' ar
 // of one wider by one column, so that rows of several scalars lie anywhere (kGapAnywhere), or by four (kGapAligned).
 constexpr std::int64_t kGapAnywhere = 8, kGapAligned = 16;
 template <class T, class Dev>
-Result run(const Dev& d, const Problem& p, std::int64_t gap = 0, Gradients parameters = Gradients::with_scratch) {
+Result run(const Dev& d, const Problem& p, std::int64_t gap = 0, Gradients parameters = Gradients::with_scratch,
+           bool prepared = true) {
     using A = acc_t<T>;
     const std::int64_t dim = p.graph.dim, cols = p.sides * p.heads * dim, ld = cols + gap, side = p.heads * p.scalars,
                        out = p.sides * side,
@@ -222,8 +227,8 @@ Result run(const Dev& d, const Problem& p, std::int64_t gap = 0, Gradients param
         f.lap.offsets = offsets.vec(), f.lap.columns = columns.vec(), f.lap.values = values.vec();
     else
         f.lap.eigenvectors = vectors.mat(dim, dim), f.lap.eigenvalues = eigenvalues.vec();
-    const Prepared<Dev> prepare(d);
-    prepare(f.lap, p.scalars);
+    const Prepared<Dev> prepare(d, p.graph.dim, p.scalars);
+    if (prepared) prepare(f.lap);
     f.a = first(energy), f.b = second(energy), f.x = Mat<T>(x.data(), p.tokens, cols, ld);
     f.heads = p.heads, f.scalars = p.scalars, f.eps = A(p.eps), f.raw = true;
     energy_forward(d, f);  // raw: needs neither tau nor temperature
@@ -447,7 +452,7 @@ TEST(Energy, GpuDenseLaplacian) {  // values that are not bf16 numbers, and ever
 TEST(Energy, GpuManyTokensAndBitEqual) {  // several rounds of the token loop
     FIEDLER_GPU_OR_SKIP();
     for (const int scalars : {1, 8}) {
-        check_sizes<bf16>(gpu(), Graph(16), 2, scalars, {70001}, 1.2e-7);
+        check_sizes<bf16>(gpu(), Graph(16), 2, scalars, {70003}, 1.2e-7);
         const Problem p(Graph(64), 5000, 6, scalars, 2);
         const Result once = run<bf16>(gpu(), p);
         expect_identical(once, run<bf16>(gpu(), p));
@@ -537,17 +542,41 @@ TEST(Energy, GpuEigenvectorsAnywhere) {  // at an address that is a multiple of 
             EnergyForward<bf16> f;
             f.lap.dim = dim, f.lap.eigenvalues = mu.vec(), f.x = x.mat(100, cols), f.heads = 2, f.scalars = 4,
             f.raw = true;
-            const Prepared<Cuda> prepare(*d);
+            const Prepared<Cuda> prepare(*d, dim, 4), prepare_further(*d, dim, 4);
             f.a = first.mat(100, 8), f.lap.eigenvectors = there.mat(dim, dim);
-            prepare(f.lap, 4);
+            prepare(f.lap);
             energy_forward(*d, f);
             f.a = second.mat(100, 8), f.lap.eigenvectors = Mat<const float>(further.data() + 1, dim, dim);
-            prepare(f.lap, 4);
+            prepare_further(f.lap);
             energy_forward(*d, f);
             EXPECT_EQ(first.values(), second.values());
-            f.lap.of_several = {};  // by the general kernels
-            energy_forward(*d, f);
-            EXPECT_TRUE(close_to(second.values(), first.values(), 2e-5));
+        }
+}
+TEST(Energy, GpuUnpreparedLaplacian) {  // by the general kernels, whatever the device: to the bit
+    FIEDLER_GPU_OR_SKIP();
+    for (const int dim : kDims)
+        for (const int scalars : {1, 8}) {
+            const Problem p(Graph(dim), 200, 2, scalars, 2);
+            expect_identical(run<bf16>(gpu(), p, 0, Gradients::with_scratch, false), run<bf16>(general(), p));
+        }
+}
+TEST(Energy, GpuTauOfAnySize) {  // 1e-30 to 1e30 can be asked for: the reference in f32 takes no less than 1e-18
+    FIEDLER_GPU_OR_SKIP();
+    for (const Cuda* d : {&gpu(), &general()})
+        for (const int scalars : {1, 8}) {
+            Problem least(Graph(64), 20, 2, scalars);  // times eps no normal number
+            std::fill(least.log_tau.begin(), least.log_tau.end(), std::log(1e-36));
+            std::fill_n(least.x.begin(), 64, 0.0);
+            const Values a = run<bf16>(*d, least).a;
+            for (std::size_t i = 0; i < a.size(); ++i) EXPECT_EQ(a[i] == 0, i < std::size_t(scalars));
+            for (const double tau : {1e-18, 1e-12, 1.5, 1e12, 1e30}) {
+                SCOPED_TRACE(testing::Message() << "R " << scalars << ", tau " << tau);
+                check_changed(*d, 64, 2, scalars, [&](Problem& p) {
+                    std::fill(p.log_tau.begin(), p.log_tau.end(), std::log(tau));
+                    std::fill_n(p.x.begin(), 64, 0.0);  // no energy at all, and a vector of size 2^40
+                    for (int i = 64; i < 128; ++i) p.x[std::size_t(i)] *= std::ldexp(1.0, 40);
+                });
+            }
         }
 }
 TEST(Energy, GpuIsolatedNodesAndNaN) {
