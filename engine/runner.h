@@ -90,7 +90,7 @@ void RunLayout<T>::upload(const Dev& dev, const ModelConstants& constants) {
     if (spectral) send(spectral.data, constants.spectral);
     FeatureLaplacian<A> prepared = laplacian(lap.dim);
     if (lap_of_one) energy_prepare(dev, prepared, 1, lap_of_one);
-    if (lap_of_several) energy_prepare(dev, prepared, 2, lap_of_several);
+    if (lap_of_several) energy_prepare(dev, prepared, 2, lap_of_several);  // any R > 1: the same matrix
     of_one = prepared.of_one, of_several = prepared.of_several;
 }
 

@@ -1,8 +1,8 @@
 // kernels/energy.cu: Rayleigh-quotient scalars on the GPU (contract in energy.h), on tensor cores without losing f32.
 //
 // x is bf16, so it is exact as it is; each f32 entry of the matrix (Lf for R = 1, from the eigenvectors for R > 1) is
-// the sum of three bf16 parts (3 x 8 bits of significand; of two in sm_90's own kernels), kept in shared memory. y = M x is then up
-// to three bf16 products with f32 accumulation per 16 columns, added up in f32. A matrix whose entries are bf16 numbers
+// the sum of three bf16 parts (3 x 8 bits of significand; of two in sm_90's own kernels), kept in shared memory. y = M x
+// is then up to three bf16 products with f32 accumulation per 16 columns, added up in f32. A matrix whose entries are bf16 numbers
 // (the Laplacian of an unweighted graph: small integers) needs one product only, which is why Lf is treated as dense:
 // at D <= 128 that is faster than indexing a sparse matrix, and takes any sparsity, up to full.
 //

@@ -27,10 +27,11 @@
 //            itself to a (no tau, no temperature): used once, to set tau to the median energy of the data.
 // Numerics   everything in acc_t<T>, recomputed in backward; fixed order, no atomics: bit-equal from run to run.
 //            Cuda: R > 1 multiplies by the eigenvectors times the roots of their eigenvalues, R = 1 by Lf; entries have
-//            24 bits, by sm_90's own kernels (energy_prepare()) 16 (two bf16; Lf of an unweighted graph is exact). With 16 bits lambda_r is off by 1e-6
-//            (rms; D = 64: 5e-7; 1e-5 at most) where x are normal numbers, and an E_r near zero by about 2^-16 of the root of E_r mu,
-//            mu the band's largest eigenvalue. The sum over r in dx is of products of numbers of 11 bits (these) or 16.
-//            Forward a tau_r below 2^-124 / eps counts as that.
+//            24 bits, in sm_90's own kernels (energy_prepare()) 16 (two bf16; Lf of an unweighted graph is exact). With
+//            16 bits lambda_r is off by 1e-6 (rms; D = 64: 5e-7; 1e-5 at most) where x are normal numbers, and an E_r
+//            near zero by about 2^-16 of the root of E_r mu, mu the band's largest eigenvalue. The sum over r in dx is
+//            of products of numbers of 11 bits (in these kernels) or 16. Forward a tau_r below 2^-124 / eps counts as
+//            that.
 // Source     tauformer's published form; derivative checked by finite differences in tests/kernels/energy_test.cpp.
 #pragma once
 #include "kernels/contract.h"
@@ -144,8 +145,9 @@ inline std::int64_t energy_pending_elements(std::int64_t, std::int64_t heads, st
     return PendingSums<float>::elements((scalars + 1) * (2 * heads < kEnergySums ? kEnergySums : 2 * heads));
 }
 
-// Bytes of an EnergyMatrix for so many scalars: two parts of bf16, with R > 1 one of f16 for the second product of dx.
-inline std::int64_t energy_matrix_bytes(std::int64_t dim, std::int64_t scalars) {
+// Bytes of an EnergyMatrix: two parts of bf16, with R > 1 (all have the same) one of f16 for the second product of dx,
+// and what the device has to say of them.
+constexpr std::int64_t energy_matrix_bytes(std::int64_t dim, std::int64_t scalars) {
     return (scalars > 1 ? 3 : 2) * 2 * dim * dim + 128;
 }
 // Makes the matrix for R scalars in `memory` (energy_matrix_bytes(), 128-byte aligned, and kept) and notes it in lap:

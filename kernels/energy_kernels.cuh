@@ -201,8 +201,8 @@ __global__ void __launch_bounds__(P::forward_threads(D, R), P::forward_at_least(
         if (!p.raw) parameters.load(p.log_tau.data, p.log_temp.data + place.head);
     });
     parameters.finish();
-    const Bounds<D, R> bounds(parameters, p.eps, p.raw);
-    constexpr bool kMeanwhile = R > 1;  // branches while a product is on its way take registers
+    const Lambda<D, R> lambda(parameters, p.eps, p.raw);
+    constexpr bool kMeanwhile = R > 1;  // with one scalar a branch there spills
     while (P::kGroupThreads ? left + place.token() > 0
                             : __any_sync(0xffffffffu, left > 0)) {  // one for all that take part
         Vectors<D> v;
@@ -221,8 +221,7 @@ __global__ void __launch_bounds__(P::forward_threads(D, R), P::forward_at_least(
 #pragma unroll
             for (int b = 0; b < B::kBands; ++b) {
                 float& e = energy[half][b];
-                const float whole = fmaf(bounds.of_size[b], sizes.square[half], e * bounds.of_e[b]);
-                e = P::quotient(e, whole) * bounds.factor[b];
+                e = lambda.template of<P>(b, e, sizes.square[half]);
             }
 #pragma unroll
         for (int half = 0; half < 2; ++half)

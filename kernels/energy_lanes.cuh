@@ -15,9 +15,10 @@ __host__ __device__ bool are_aligned(const Mat<T>& m, int n) {
 
 // R > 1: a lane has D / 4 rows of the product, which are neighbouring eigenvectors (see load_eigenvectors()): kBands whole
 // bands, or its part of one that kLanes lanes share. R = 1: one "band", the whole of Lf, is everybody's.
+constexpr int bands_of_lane(int scalars) { return scalars < 4 ? 1 : scalars / 4; }
 template <int D, int R>
 struct Bands {
-    static constexpr int kBands = R < 4 ? 1 : R / 4, kLanes = R < 4 ? 4 / R : 1;
+    static constexpr int kBands = bands_of_lane(R), kLanes = R < 4 ? 4 / R : 1;
     static constexpr int kRows = D / 4 / kBands;  // of a lane, in a band
     __device__ static int first() { return R < 4 ? threadIdx.x % 4 / kLanes : threadIdx.x % 4 * kBands; }
     // Whether the lane speaks for its bands: each is counted once over the four lanes.
@@ -50,14 +51,14 @@ struct Parameters {
         inverse_temp = expf(-inverse_temp);
     }
 };
-// lambda over the temperature from e = E size: factor e / (of_e e + of_size size), for tau > 1 the fraction reduced by
-// it: so nothing leaves float's range that e and size are in. raw: E.
+// lambda over the temperature, or E itself (raw), of the bands from e = E size: factor e / (of_e e + of_size size), for
+// tau > 1 the fraction reduced by it. So the divisor is in float's range where e and size are.
 template <int D, int R>
-struct Bounds {
+struct Lambda {
     using B = Bands<D, R>;
     float factor[B::kBands], of_e[B::kBands], of_size[B::kBands];
-    __device__ __forceinline__ Bounds(const Parameters<D, R>& p, float eps, bool raw) {
-        const float least = eps > 0.f ? 4 * FLT_MIN / eps : 0.f;  // times a size a normal number: see P::quotient()
+    __device__ __forceinline__ Lambda(const Parameters<D, R>& p, float eps, bool raw) {
+        const float least = eps > 0.f ? 4 * FLT_MIN / eps : 0.f;  // times a size a normal number, as quotient() wants
 #pragma unroll
         for (int b = 0; b < B::kBands; ++b) {
             const bool reduced = p.tau[b] > 1.f;
@@ -66,6 +67,10 @@ struct Bounds {
             of_e[b] = raw ? 0.f : by;
             of_size[b] = raw || reduced ? 1.f : p.tau[b] < least ? least : p.tau[b];  // a NaN stays one
         }
+    }
+    template <class P>
+    __device__ __forceinline__ float of(int band, float e, float size) const {
+        return P::quotient(e, fmaf(of_size[band], size, e * of_e[band])) * factor[band];
     }
 };
 // A row's numbers from memory or to it, as one access where rows are aligned to as many (are_aligned()).

@@ -111,8 +111,8 @@ __device__ __forceinline__ float4 load_four_now(const float* p, bool aligned) {
     return x;
 }
 
-// Both ways to load the matrix call meanwhile() when they have asked for it, and P::publish_matrix() before the barrier that
-// they end with.
+// Both ways to load the matrix call meanwhile() when they have asked for it, and P::publish_matrix() before the barrier
+// that they end with.
 
 template <int D, int kParts>
 __device__ __forceinline__ void clear_parts(const Shared& s) {

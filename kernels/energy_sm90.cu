@@ -1,8 +1,8 @@
 // kernels/energy_sm90.cu: energy on sm_90a: four warps multiply the vectors of their 64 tokens together. The matrix
 // lies in shared memory as such products want it: what energy_product.cuh calls exchanged chunks is the swizzle of the
 // tensor cores, of as many bytes as a row has. Sums over columns and parts stay in the tensor cores, small parts first.
-// TMA brings it as energy_prepare() has left it, and the vectors, from the start of the kernel on. It takes dx from
-// where the vectors were.
+// TMA brings the matrix, as energy_prepare() has left it, and the vectors, from the start of the kernel on; and it takes
+// dx from where the vectors were.
 #include "kernels/energy_sm90.h"
 
 #include "kernels/energy_kernels.cuh"
@@ -83,6 +83,7 @@ struct BoxSupply {
     static constexpr int kBarrier = int(sizeof(hopper::Barrier));
     static constexpr int kStage = int(kStageBytes<D>) * hopper::kWarpgroup / kWarp;
     static constexpr int kBytes = kStages * (kStage + kBarrier) * kGroups + kBarrier;
+    static_assert(kStages >= 2);  // the one taken last, and one to ask for
     const CUtensorMap* map;
     std::uint32_t all, base;               // the stages, those of the warpgroup: shared addresses
     std::uint32_t stage, barrier;          // the one taken last
@@ -131,9 +132,9 @@ struct BoxSupply {
         for (int group = 0; group < S::kGroups; ++group) again(v, group);
     }
     // Asks for more, in place of what was taken before. A product of the warpgroup is not issued before all its warps have
-    // come to it (measured on an H200, with each of them late in turn): they have read all that next() had given them
-    // before, and forward nothing else: that place is free while the product is on its way. Backward they use the place
-    // until send(), which they wait for together.
+    // come to it, which PTX does not promise, but Warpgroup.GpuProductWaitsForAllWarps shows: they have read all that
+    // next() had given them before, and forward nothing else: that place is free while the product is on its way.
+    // Backward they use the place until send(), which they wait for together.
     __device__ __forceinline__ void refill() { ask(free, free_barrier); }
     // A group's once more, where v need not have been kept in registers.
     __device__ __forceinline__ void again(Vectors<D>& v, int group) const {
@@ -317,12 +318,14 @@ struct WarpgroupProducts {
 };
 
 constexpr int kPrepareThreads = 512;
+template <bool kSeveral>
+constexpr int kPreparedParts = kMatrixParts<kSeveral ? 2 : 1, WarpgroupProducts<2>, true>;
 // The parts of the matrix as they shall lie in shared memory, and what EnergyMatrix has to say of them.
 template <int D, bool kSeveral>
 __global__ void __launch_bounds__(kPrepareThreads)
     prepare_kernel(const FeatureLaplacian<float> lap, std::uint32_t* to, int* number) {
     using P = WarpgroupProducts<2>;
-    constexpr int kParts = kMatrixParts < kSeveral ? 2 : 1, P, true > ;
+    constexpr int kParts = kPreparedParts<kSeveral>;
     extern __shared__ __align__(1024) unsigned char memory[];
     const Shared shared = carve<D>(memory, kParts, 0);
     int found;
@@ -336,8 +339,10 @@ __global__ void __launch_bounds__(kPrepareThreads)
 }
 template <int D, bool kSeveral>
 void prepare(const Cuda& d, FeatureLaplacian<float>& lap, const Vec<std::byte>& memory) {
-    constexpr std::size_t kMatrix = 2 * (kSeveral ? 3 : 2) * D * D, kBytes = kMatrix + kPartialBytes;
-    auto* const number = reinterpret_cast<int*>(memory.data + kMatrix);
+    constexpr std::size_t kMatrix = sizeof(nv_bf16) * kPreparedParts<kSeveral> * D * D,
+                          kBytes = kMatrix + kPartialBytes;
+    static_assert(kMatrix + sizeof(int) <= energy_matrix_bytes(D, kSeveral ? 2 : 1));
+    auto* const number = reinterpret_cast<int*>(memory.data + kMatrix);  // for the host
     const auto kernel = prepare_kernel<D, kSeveral>;
     WarpgroupProducts<2>::allow<kBytes>(kernel);
     kernel<<<1, kPrepareThreads, kBytes, stream_of(d)>>>(lap, reinterpret_cast<std::uint32_t*>(memory.data), number);
@@ -362,7 +367,7 @@ bool energy_sm90_prepares(const Cuda& d, int dim) {
 }
 template <class T>
 bool is_prepared(const FeatureLaplacian<float>& lap, int scalars, const Mat<T>& first, const Mat<T>& second) {
-    const int together = scalars < 4 ? 1 : scalars / 4;  // numbers that one access takes
+    const int together = bands_of_lane(scalars);  // numbers that one access takes
     return (scalars == 1 ? lap.of_one : lap.of_several).data && are_aligned(first, together) &&
            (!second || are_aligned(second, together));
 }

@@ -73,7 +73,7 @@ Result result(const Mat<bf16>& m) { return {m.data, m.cols, m.rows, m.ld, CUDA_R
 Result result(const Mat<float>& m) { return {m.data, m.cols, m.rows, m.ld, CUDA_R_32F}; }
 
 // An algorithm that cuBLASLt proposes. With a workspace some keep a counter there, of the tiles that are taken, and a launch
-// is two nodes of the stream: 3 us for setting it to 0.
+// is two nodes of the stream: the first sets it to 0 (Matmul.GpuProductIsOneNode).
 struct Algorithm {
     cublasLtMatmulAlgo_t algo{};
     bool with_workspace = true;

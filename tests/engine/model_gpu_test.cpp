@@ -184,6 +184,29 @@ TEST(ModelGpuPendingSums, EachPassAddsItsOwn) {
     expect_each_pass_adds_its_own({"", "d", ScalarKind::coordinate, 64, 129, 2}, {&L::conv});
 }
 
+// Where there are kernels that take a prepared Laplacian, a model of energies has one: without it they are right, and slow.
+TEST(ModelGpuEnergy, LaplacianIsPrepared) {
+    FIEDLER_GPU_OR_SKIP();
+    const Shape shape{"", "sb", ScalarKind::energy, 64, 129, 2};
+    const ModelSpec spec = spec_of(shape);
+    const Cuda& dev = test::gpu();
+    Runner<Cuda, bf16> runner(std::make_unique<Cuda>(), spec, plan_of(shape), 0, constants_of(spec));
+    const auto dim = std::int32_t(spec.head_dim());
+    const FeatureLaplacian<float> of_runner = runner.layout().laplacian(dim);
+    FeatureLaplacian<float> own = of_runner;
+    own.of_one = own.of_several = {};
+    for (const int scalars : {1, 2}) {
+        const std::int64_t bytes = energy_matrix_bytes(dim, scalars);
+        const test::Buffer<float, Cuda> memory(dev, std::size_t(bytes / 4));
+        energy_prepare(dev, own, scalars, {reinterpret_cast<std::byte*>(memory.data()), bytes});
+        const EnergyMatrix &got = scalars == 1 ? of_runner.of_one : of_runner.of_several,
+                           &want = scalars == 1 ? own.of_one : own.of_several;
+        EXPECT_EQ(got.data != nullptr, want.data != nullptr) << "R " << scalars;
+        EXPECT_EQ(got.parts, want.parts);
+        EXPECT_EQ(got.log2, want.log2);
+    }
+}
+
 std::vector<Shape> shapes() {
     std::vector<Shape> all;
     static std::vector<std::string> names;

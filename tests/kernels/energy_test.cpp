@@ -187,7 +187,10 @@ class Prepared {
 std::int64_t scratch_elements(const Cpu&, const Problem&) { return 1; }
 int matrix_parts(const Cpu&) { return 0; }
 #if FIEDLER_CUDA
-int matrix_parts(const Cuda& d) { return d.arch == 90 ? 2 : 3; }
+#if !defined(FIEDLER_SM90A)
+#define FIEDLER_SM90A 0
+#endif
+int matrix_parts(const Cuda& d) { return FIEDLER_SM90A && d.arch == 90 ? 2 : 3; }
 std::int64_t scratch_elements(const Cuda&, const Problem& p) {
     return energy_pending_elements(p.tokens, p.heads, p.scalars);
 }
