@@ -36,13 +36,13 @@ class EventClock final : public MarkClock {
     std::vector<cudaEvent_t> events_;
 };
 
-__global__ void __launch_bounds__(256) read_kernel(const uint4* from, std::int64_t n, unsigned* never) {
+__global__ void __launch_bounds__(256) read_kernel(const uint4* from, std::int64_t n) {
     unsigned any = 0;
     for (std::int64_t i = std::int64_t(blockIdx.x) * 256 + threadIdx.x; i < n; i += std::int64_t(gridDim.x) * 256) {
         const uint4 x = from[i];
         any |= x.x | x.y | x.z | x.w;
     }
-    if (any == 0x5EEDF1EDu) *never = any;  // so that the reads are not left out
+    if (any == 0x5EEDF1EDu) __nanosleep(1);  // so that the reads are not left out
 }
 
 constexpr int kCopyThreads = 256;
@@ -89,9 +89,12 @@ void plain_copy(const Cuda& dev, void* to, const void* from, std::size_t bytes) 
 }
 
 void read_through(const Cuda& dev, const void* memory, std::size_t bytes) {
-    read_kernel<<<4096, 256, 0, stream_of(dev)>>>(static_cast<const uint4*>(memory),
-                                                  static_cast<std::int64_t>(bytes / 16),
-                                                  static_cast<unsigned*>(const_cast<void*>(memory)));
+    constexpr std::uintptr_t kPiece = sizeof(uint4);
+    const auto first = reinterpret_cast<std::uintptr_t>(memory), begin = (first + kPiece - 1) / kPiece * kPiece,
+               end = (first + bytes) / kPiece * kPiece;
+    if (end <= begin) return;
+    read_kernel<<<4096, 256, 0, stream_of(dev)>>>(reinterpret_cast<const uint4*>(begin),
+                                                  static_cast<std::int64_t>((end - begin) / kPiece));
     LAUNCH_CHECK("read_through");
 }
 

@@ -25,8 +25,8 @@ class MarkClock {
 std::unique_ptr<MarkClock> mark_clock(const Cpu&);
 std::unique_ptr<MarkClock> mark_clock(const Cuda&);
 
-// Reads memory [bytes] of the device and does nothing with it: whatever L2 held is gone, and no line of it waits to be
-// written back, which the next kernel would pay for. bytes: a multiple of 16.
+// Reads memory [bytes] of the device, its whole 16-byte pieces, and does nothing with it. Of enough memory: whatever L2
+// held is gone, and no line of it waits to be written back, which the next kernel would pay for.
 void read_through(const Cuda&, const void* memory, std::size_t bytes);
 // Copies memory of the device as plainly as a kernel can, 16 bytes at a time, or with no place to copy to only reads it:
 // what kernels that are bound by memory are held against. bytes: a multiple of 16; no overlap.
