@@ -98,11 +98,6 @@ __device__ __forceinline__ void store_row(float* row, const float (&v)[n], bool 
         for (int i = 0; i < n; ++i) row[i] = v[i];
     }
 }
-__device__ __forceinline__ float reciprocal(float x) {
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    return r;
-}
 __device__ __forceinline__ float root_of(float x) {
     float r;
     asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));

@@ -246,9 +246,7 @@ struct WarpgroupProducts {
 
     // To about one unit of rounding, without the branches of a division.
     __device__ static __forceinline__ float quotient(float x, float y) {
-        float r;
-        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(y));
-        const float q = x * r;
+        const float r = reciprocal(y), q = x * r;
         return fmaf(r, fmaf(-q, y, x), q);
     }
     __device__ static void publish_matrix() { hopper::publish_shared(); }

@@ -10,7 +10,6 @@ namespace {
 using namespace panel;
 
 using L = Layout<bf16>;
-constexpr float kLog2e = 1.4426950408889634f;
 
 struct HeadProblem : Panels {
     nv_bf16* e;

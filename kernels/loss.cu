@@ -11,7 +11,6 @@
 namespace fiedler {
 namespace {
 
-constexpr float kLog2e = 1.44269504088896340736f;
 constexpr int kPack = Pack<nv_bf16>::size;
 
 struct Args {

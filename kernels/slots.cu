@@ -10,7 +10,6 @@ namespace slots {
 namespace {
 
 constexpr int kTaps = 4, kPack = Pack<nv_bf16>::size, kAppendThreads = 128;
-constexpr float kLog2e = 1.44269504088896340736f;
 constexpr int kWarps = 4, kThreads = kWarps * kWarp, kKeys = int(kSlotKeys);
 
 // ---- append --------------------------------------------------------------------------------------------------------
