@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) attention_decode_kernel(A
             for (int r = 0; r < p.scalars; ++r) s -= fabsf(query[r] - b[r]);
         }
         const float best = fmaxf(top, warp_max(s));  // finite: lane 0 has a key
-        const float rescale = exp2_fast((top - best) * kLog2e), weight = exp2_fast((s - best) * kLog2e);
+        const float rescale = exp_fast(top - best), weight = exp_fast(s - best);
         top = best;
         sum = sum * rescale + weight;
 #pragma unroll
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) attention_decode_kernel(A
     float best = -INFINITY, total = 0.f, result = 0.f;
     for (int w = 0; w < kDecodeWarps; ++w) best = fmaxf(best, tops[w]);  // finite: warp 0 has a key
     for (int w = 0; w < kDecodeWarps; ++w) {
-        const float scale = exp2_fast((tops[w] - best) * kLog2e);  // 0 for a warp without keys
+        const float scale = exp_fast(tops[w] - best);  // 0 for a warp without keys
         total = fmaf(scale, sums[w], total);
         result = fmaf(scale, parts[w][column], result);
     }

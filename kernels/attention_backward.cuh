@@ -226,7 +226,7 @@ struct BackwardKeys {
             float(&x)[4] = ds[m][n];
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                s[e] = exp2_fast(s[e] * kLog2e);
+                s[e] = exp_fast(s[e]);
                 x[e] = s[e] * (x[e] - (e % 2 ? delta.y : delta.x));
                 sum[m][e / 2] += x[e];
                 total[e % 2] += x[e];

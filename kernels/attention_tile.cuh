@@ -68,7 +68,7 @@ __device__ inline Raised raise_top(float& kept, float best) {
     __syncwarp();
     kept = top;
     __syncwarp();
-    return {shift, exp2_fast((old - shift) * kLog2e)};
+    return {shift, exp_fast(old - shift)};
 }
 // Scores of row k of 16 keys (two C tiles) to weights relative to the running maximum. Returns what all that has been
 // summed for the row is to be multiplied by.
@@ -80,7 +80,7 @@ __device__ inline float soften_row(float (&s)[2][4], int k, float& kept) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
         float& w = s[e / 2][2 * k + e % 2];
-        w = exp2_fast((w - shift) * kLog2e);
+        w = exp_fast(w - shift);
     }
     return rescale;
 }

@@ -11,13 +11,9 @@
 
 namespace fiedler::attention_tree {
 
-using attention_tile::kLog2e;
-
 constexpr float kNone = -1e30f;  // the scale of an empty sum: finite, so that no difference of two is NaN
 constexpr float kLead = 8.f;     // a sum keeps its scale until a term is e^8 times heavier: rescaling rounds
 constexpr int kTileThreads = 128;
-
-__device__ inline float exp_fast(float x) { return exp2_fast(x * kLog2e); }
 
 // What the kernels of one level and group of heads look at.
 struct Scene {

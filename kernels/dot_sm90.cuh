@@ -13,7 +13,6 @@
 namespace fiedler::dot_sm90_tile {
 
 using namespace warpgroup_tile;
-using dot::kLog2e;
 
 constexpr int kTile = 64, kWidth = 64, kTileElements = kTile * kWidth, kTileBytes = kTileElements * 2;
 constexpr int kGroupThreads = hopper::kWarpgroup, kGroupWarps = kGroupThreads / kWarp;

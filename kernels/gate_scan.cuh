@@ -22,19 +22,16 @@ __device__ inline float log1p_over_x(float x) {
     for (int i = 1; i < 9; ++i) sum = fmaf(sum, x, kTerms[i]);
     return sum;
 }
-// exp(-|u|) with a relative error of 2^-22 + |u| 2^-23 at most, or 0 if it is less than 2^-126. expf is as good everywhere, and
-// takes 6 instructions more, which short sequences wait for.
-__device__ inline float exp_of_minus(float u) { return exp2_fast(fabsf(u) * -kLog2e); }
-// logsigmoid(u)
+// logsigmoid(u). exp_fast, since short sequences wait for instructions.
 __device__ inline float log_sigmoid(float u) {
     float below;  // min(u, 0), or NaN
     asm("min.NaN.f32 %0, %1, 0f00000000;" : "=f"(below) : "f"(u));
-    const float e = exp_of_minus(u);
+    const float e = exp_fast(-fabsf(u));
     return fmaf(-e, log1p_over_x(e), below);
 }
 // sigmoid(-u): the exponential is at most 1, the divisor at most 2.
 __device__ inline float sigmoid_of_minus(float u) {
-    const float e = exp_of_minus(u);
+    const float e = exp_fast(-fabsf(u));
     return (u > 0.f ? e : 1.f) * reciprocal(1.f + e);
 }
 

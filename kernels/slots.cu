@@ -219,7 +219,7 @@ __device__ void add_keys(Sums& t, const Scores& scores, const nv_bf16* v, std::i
     const int lane = threadIdx.x % kWarp;
     const float s = scores(base, lo, hi);
     const float best = fmaxf(t.top, warp_max(s));  // finite: one of the keys exists
-    const float rescale = exp2_fast((t.top - best) * kLog2e), weight = exp2_fast((s - best) * kLog2e);
+    const float rescale = exp_fast(t.top - best), weight = exp_fast(s - best);
     t.top = best;
     t.sum = t.sum * rescale + weight;
 #pragma unroll
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const P p, const Out o
     for (int w = 0; w < kWarps; ++w) best = fmaxf(best, tops[w]);  // finite: one of the warps has a key
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-        const float scale = exp2_fast((tops[w] - best) * kLog2e);  // 0 for a warp without keys
+        const float scale = exp_fast(tops[w] - best);  // 0 for a warp without keys
         total = fmaf(scale, sums[w], total);
         value = fmaf(scale, parts[w][column], value);
     }
@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(D) merge_kernel(const std::int32_t* lengths, c
     for (int piece = first; piece <= last; ++piece) best = fmaxf(best, partial[piece * (D + 2) + D]);
     for (int piece = first; piece <= last; ++piece) {
         const float* x = partial + piece * (D + 2);
-        const float scale = exp2_fast((x[D] - best) * kLog2e);
+        const float scale = exp_fast(x[D] - best);
         total = fmaf(scale, x[D + 1], total);
         value = fmaf(scale, x[column], value);
     }
