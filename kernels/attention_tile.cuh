@@ -17,7 +17,6 @@ constexpr int kArch = 0;  // the host's pass over device code
 constexpr int kTile = 64;      // rows of a block, columns of a streamed tile
 constexpr int kWarpRows = 16;  // rows of a warp
 constexpr int kThreads = kTile / kWarpRows * kWarp;
-constexpr float kLn2 = 0.6931471805599453f;
 
 // Heaviside step of x: 0, 1/2 at exactly 0, 1; so sign(x) = 2 step(x) - 1. One instruction: x 2^127 + 1/2, clamped to
 // [0, 1], which no |x| of at least 2^-128 escapes.

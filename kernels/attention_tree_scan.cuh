@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kBoundThreads) attention_tree_bounds_kernel(Bo
             most.y = fmaxf(most.y, bounds[i].y);
     }
     most = block_max_of(most);
-    const float room = logf(static_cast<float>(node.mid - node.lo)) + 24.f * attention_tile::kLn2;
+    const float room = logf(static_cast<float>(node.mid - node.lo)) + 24.f * kLn2;
     if (threadIdx.x == 0) p.bounds[head * std::int64_t(p.nodes.slots) + blockIdx.x] = {most.y + room, most.x + room};
 }
 

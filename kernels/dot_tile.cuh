@@ -12,7 +12,6 @@ namespace fiedler::dot {
 constexpr int kRows = 64;      // rows of the score matrix that a block owns
 constexpr int kWarpRows = 16;  // and a warp
 constexpr int kThreads = kRows / kWarpRows * kWarp;
-constexpr float kLn2 = 0.69314718055994530942f;
 
 // Offset in elements of 8-value chunk `chunk` of row `row`.
 template <int D>

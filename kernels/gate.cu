@@ -91,7 +91,7 @@ __global__ void forward_kernel(const __grid_constant__ ForwardArgs a) {
     Addresses<float, kRun> F(a.F + std::int64_t(p.begin + first) * a.ld_F + p.h, a.ld_F);
     wait_for_previous();
     Tile<kRun> x{};
-    z.load(x, place, left);  // before anything is waited for
+    z.load(x, place, left);  // before the bias is waited for
     const float bias[kHeads] = {a.bias[p.h], p.both ? a.bias[p.h + 1] : 0.f};
     Carried carried[kHeads];
     if (a.carry) carried[0].high = a.carry[p.h], carried[1].high = p.both ? a.carry[p.h + 1] : 0.f;
@@ -142,7 +142,7 @@ __global__ void backward_kernel(const __grid_constant__ BackwardArgs a) {
     Addresses<nv_bf16, kRun> dz(a.dz + last * a.ld_dz + p.h, -a.ld_dz);
     wait_for_previous();
     Tile<kRun> x{}, z{};
-    from_dF.load(x, place, left);  // before anything is waited for
+    from_dF.load(x, place, left);  // before the bias is waited for
     from_z.load(z, place, left);
     const float bias[kHeads] = {a.bias[p.h], p.both ? a.bias[p.h + 1] : 0.f};
     Carried carried[kHeads];

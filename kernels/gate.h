@@ -13,7 +13,7 @@
 // Scratch    on Cuda, backward: gate_pending_elements(tokens, seq.count, heads) floats at most, 8-byte aligned, of
 //            `pending` if given, else of scratch; forward of long sequences: dev.workspace, if it has room (gate.cu)
 // Numerics   sums restart in each sequence; fixed order, bit-equal from run to run. On Cuda the relative error of logsigmoid(u)
-//            is at most 2^-21 + |u| 2^-23; it is 0 where u > 87.
+//            is at most 2^-21 + max(u, 0) 2^-23, up to u = 126 ln 2; from there on logsigmoid(u) is 0.
 #pragma once
 #include "kernels/contract.h"
 #include "kernels/device.h"

@@ -10,7 +10,6 @@ namespace fiedler {
 namespace {
 
 constexpr int kThreads = 256, kPackSize = Pack<nv_bf16>::size;
-constexpr float kLn2 = 0.6931471805599453f;
 constexpr std::uint32_t kInfinityBits = 0x7f800000u;
 
 // The power of two that takes a number of these bits to at most 448, and above 224; NaN where it is not finite.
@@ -215,7 +214,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const RowsOf p) {
             *reinterpret_cast<uint4*>(p.y + row * p.ld_y + piece * 16) = scale.pack(x[i][0], x[i][1]);
     if (lane > 0) return;
     p.largest[row] = __uint_as_float(most);
-    p.octaves[row] = scale.up * kHeadLog2e;
+    p.octaves[row] = scale.up * kLog2e;
     p.target_logits[row] = known ? sum : target < 0 ? INFINITY : __int_as_float(0x7fffffff);
 }
 
@@ -267,7 +266,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const Finish p) {
     for (int i = 1; i < kSlices; ++i) s += shared[i][lane];
     const int word = p.targets[row];
     const bool counts = word >= 0;
-    const float target = p.losses[row] * kHeadLog2e - p.base[row], t = exp2f(target);  // NaN for a word that is none
+    const float target = p.losses[row] * kLog2e - p.base[row], t = exp2f(target);  // NaN for a word that is none
     const float factor = counts ? p.scale / (s + t) : 0.f;
     p.losses[row] = counts ? loss_of(s, t, target) : 0.f;
     p.factors[row] = factor;

@@ -95,8 +95,7 @@ struct BaseEpilogue {
         for (int k = 0; k < 2; ++k) {
             top[k] = fmaxf(top[k], __shfl_xor_sync(0xffffffffu, top[k], 1));
             top[k] = fmaxf(top[k], __shfl_xor_sync(0xffffffffu, top[k], 2));
-            if (threadIdx.x % 4 == 0)
-                p.base[place.row(k)] = larger(top[k] * octaves[k], target[k] * kHeadLog2e) - kBelow;
+            if (threadIdx.x % 4 == 0) p.base[place.row(k)] = larger(top[k] * octaves[k], target[k] * kLog2e) - kBelow;
         }
     }
 };

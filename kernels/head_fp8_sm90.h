@@ -9,8 +9,6 @@
 
 namespace fiedler {
 
-inline constexpr float kHeadLog2e = 1.4426950408889634f;
-
 // ---- head_fp8_rows_sm90.cu: bound by memory ----------------------------------------------------------------------
 
 // To int8, a row at a time: x_i / s_i, with one rounding of 1 / s_i to float and then to the nearest whole number. With m_i

@@ -25,6 +25,8 @@ class MarkClock {
 std::unique_ptr<MarkClock> mark_clock(const Cpu&);
 std::unique_ptr<MarkClock> mark_clock(const Cuda&);
 
+// Keeps the stream busy for so long, and nothing else: what is to be timed without the host's own time is queued meanwhile.
+void occupy(const Cuda&, double seconds);
 // Reads memory [bytes] of the device, its whole 16-byte pieces, and does nothing with it. Of enough memory: whatever L2
 // held is gone, and no line of it waits to be written back, which the next kernel would pay for.
 void read_through(const Cuda&, const void* memory, std::size_t bytes);

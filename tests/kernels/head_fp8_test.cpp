@@ -2,6 +2,7 @@
 // formula. The order of the tile's rows and columns, factors, the target's term: a mistake in one of them is far outside.
 #include <bit>
 #include <cmath>
+#include <numbers>
 
 #include "kernels/head_fp8_sm90.h"
 #include "tests/kernels/head_problem.h"
@@ -362,7 +363,7 @@ TEST(Head, GpuInt8RowsAreAsStated) {
                 continue;
             }
             EXPECT_EQ(s[std::size_t(i)], want[std::size_t(i)].scale) << i;
-            EXPECT_EQ(o[std::size_t(i)], s[std::size_t(i)] * kHeadLog2e) << i;
+            EXPECT_EQ(o[std::size_t(i)], s[std::size_t(i)] * std::numbers::log2e_v<float>) << i;
             double square = 0;
             std::int64_t off = 0;
             for (std::int64_t k = 0; k < c; ++k) {

@@ -476,28 +476,61 @@ TEST(Matmul, GpuProductIsOneNode) {
     }
 }
 
-// Large enough to be searched for: whatever was taken, the bits are those of the heuristic's first proposal.
-TEST(Matmul, GpuSearchKeepsTheBits) {
-    FIEDLER_GPU_OR_SKIP();
-    constexpr std::int64_t n = 4096, in = 384, out = 1152;
-    const Buffer<bf16, Cuda> x(gpu(), random_values(std::size_t(n * in), 1)),
-        w(gpu(), random_values(std::size_t(out * in), 2)), y(gpu(), std::size_t(n * out)),
-        first(gpu(), std::size_t(n * out)), dx(gpu(), std::size_t(n * in)), first_dx(gpu(), std::size_t(n * in));
-    const MatmulForward<bf16, bf16> forward{.y = y.mat(n, out), .x = x.mat(n, in), .w = w.mat(out, in), .residual = {}};
-    MatmulForward<bf16, bf16> by_first = forward;
-    by_first.y = first.mat(n, out);
-    ASSERT_TRUE(matmul_by_algorithm(gpu(), by_first, 0));
-    for (int run = 0; run < 2; ++run) {
-        fill_bytes(gpu(), y.data(), 0xff, y.bytes());
-        matmul_forward(gpu(), forward);
-        EXPECT_TRUE(identical(y.host().data(), first.host().data(), y.bytes())) << "run " << run;
-    }
-    const MatmulDx<bf16> back{.dx = dx.mat(n, in), .dy = first.mat(n, out), .w = w.mat(out, in)};
+// Large enough to be searched for: whatever was taken, the bits are those of the heuristic's first proposal, from the
+// first use of a shape on. ld: of y.
+template <class O>
+void expect_search_keeps_the_bits(std::int64_t n, std::int64_t in, std::int64_t out, std::int64_t ld) {
+    SCOPED_TRACE(testing::Message() << n << " x " << in << " x " << out << ", stride " << ld);
+    const auto size = [](std::int64_t a, std::int64_t b) { return static_cast<std::size_t>(a * b); };
+    const Buffer<bf16, Cuda> x(gpu(), random_values(size(n, in), 1)), w(gpu(), random_values(size(out, in), 2)),
+        dy(gpu(), random_values(size(n, ld), 3)), dx(gpu(), size(n, in)), first_dx(gpu(), size(n, in));
+    const Buffer<O, Cuda> y(gpu(), size(n, ld)), first(gpu(), size(n, ld));
+    const MatmulForward<bf16, O> forward{
+        .y = y.mat(n, ld).columns(0, out), .x = x.mat(n, in), .w = w.mat(out, in), .residual = {}};
+    MatmulForward<bf16, O> by_first = forward;
+    by_first.y = first.mat(n, ld).columns(0, out);
+    const MatmulDx<bf16> back{.dx = dx.mat(n, in), .dy = dy.mat(n, ld).columns(0, out), .w = w.mat(out, in)};
     MatmulDx<bf16> back_by_first = back;
     back_by_first.dx = first_dx.mat(n, in);
-    ASSERT_TRUE(matmul_by_algorithm(gpu(), back_by_first, 0));
-    matmul_dx(gpu(), back);
-    EXPECT_TRUE(identical(dx.host().data(), first_dx.host().data(), dx.bytes()));
+    fill_bytes(gpu(), first.data(), 0xff, first.bytes());
+    ASSERT_TRUE(matmul_by_algorithm(gpu(), by_first, 0) && matmul_by_algorithm(gpu(), back_by_first, 0));
+    for (int run = 0; run < 2; ++run) {
+        fill_bytes(gpu(), y.data(), 0xff, y.bytes());
+        fill_bytes(gpu(), dx.data(), 0xff, dx.bytes());
+        matmul_forward(gpu(), forward);
+        matmul_dx(gpu(), back);
+        EXPECT_TRUE(identical(y.host().data(), first.host().data(), y.bytes())) << "run " << run;
+        EXPECT_TRUE(identical(dx.host().data(), first_dx.host().data(), dx.bytes())) << "run " << run;
+    }
+}
+TEST(Matmul, GpuSearchKeepsTheBits) {
+    FIEDLER_GPU_OR_SKIP();
+    expect_search_keeps_the_bits<bf16>(4096, 384, 1152, 1152);
+    expect_search_keeps_the_bits<bf16>(1030, 1000, 2000, 2008);
+    expect_search_keeps_the_bits<bf16>(515, 8192, 132, 132);
+    expect_search_keeps_the_bits<bf16>(1031, 776, 999, 1000);
+    expect_search_keeps_the_bits<float>(2048, 1024, 512, 512);
+    expect_search_keeps_the_bits<float>(16384, 384, 102, 104);
+    expect_search_keeps_the_bits<float>(3001, 640, 301, 301);
+}
+
+// The workspace is the sums' in pieces: nothing else may lie there while a way to make them is looked for.
+TEST(Matmul, GpuFirstSumInPiecesIsLikeAnyOther) {
+    FIEDLER_GPU_OR_SKIP();
+    struct Case {
+        std::int64_t n, in, out, ld;
+    };
+    for (const Case& c : {Case{8192, 1536, 1276, 1280}, Case{16384, 384, 102, 104}}) {
+        const Buffer<bf16, Cuda> x(gpu(), random_values(std::size_t(c.n * c.in), 1)),
+            dy(gpu(), random_values(std::size_t(c.n * c.ld), 2));
+        const auto start = random_values(std::size_t(c.in * c.out), 3);
+        const Buffer<float, Cuda> first(gpu(), start), second(gpu(), start);
+        for (const auto* dw : {&first, &second})
+            matmul_dw(gpu(), MatmulDw<bf16>{.dw = dw->mat(c.out, c.in),
+                                            .dy = dy.mat(c.n, c.ld).columns(0, c.out),
+                                            .x = x.mat(c.n, c.in)});
+        EXPECT_TRUE(identical(first.host().data(), second.host().data(), first.bytes())) << c.out << " rows";
+    }
 }
 
 // The same where the output is added to: 18 MB of it, of which the search sees the columns that fit in half the workspace.
