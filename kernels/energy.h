@@ -138,9 +138,9 @@ Traffic traffic(const EnergyBackward<T>& p) {
             2 * n * energy_flops_per_vector(p.lap, p.scalars)};
 }
 
-// At most so many partial sums of a number, where there are fewer heads: sixteen for each multiprocessor of an H200.
-// Fixed, so that the order of the sums is fixed too.
-inline constexpr std::int64_t kEnergySums = 2112;
+// At most so many partial sums of a number, where there are fewer heads: of six groups of threads on each multiprocessor of
+// an H200, with four heads each. Fixed, so that the order of the sums is fixed too.
+inline constexpr std::int64_t kEnergyMultiprocessors = 132, kEnergySums = 6 * 4 * kEnergyMultiprocessors;
 inline std::int64_t energy_pending_elements(std::int64_t, std::int64_t heads, std::int64_t scalars) {
     return PendingSums<float>::elements((scalars + 1) * (2 * heads < kEnergySums ? kEnergySums : 2 * heads));
 }

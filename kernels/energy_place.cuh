@@ -40,8 +40,7 @@ struct Share {
     unsigned blocks;
 };
 
-// Of an H200. Fixed, so that the order of the sums is fixed too.
-constexpr int kMultiprocessors = kEnergySums / 16;
+constexpr int kMultiprocessors = int(kEnergyMultiprocessors);
 // All groups get the same number of rounds, or one less. Neighbouring heads' numbers of a token lie together: to read or
 // write them at the same time takes far fewer accesses.
 template <class P>
