@@ -64,7 +64,7 @@ struct WarpProducts {
     __device__ static Matrix matrix(const nv_bf16* parts) {
         return parts;
     }
-    template <int D, int R, class Meanwhile, class Take>
+    template <int D, int R, bool kBackward, class Meanwhile, class Take>
     __device__ static __forceinline__ void multiply(Vectors<D>& v, const nv_bf16* parts, int used,
                                                     Meanwhile&& meanwhile, Take&& take) {
         meanwhile();

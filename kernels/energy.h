@@ -42,10 +42,11 @@
 
 namespace fiedler {
 
-// The matrix in device memory as kernels of sm_90 multiply by it: see energy_prepare().
+// The matrix in device memory as kernels of sm_90 multiply by it: see energy_prepare(). R = 1: Lf, and behind it what the
+// forward pass takes, x'Lf x being x'T x by the triangle T = Lf's lower one, twice what is beside the diagonal.
 struct EnergyMatrix {
     const void* data = nullptr;
-    std::int32_t parts = 0;  // R = 1: of Lf, that are not all zero
+    std::int32_t parts = 0;  // R = 1: of either, that are not all zero
     std::int32_t log2 = 0;   // R > 1: of the power of two that the last part is scaled by
 };
 template <class A>
@@ -145,10 +146,11 @@ inline std::int64_t energy_pending_elements(std::int64_t, std::int64_t heads, st
     return PendingSums<float>::elements((scalars + 1) * (2 * heads < kEnergySums ? kEnergySums : 2 * heads));
 }
 
-// Bytes of an EnergyMatrix: two parts of bf16, with R > 1 (all have the same) one of f16 for the second product of dx,
-// and what the device has to say of them.
+// Bytes of an EnergyMatrix: two parts of bf16, with R > 1 (all have the same) one of f16 for the second product of dx, with
+// R = 1 two of the triangle, and what the device has to say of them.
+constexpr std::int64_t energy_triangle_offset(std::int64_t dim) { return 2 * 2 * dim * dim; }
 constexpr std::int64_t energy_matrix_bytes(std::int64_t dim, std::int64_t scalars) {
-    return (scalars > 1 ? 3 : 2) * 2 * dim * dim + 128;
+    return (scalars > 1 ? 3 : 4) * 2 * dim * dim + 128;
 }
 // Makes the matrix for R scalars in `memory` (energy_matrix_bytes(), 128-byte aligned, and kept) and notes it in lap:
 // kernels of sm_90 take a Laplacian that has it, where rows of a, b, da and db are aligned to R / 4 numbers; all else is

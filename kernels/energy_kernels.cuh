@@ -20,8 +20,8 @@
 //   publish_matrix()                       before the barrier after which the matrix in shared memory is multiplied with
 //   quotient(x, y)                         x / y, where y is neither denormal nor infinite
 //   Matrix, matrix<D>(parts)               what the products below take for the parts of the matrix in shared memory
-//   multiply<D, R>(v, matrix, used, meanwhile, take)   y = M x of the vectors of a warp, as product() gives it; all parts if
-//               R > 1. meanwhile(): once, before take
+//   multiply<D, R, kBackward>(v, matrix, used, meanwhile, take)   y = M x of the vectors of a warp, as product() gives it;
+//               all parts if R > 1. meanwhile(): once, before take. Forward with R = 1 M may be the triangle (energy_prepare)
 //   turn<D>(hi, mid, matrix, take)         z = M' y; y as the sum of two bf16 parts, in the layout of A (kernels/mma.cuh):
 //                                          take(q, z) for q = 0, 2, .. of D / 8 with z[k] of chunk q + k
 //   turn_halves<D>(y, matrix, take)        the same of f16; y as one part
@@ -76,12 +76,16 @@ template <int R, class P>
 constexpr bool kHalves = R > 1 && P::kHalves;
 template <int R, class P, bool kBackward>
 constexpr int kMatrixParts = P::kParts + (kBackward && kHalves<R, P> ? 1 : 0);
+template <int D>
+constexpr std::int64_t kTriangleOffset = energy_triangle_offset(D);
 // Asks for the matrix where it is prepared, and then for the first vectors.
 template <int D, int R, class P, bool kBackward, class Supply>
 __device__ __forceinline__ void start(const FeatureLaplacian<float>& lap, const Shared& s, Supply& supply) {
     if constexpr (P::kPrepared) {
         const EnergyMatrix& matrix = R == 1 ? lap.of_one : lap.of_several;
-        supply.start(s.parts, matrix.data, kMatrixParts<R, P, kBackward> * (2 * D * D));
+        constexpr std::int64_t kBefore = R == 1 && !kBackward ? kTriangleOffset<D> : 0;
+        supply.start(s.parts, static_cast<const std::byte*>(matrix.data) + kBefore,
+                     kMatrixParts<R, P, kBackward> * (2 * D * D));
     }
 }
 // R = 1: how many parts of the matrix are not zero, if it is not prepared. R > 1, halves: its matrix_scale(). Ends with a
@@ -107,11 +111,11 @@ constexpr std::size_t kSharedBytes = sizeof(nv_bf16) * kMatrixParts<R, P, kBackw
 
 // x'x + eps of the vectors g and g + 8, and 1 / that.
 struct Sizes {
-    float square[2], inverse[2];  // the latter with kInverse
+    float square[2], inverse[2];  // the latter backward
 };
 // y = M x as the tiles come: tile(j, y) with the rows of each. The vectors' sizes and the energies of the lane's bands;
-// without kInverse, times their sizes. meanwhile(): what may be done while the product is on its way.
-template <int D, int R, class P, bool kInverse, class Meanwhile, class Tile>
+// forward, times their sizes. meanwhile(): what may be done while the product is on its way.
+template <int D, int R, class P, bool kBackward, class Meanwhile, class Tile>
 __device__ __forceinline__ void energies(Scalars<D, R>& energy, Sizes& sizes, Vectors<D>& v,
                                          const typename P::Matrix& matrix, int used, float eps, Meanwhile&& meanwhile,
                                          Tile&& tile) {
@@ -141,9 +145,9 @@ __device__ __forceinline__ void energies(Scalars<D, R>& energy, Sizes& sizes, Ve
     };
     const auto finish_size = [&](int half) {
         sizes.square[half] += eps;
-        if constexpr (kInverse) sizes.inverse[half] = P::quotient(1.f, sizes.square[half]);
+        if constexpr (kBackward) sizes.inverse[half] = P::quotient(1.f, sizes.square[half]);
     };
-    P::template multiply<D, R>(
+    P::template multiply<D, R, kBackward>(
         v, matrix, R > 1 ? P::kParts : used,
         [&] {
             meanwhile();
@@ -162,7 +166,7 @@ __device__ __forceinline__ void energies(Scalars<D, R>& energy, Sizes& sizes, Ve
 #pragma unroll
         for (int b = 0; b < B::kBands; ++b) {
             float& e = energy[half][b];
-            e = sum_of_lanes(e, B::kLanes) * (kInverse ? sizes.inverse[half] : 1.f);
+            e = sum_of_lanes(e, B::kLanes) * (kBackward ? sizes.inverse[half] : 1.f);
             if (R == 1 && e < 0.f) e = 0.f;  // rounding can leave a vanishing energy below zero; a NaN stays a NaN
         }
     }

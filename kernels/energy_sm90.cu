@@ -279,10 +279,11 @@ struct WarpgroupProducts {
     __device__ static Matrix matrix(const nv_bf16* parts) {
         return kept(operand_low<D>(parts));
     }
-    // y = M x, M as the sum of its parts.
-    template <int D, int R, class Meanwhile, class Take>
+    // y = M x, M as the sum of its parts. Of a triangle the quarter that is zero is left out: half of the rows at a time.
+    template <int D, int R, bool kBackward, class Meanwhile, class Take>
     __device__ static __forceinline__ void multiply(Vectors<D>& v, Matrix low, int, Meanwhile&& meanwhile,
                                                     Take&& take) {
+        constexpr int kHalves = R == 1 && !kBackward && D >= 64 ? 2 : 1, kRows = D / kHalves;
         const std::uint64_t matrix = operand<D>(kept(low));  // once more: operands need no registers then
         run<D>(
             [&](float(&d)[D / 2]) {
@@ -291,8 +292,14 @@ struct WarpgroupProducts {
 #pragma unroll
                     for (int s = 0; s < D / 16; ++s) {
                         const std::uint32_t a[4] = {v.x[0][2 * s], v.x[1][2 * s], v.x[0][2 * s + 1], v.x[1][2 * s + 1]};
-                        multiply_matrix<false, false>(d, a, matrix + (chunk_bits<D>(2 * s) + part * 2 * D * D) / 16,
-                                                      part < kParts - 1 || s > 0);
+                        const std::uint64_t columns = matrix + (chunk_bits<D>(2 * s) + part * 2 * D * D) / 16;
+#pragma unroll
+                        for (int half = 0; half < kHalves; ++half) {
+                            if (16 * s >= (half + 1) * kRows) continue;
+                            auto& rows = reinterpret_cast<float(&)[kRows / 2]>(d[half * kRows / 2]);
+                            multiply_matrix<false, false>(rows, a, columns + half * kRows * kRowBytes<D> / 16,
+                                                          part < kParts - 1 || s > 0);
+                        }
                     }
             },
             meanwhile,
@@ -323,6 +330,22 @@ struct WarpgroupProducts {
 constexpr int kPrepareThreads = 512;
 template <bool kSeveral>
 constexpr int kPreparedParts = kMatrixParts<kSeveral ? 2 : 1, WarpgroupProducts<2>, true>;
+// The triangle of a matrix of two parts, in two parts: of a symmetric one they are exact. True, in every thread, if one part
+// is not enough.
+template <int D>
+__device__ bool store_triangle(nv_bf16* to, const nv_bf16* parts) {
+    const auto at = [](int row, int column) {
+        return static_cast<int>(matrix_offset<D>(row, column / 8)) / 2 + column % 8;
+    };
+    const auto entry = [&](int i) { return __bfloat162float(parts[i]) + __bfloat162float(parts[D * D + i]); };
+    bool split = false;
+    for (int i = threadIdx.x; i < D * D; i += kPrepareThreads) {
+        const int row = i / D, column = i % D, here = at(row, column);
+        const float x = column > row ? 0.f : column == row ? entry(here) : entry(here) + entry(at(column, row));
+        split |= store_split<D, 2>(to, row, column, x);
+    }
+    return __syncthreads_or(split) != 0;
+}
 // The parts of the matrix as they shall lie in shared memory, and what EnergyMatrix has to say of them.
 template <int D, bool kSeveral>
 __global__ void __launch_bounds__(kPrepareThreads)
@@ -338,14 +361,17 @@ __global__ void __launch_bounds__(kPrepareThreads)
         found = load_sparse<D, P>(lap, shared, [] {});
     for (int i = threadIdx.x; i < kParts * D * D / 2; i += kPrepareThreads)
         to[i] = reinterpret_cast<const std::uint32_t*>(shared.parts)[i];
+    if constexpr (!kSeveral) {
+        static_assert(2 * kParts * D * D == kTriangleOffset<D>);
+        if (store_triangle<D>(reinterpret_cast<nv_bf16*>(to) + kParts * D * D, shared.parts)) found = kParts;
+    }
     if (threadIdx.x == 0) *number = found;
 }
 template <int D, bool kSeveral>
 void prepare(const Cuda& d, FeatureLaplacian<float>& lap, const Vec<std::byte>& memory) {
-    constexpr std::size_t kMatrix = sizeof(nv_bf16) * kPreparedParts<kSeveral> * D * D,
-                          kBytes = kMatrix + kPartialBytes;
-    static_assert(kMatrix + sizeof(int) <= energy_matrix_bytes(D, kSeveral ? 2 : 1));
-    auto* const number = reinterpret_cast<int*>(memory.data + kMatrix);  // for the host
+    constexpr std::size_t kBytes = sizeof(nv_bf16) * kPreparedParts<kSeveral> * D * D + kPartialBytes;
+    constexpr std::int64_t kNumber = energy_matrix_bytes(D, kSeveral ? 2 : 1) - 128;
+    auto* const number = reinterpret_cast<int*>(memory.data + kNumber);  // for the host
     const auto kernel = prepare_kernel<D, kSeveral>;
     WarpgroupProducts<2>::allow<kBytes>(kernel);
     kernel<<<1, kPrepareThreads, kBytes, stream_of(d)>>>(lap, reinterpret_cast<std::uint32_t*>(memory.data), number);

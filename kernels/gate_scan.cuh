@@ -24,10 +24,8 @@ __device__ inline float log1p_over_x(float x) {
 }
 // logsigmoid(u). exp_fast, since short sequences wait for instructions.
 __device__ inline float log_sigmoid(float u) {
-    float below;  // min(u, 0), or NaN
-    asm("min.NaN.f32 %0, %1, 0f00000000;" : "=f"(below) : "f"(u));
     const float e = exp_fast(-fabsf(u));
-    return fmaf(-e, log1p_over_x(e), below);
+    return fmaf(-e, log1p_over_x(e), fminf(u, 0.f));  // a NaN stays one, by e
 }
 // sigmoid(-u): the exponential is at most 1, the divisor at most 2.
 __device__ inline float sigmoid_of_minus(float u) {
