@@ -148,9 +148,10 @@ inline std::int64_t energy_pending_elements(std::int64_t, std::int64_t heads, st
 
 // Bytes of an EnergyMatrix: two parts of bf16, with R > 1 (all have the same) one of f16 for the second product of dx, with
 // R = 1 two of the triangle, and what the device has to say of them.
+inline constexpr std::int64_t kEnergyWord = 128;
 constexpr std::int64_t energy_triangle_offset(std::int64_t dim) { return 2 * 2 * dim * dim; }
 constexpr std::int64_t energy_matrix_bytes(std::int64_t dim, std::int64_t scalars) {
-    return (scalars > 1 ? 3 : 4) * 2 * dim * dim + 128;
+    return (scalars > 1 ? 3 : 4) * 2 * dim * dim + kEnergyWord;
 }
 // Makes the matrix for R scalars in `memory` (energy_matrix_bytes(), 128-byte aligned, and kept) and notes it in lap:
 // kernels of sm_90 take a Laplacian that has it, where rows of a, b, da and db are aligned to R / 4 numbers; all else is

@@ -279,11 +279,11 @@ struct WarpgroupProducts {
     __device__ static Matrix matrix(const nv_bf16* parts) {
         return kept(operand_low<D>(parts));
     }
-    // y = M x, M as the sum of its parts. Of a triangle the quarter that is zero is left out: half of the rows at a time.
+    // y = M x, M as the sum of its parts. Of a triangle the quarter that is zero is left out: M's rows in two blocks.
     template <int D, int R, bool kBackward, class Meanwhile, class Take>
     __device__ static __forceinline__ void multiply(Vectors<D>& v, Matrix low, int, Meanwhile&& meanwhile,
                                                     Take&& take) {
-        constexpr int kHalves = R == 1 && !kBackward && D >= 64 ? 2 : 1, kRows = D / kHalves;
+        constexpr int kBlocks = R == 1 && !kBackward && D >= 64 ? 2 : 1, kRows = D / kBlocks;
         const std::uint64_t matrix = operand<D>(kept(low));  // once more: operands need no registers then
         run<D>(
             [&](float(&d)[D / 2]) {
@@ -294,10 +294,10 @@ struct WarpgroupProducts {
                         const std::uint32_t a[4] = {v.x[0][2 * s], v.x[1][2 * s], v.x[0][2 * s + 1], v.x[1][2 * s + 1]};
                         const std::uint64_t columns = matrix + (chunk_bits<D>(2 * s) + part * 2 * D * D) / 16;
 #pragma unroll
-                        for (int half = 0; half < kHalves; ++half) {
-                            if (16 * s >= (half + 1) * kRows) continue;
-                            auto& rows = reinterpret_cast<float(&)[kRows / 2]>(d[half * kRows / 2]);
-                            multiply_matrix<false, false>(rows, a, columns + half * kRows * kRowBytes<D> / 16,
+                        for (int block = 0; block < kBlocks; ++block) {
+                            if (16 * s >= (block + 1) * kRows) continue;
+                            auto& rows = reinterpret_cast<float(&)[kRows / 2]>(d[block * kRows / 2]);
+                            multiply_matrix<false, false>(rows, a, columns + block * kRows * kRowBytes<D> / 16,
                                                           part < kParts - 1 || s > 0);
                         }
                     }
@@ -370,7 +370,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
 template <int D, bool kSeveral>
 void prepare(const Cuda& d, FeatureLaplacian<float>& lap, const Vec<std::byte>& memory) {
     constexpr std::size_t kBytes = sizeof(nv_bf16) * kPreparedParts<kSeveral> * D * D + kPartialBytes;
-    constexpr std::int64_t kNumber = energy_matrix_bytes(D, kSeveral ? 2 : 1) - 128;
+    constexpr std::int64_t kNumber = energy_matrix_bytes(D, kSeveral ? 2 : 1) - kEnergyWord;
     auto* const number = reinterpret_cast<int*>(memory.data + kNumber);  // for the host
     const auto kernel = prepare_kernel<D, kSeveral>;
     WarpgroupProducts<2>::allow<kBytes>(kernel);
