@@ -28,10 +28,11 @@
 // Numerics   everything in acc_t<T>, recomputed in backward; fixed order, no atomics: bit-equal from run to run.
 //            Cuda: R > 1 multiplies by the eigenvectors times the roots of their eigenvalues, R = 1 by Lf; entries have
 //            24 bits, in sm_90's own kernels (energy_prepare()) 16 (two bf16; Lf of an unweighted graph is exact). With
-//            16 bits lambda_r is off by 1e-6 (rms; D = 64: 5e-7; 1e-5 at most) where x are normal numbers, and an E_r
-//            near zero by about 2^-16 of the root of E_r mu, mu the band's largest eigenvalue. The sum over r in dx is
-//            of products of numbers of 11 bits (in these kernels) or 16. Forward a tau_r below 2^-124 / eps counts as
-//            that.
+//            16 bits lambda_r is off by 1e-6 (rms; D = 64: 5e-7; 1e-5 at most) where x are normal numbers, and with
+//            R > 1 an E_r near zero by about 2^-16 of the root of E_r mu, mu the band's largest eigenvalue. With R = 1
+//            these kernels' forward pass takes the triangle (EnergyMatrix), whose rows do not cancel one by one: an E
+//            near zero is off by about 2^-24 mu even where Lf is exact. The sum over r in dx is of products of numbers
+//            of 11 bits (in these kernels) or 16. Forward a tau_r below 2^-124 / eps counts as that.
 // Source     tauformer's published form; derivative checked by finite differences in tests/kernels/energy_test.cpp.
 #pragma once
 #include "kernels/contract.h"

@@ -56,6 +56,19 @@ class SourcesHash(Folder):
         with self.assertRaises(FileNotFoundError):
             sources_hash.sources_sha256(self.folder)
 
+    def test_comments_are_left_out_and_nothing_else(self):
+        code = """// head
+int a = 60'000;  // it's
+/* of
+two lines */ int b = 0x1'f;
+
+const char* c = "// no \\" comment", d = '"', e = '\\'';  // yes
+auto f = R"x(/* no )" // comment */)x"; /* yes */ int g;
+"""
+        left = ["int a = 60'000;", "  int b = 0x1'f;", """const char* c = "// no \\" comment", d = '"', e = '\\'';""",
+                """auto f = R"x(/* no )" // comment */)x";   int g;"""]
+        self.assertEqual(sources_hash.without_comments(code), left)
+
 
 class CheckResults(Folder):
     def test_verdicts(self):
@@ -66,6 +79,35 @@ class CheckResults(Folder):
         self.assertIn("STALE", check_results.verdict(good, "b" * 64)[1])
         self.assertFalse(check_results.verdict(bad, "a" * 64)[0])
         self.assertFalse(check_results.verdict(self.folder / "missing.json", "a" * 64)[0])
+
+    def test_comments_do_not_make_figures_stale(self):
+        def git(*arguments):
+            command = ["git", "-C", self.folder, "-c", "user.name=n", "-c", "user.email=e", *arguments]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+        def verdict():
+            return check_results.verdict(results, sources_hash.sources_sha256(self.folder), self.folder)
+
+        self.write("kernels/a.cu", "int a;  // one\n")
+        self.write("engine/list.txt", "// not C++\n")
+        git("init", "-q")
+        git("add", ".")
+        git("commit", "-qm", "c")
+        recorded = {"sources_sha256": sources_hash.sources_sha256(self.folder), "commit": git("rev-parse", "HEAD")}
+        results = self.write("results.json", recorded)
+        self.assertIn("on these sources", verdict()[1])
+        self.write("kernels/a.cu", "// another\nint a;\n")
+        self.assertTrue(verdict()[0])
+        self.assertIn("but for comments", verdict()[1])
+        for name, content in (("kernels/a.cu", "int b;\n"), ("engine/list.txt", "// other\n"), ("kernels/b.cu", "")):
+            before = (self.folder / name).read_text() if (self.folder / name).exists() else None
+            self.write(name, content)
+            self.assertIn("STALE", verdict()[1], name)
+            (self.folder / name).unlink() if before is None else self.write(name, before)
+        self.assertTrue(verdict()[0])
+        for wrong in ({"commit": "0" * 40}, {"sources_sha256": "0" * 64}):  # of no commit, and not of this one
+            results = self.write("results.json", {**recorded, **wrong})
+            self.assertIn("STALE", verdict()[1])
 
 
 class CheckPtxas(unittest.TestCase):
