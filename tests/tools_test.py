@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -80,6 +81,7 @@ class CheckResults(Folder):
         self.assertFalse(check_results.verdict(bad, "a" * 64)[0])
         self.assertFalse(check_results.verdict(self.folder / "missing.json", "a" * 64)[0])
 
+    @unittest.skipUnless(shutil.which("git"), "no git")
     def test_comments_do_not_make_figures_stale(self):
         def git(*arguments):
             command = ["git", "-C", self.folder, "-c", "user.name=n", "-c", "user.email=e", *arguments]
