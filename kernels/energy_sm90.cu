@@ -198,12 +198,12 @@ struct BoxSupply {
 template <int kUsed>
 struct WarpgroupProducts {
     // One block a multiprocessor: the matrix is loaded once, and while some warpgroups wait for their products others
-    // compute. Of as many warpgroups as are fastest. With 128 columns registers end at three. With 64 a fifth makes
-    // forward 2 to 9 % slower, and backward (two scalars) no faster. With 32 a fifth and sixth make backward 6 % faster,
-    // and forward 3 % slower.
+    // compute. Of as many warpgroups as `fiedler bench energy` found best on an H200. With 64 columns a fifth makes
+    // forward 2 to 9 % slower, and backward (two scalars) no faster. With 32, and eight scalars, a fifth and sixth make
+    // backward 5 to 7 % faster, and forward 3 % slower. With 128, and eight scalars, a fourth makes forward no faster.
     static constexpr int forward_threads(int d, int) { return (d < 128 ? 4 : 3) * hopper::kWarpgroup; }
     static constexpr int backward_threads(int d, int r) {
-        const bool six = d == 32 && r < 16;  // with 16 scalars registers end at four
+        const bool six = d == 32 && r < 16;  // with 16 scalars six spill
         return (six ? 6 : d < 128 ? 4 : 3) * hopper::kWarpgroup;
     }
     static constexpr int forward_at_least(int, int) { return 1; }

@@ -51,7 +51,8 @@ __device__ int steps_of_tile() {
 }
 
 // Where a thread's numbers of a tile are, kWarp steps apart; those less than `left` exist. Kernels make them before they
-// load the first number: made where they are needed, those of F alone hold up the end by 0.07 us of 2.3.
+// load the first number. F's, made where they are stored to, are waited for: `fiedler bench gate`, 32 x 1,024 on an H200,
+// 2.32 us instead of 2.25.
 template <class T, int kRun>
 struct Addresses {
     T* at[kRun];

@@ -144,7 +144,7 @@ __device__ void cumulative_sums(Tile<kRun>& x, Shared<kAlone, kRun>& shared, int
         __syncwarp();
     } else {
         __syncthreads();
-        float4 two[kMaxWarps / 2];  // warps' sums
+        float4 two[kMaxWarps / 2];  // warps' sums; of those that do not exist anything, which is not added
         const auto* const sums = reinterpret_cast<const float4*>(shared.sums[turn]);
 #pragma unroll
         for (int w = 0; w < kMaxWarps / 2; ++w) two[w] = sums[w];
